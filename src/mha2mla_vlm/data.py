@@ -1,0 +1,215 @@
+"""Chat records: read from files, checked, and turned into model inputs with answer-only labels."""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, UnidentifiedImageError
+from transformers import BatchFeature, ProcessorMixin
+
+from mha2mla_vlm.errors import InputError
+
+IGNORE_INDEX = -100  # label of a token that is not part of an answer
+ROLES = ("system", "user", "assistant")
+_LLAVA_ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """One chat. `messages` follow transformers' convention; `images` are files or pictures, in order.
+
+    An assistant message may carry a `kind`, by which `evaluate` reports it.
+    """
+
+    messages: list[dict[str, Any]]
+    images: Sequence[Path | Image.Image] = field(default_factory=tuple)
+    source: str = "record"
+
+    def __post_init__(self) -> None:
+        _check_messages(self)
+        wanted = sum(part["type"] == "image" for message in self.messages for part in message["content"])
+        if wanted != len(self.images):
+            raise InputError(
+                f"{self.source}: {len(self.images)} image(s) for {wanted} image placeholder(s); "
+                "give one image for each"
+            )
+
+    def load_images(self) -> list[Image.Image]:
+        """The pictures, decoded to RGB; raises `InputError` naming a file that is missing or broken."""
+        return [_open_image(image, self.source) for image in self.images]
+
+    def answers(self) -> list[int]:
+        """Indices of the assistant's messages."""
+        return [i for i, message in enumerate(self.messages) if message["role"] == "assistant"]
+
+    def before(self, index: int) -> "Record":
+        """The chat up to, without, message `index`: what the model saw when it was asked for it."""
+        messages = self.messages[:index]
+        shown = sum(part["type"] == "image" for message in messages for part in message["content"])
+        return Record(messages=messages, images=self.images[:shown], source=self.source)
+
+
+def message_text(message: dict[str, Any]) -> str:
+    """The text of a message, without placeholders."""
+    return "".join(part.get("text", "") for part in message["content"] if part["type"] == "text")
+
+
+def _check_messages(record: Record) -> None:
+    if not isinstance(record.messages, list) or not record.messages:
+        raise InputError(f"{record.source}: no messages; give a list of role and content")
+    for message in record.messages:
+        role = message.get("role") if isinstance(message, dict) else None
+        if role not in ROLES:
+            raise InputError(f"{record.source}: unknown role {role!r}; known: {', '.join(ROLES)}")
+        if isinstance(message.get("content"), str):
+            message["content"] = [{"type": "text", "text": message["content"]}]
+        content = message.get("content")
+        if not isinstance(content, list) or not all(isinstance(part, dict) and "type" in part for part in content):
+            raise InputError(f"{record.source}: content must be a string or a list of typed parts")
+
+
+def _open_image(image: Path | Image.Image, source: str) -> Image.Image:
+    if isinstance(image, Image.Image):
+        return image.convert("RGB")
+    try:
+        with Image.open(image) as opened:
+            return opened.convert("RGB")
+    except FileNotFoundError:
+        raise InputError(f"{source}: image {image} does not exist") from None
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+        raise InputError(f"{source}: image {image} cannot be read: {error}") from None
+
+
+def load_records(path: str | Path, *, limit: int | None = None) -> list[Record]:
+    """Read chats from a file, with images relative to its folder.
+
+    Accepted are JSON lines of `{"messages": [...], "images": [...]}` and the LLaVA form, a JSON list
+    of `{"image": ..., "conversations": [{"from": "human", "value": "<image>..."}, ...]}`. A folder
+    stands for the `chats.jsonl` in it. Every image file is opened once, so that a broken one is
+    found before work starts.
+
+    Raises `InputError` for anything that cannot be read, naming file and line.
+    """
+    path = Path(path)
+    path = path / "chats.jsonl" if path.is_dir() else path
+    if not path.is_file():
+        raise InputError(f"data file {path} does not exist; give a JSONL file of chats or a LLaVA JSON file")
+    records = []
+    for source, entry in _entries(path):
+        if limit is not None and len(records) == limit:
+            break
+        record = _to_record(entry, path.parent, source)
+        record.load_images()
+        records.append(record)
+    if not records:
+        raise InputError(f"{path} holds no records; give at least one chat")
+    return records
+
+
+def _entries(path: Path) -> Iterator[tuple[str, Any]]:
+    text = path.read_text(encoding="utf-8")
+    try:
+        if text.lstrip().startswith("["):
+            for number, entry in enumerate(json.loads(text), start=1):
+                yield f"{path} record {number}", entry
+            return
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}: broken JSON: {error}") from None
+    for number, line in enumerate(text.splitlines(), start=1):
+        if line.strip():
+            source = f"{path} line {number}"
+            try:
+                yield source, json.loads(line)
+            except json.JSONDecodeError as error:
+                raise InputError(f"{source}: broken JSON: {error}") from None
+
+
+def _to_record(entry: Any, folder: Path, source: str) -> Record:
+    if isinstance(entry, dict) and "messages" in entry:
+        messages, images = entry["messages"], entry.get("images") or []
+    elif isinstance(entry, dict) and "conversations" in entry:
+        messages, images = _from_llava(entry, source)
+    else:
+        raise InputError(f"{source}: neither `messages` nor `conversations`; give one chat a record")
+    if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
+        raise InputError(f"{source}: `images` must be a list of file names")
+    return Record(messages=messages, images=[folder / image for image in images], source=source)
+
+
+def _from_llava(entry: dict[str, Any], source: str) -> tuple[list[dict[str, Any]], list[str]]:
+    messages = []
+    for turn in entry["conversations"]:
+        role = _LLAVA_ROLES.get(turn.get("from"))
+        if role is None:
+            raise InputError(
+                f"{source}: unknown role {turn.get('from')!r}; known: {', '.join(_LLAVA_ROLES)}"
+            )
+        content: list[dict[str, str]] = []
+        for i, piece in enumerate(turn.get("value", "").split("<image>")):
+            content += [{"type": "image"}] * (i > 0)
+            content += [{"type": "text", "text": piece.strip("\n")}] * bool(piece.strip("\n"))
+        messages.append({"role": role, "content": content})
+    image = entry.get("image")
+    return messages, image if isinstance(image, list) else [image] if image else []
+
+
+def encode(
+    processor: ProcessorMixin, records: Sequence[Record], *, generation_prompt: bool = False
+) -> BatchFeature:
+    """A padded batch of whole chats, by the processor's own chat template.
+
+    With `generation_prompt` each chat ends where the assistant's next answer begins.
+    """
+    texts = [
+        processor.apply_chat_template(r.messages, tokenize=False, add_generation_prompt=generation_prompt)
+        for r in records
+    ]
+    images = [record.load_images() for record in records]
+    return _process(processor, texts, images)
+
+
+def _process(processor: ProcessorMixin, texts: list[str], images: list[list[Image.Image]]) -> BatchFeature:
+    kwargs = {"images": images if all(images) else sum(images, [])} if any(images) else {}
+    return processor(text=texts, **kwargs, padding=True, add_special_tokens=False, return_tensors="pt")
+
+
+def encode_with_labels(
+    processor: ProcessorMixin, records: Sequence[Record], visual_token_ids: Sequence[int]
+) -> BatchFeature:
+    """`encode` plus `labels [B, T]`: the ids of the answers (and what closes them), else `IGNORE_INDEX`.
+
+    The answers are found by rendering each chat up to and through every answer, in tokens before the
+    processor repeats the image placeholders; the tokens other than placeholders then match one to one.
+    """
+    batch = encode(processor, records)
+    visual = torch.tensor(list(visual_token_ids))
+    labels = torch.full_like(batch["input_ids"], IGNORE_INDEX)
+    for row, record in enumerate(records):
+        ids, is_answer = _answer_tokens(processor, record)
+        plain = ~torch.isin(ids, visual)
+        place = ~torch.isin(batch["input_ids"][row], visual) & batch["attention_mask"][row].bool()
+        if int(place.sum()) != int(plain.sum()):
+            raise InputError(f"{record.source}: the processor changed the text of the chat; cannot label it")
+        kept = place.nonzero()[:, 0][is_answer[plain]]
+        labels[row, kept] = batch["input_ids"][row, kept]
+    batch["labels"] = labels
+    return batch
+
+
+def _answer_tokens(processor: ProcessorMixin, record: Record) -> tuple[torch.Tensor, torch.Tensor]:
+    def tokens(messages: list[dict[str, Any]], prompt: bool = False) -> list[int]:
+        text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+        return processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    ids = tokens(record.messages)
+    is_answer = torch.zeros(len(ids), dtype=torch.bool)
+    for index in record.answers():
+        start = tokens(record.messages[:index], prompt=True)
+        through = tokens(record.messages[: index + 1])
+        if ids[: len(start)] != start or ids[: len(through)] != through:
+            raise InputError(f"{record.source}: the chat template rewrites earlier turns; cannot label answers")
+        is_answer[len(start) : len(through)] = True
+    return torch.tensor(ids), is_answer

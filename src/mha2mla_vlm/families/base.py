@@ -1,0 +1,28 @@
+"""What the library must know of a model family: names, never code."""
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """One vision-language architecture of transformers.
+
+    `visual_tokens` are the config fields that hold the ids of tokens that count as visual: the
+    placeholders that visual features replace, and the marks around them.
+    """
+
+    model_type: str  # `config.model_type` of the original model
+    model_class: str  # class in `transformers`
+    config_class: str  # class in `transformers`
+    visual_tokens: tuple[str, ...]
+
+    @property
+    def mla_model_type(self) -> str:
+        """`config.model_type` of the converted model."""
+        return f"{self.model_type}_mla"
+
+    def visual_token_ids(self, config: Any) -> tuple[int, ...]:
+        """Ids of the visual tokens under a model's config."""
+        ids = (getattr(config, name, None) for name in self.visual_tokens)
+        return tuple(i for i in ids if i is not None)

@@ -1,0 +1,10 @@
+"""LLaVA-1.5: CLIP tower at a fixed resolution."""
+
+from mha2mla_vlm.families.base import Family
+
+FAMILY = Family(
+    model_type="llava",
+    model_class="LlavaForConditionalGeneration",
+    config_class="LlavaConfig",
+    visual_tokens=("image_token_id",),
+)

@@ -1,0 +1,10 @@
+"""LLaVA-NeXT: CLIP tower over tiles of any resolution; its row separators are image tokens too."""
+
+from mha2mla_vlm.families.base import Family
+
+FAMILY = Family(
+    model_type="llava_next",
+    model_class="LlavaNextForConditionalGeneration",
+    config_class="LlavaNextConfig",
+    visual_tokens=("image_token_id",),
+)

@@ -1,0 +1,10 @@
+"""Qwen2.5-VL: window-attention tower at native resolution, images and video, multimodal RoPE."""
+
+from mha2mla_vlm.families.base import Family
+
+FAMILY = Family(
+    model_type="qwen2_5_vl",
+    model_class="Qwen2_5_VLForConditionalGeneration",
+    config_class="Qwen2_5_VLConfig",
+    visual_tokens=("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"),
+)

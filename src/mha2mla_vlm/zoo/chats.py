@@ -1,0 +1,114 @@
+"""Chats about pages of handwritten digits, and the files that hold them."""
+
+import json
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from mha2mla_vlm.zoo.digits import Split, draw_page, scans_by_digit
+
+KINDS = ("place", "count", "largest", "read")
+MAX_SIDE = 4
+PAGE_MULTIPLE = {"qwen2_5_vl": 24, "llava_next": 48, "llava": 96}  # pixels; see `draw_page`
+
+
+@dataclass(frozen=True, kw_only=True)
+class Page:
+    """One picture and the digits on it, by row."""
+
+    digits: list[list[int]]
+    image: Image.Image
+
+
+def make_page(
+    rng: random.Random, *, split: Split, multiple: int, rows: int, columns: int, augment: bool
+) -> Page:
+    """A page with a grid of random digits, each a random scan of the split."""
+    pool = scans_by_digit(split)
+    digits = [[rng.randrange(10) for _ in range(columns)] for _ in range(rows)]
+    scans = [[rng.choice(pool[digit]) for digit in line] for line in digits]
+    return Page(digits=digits, image=draw_page(scans, rng, multiple=multiple, augment=augment))
+
+
+def ask(kind: str, digits: list[list[int]], rng: random.Random) -> tuple[str, str]:
+    """A question of a kind about a grid of digits, and its answer."""
+    row = rng.randrange(len(digits))
+    if kind == "place":
+        column = rng.randrange(len(digits[0]))
+        return f"Which digit is in row {row + 1}, column {column + 1}?", str(digits[row][column])
+    if kind == "count":
+        flat = [digit for line in digits for digit in line]
+        # half of the time a digit that is there, or nearly all answers would be 0 or 1
+        wanted = rng.choice(flat) if rng.random() < 0.5 else rng.randrange(10)
+        return f"How many digits are {wanted}?", str(flat.count(wanted))
+    if kind == "largest":
+        return f"Which digit is the largest in row {row + 1}?", str(max(digits[row]))
+    return "Read all digits.", " ".join("".join(map(str, line)) for line in digits)
+
+
+def make_chat(
+    rng: random.Random,
+    *,
+    split: Split,
+    multiple: int,
+    sides: list[tuple[int, int]],
+    turns: int,
+    augment: bool = False,
+) -> tuple[list[dict[str, Any]], list[Image.Image]]:
+    """Messages and pictures of one chat, with a page for each (rows, columns) of `sides`.
+
+    A page may come in a later turn than the first; a chat of several pages says which it asks
+    about. Reading the whole page comes last: earlier it would give the other answers away.
+    """
+    pages = [
+        make_page(rng, split=split, multiple=multiple, rows=rows, columns=columns, augment=augment)
+        for rows, columns in sides
+    ]
+    kinds = sorted((rng.choice(KINDS) for _ in range(turns)), key=lambda kind: kind == "read")
+    if "read" in kinds:
+        kinds = kinds[: kinds.index("read") + 1]
+    messages: list[dict[str, Any]] = []
+    shown = 0
+    for turn, kind in enumerate(kinds):
+        new = 1 if not shown or (shown < len(pages) and rng.random() < 0.5) else 0
+        new = len(pages) - shown if turn + 1 == len(kinds) else new
+        shown += new
+        which = rng.randrange(shown)
+        question, answer = ask(kind, pages[which].digits, rng)
+        if len(pages) > 1:
+            question = f"Picture {which + 1}: {question}"
+        content: list[dict[str, str]] = [{"type": "image"}] * new + [{"type": "text", "text": question}]
+        messages.append({"role": "user", "content": content})
+        messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}], "kind": kind})
+    return messages, [page.image for page in pages]
+
+
+def test_chats(
+    name: str, *, split: Split, count: int, seed: int
+) -> Iterator[tuple[list[dict[str, Any]], list[Image.Image]]]:
+    """Chats as evaluation and calibration see them: one page of 1 x 1 to 4 x 4 digits, or two pages."""
+    for index in range(count):
+        rng = random.Random(f"{name}/{split}/{seed}/{index}")
+        pages = 2 if rng.random() < 0.1 else 1
+        sides = [(rng.randint(1, MAX_SIDE), rng.randint(1, MAX_SIDE)) for _ in range(pages)]
+        yield make_chat(rng, split=split, multiple=PAGE_MULTIPLE[name], sides=sides, turns=rng.randint(1, 4))
+
+
+def write_chats(name: str, output: Path, *, split: Split, count: int, seed: int) -> Path:
+    """Write `count` chats as `chats.jsonl` and `images/*.png`; equal arguments give equal bytes.
+
+    Returns the path of the JSONL file. `output` must exist.
+    """
+    (output / "images").mkdir()
+    path = output / "chats.jsonl"
+    with path.open("w", encoding="utf-8") as file:
+        for index, (messages, images) in enumerate(test_chats(name, split=split, count=count, seed=seed)):
+            files = [f"images/{index:06d}-{i}.png" for i in range(len(images))]
+            for image, image_file in zip(images, files, strict=True):
+                image.save(output / image_file, optimize=False)
+            file.write(json.dumps({"messages": messages, "images": files}) + "\n")
+    return path

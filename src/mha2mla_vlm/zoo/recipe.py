@@ -1,0 +1,293 @@
+"""How the zoo models are trained from nothing: first to see single digits, then to read and answer.
+
+A language model that starts together with an untrained tower never learns to look, so a warm-up
+names the digit under each visual token. After it everything trains together on chats whose pages
+grow from 1 x 1 to 4 x 4 digits over the first half.
+"""
+
+import json
+import math
+import random
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from torch import nn
+from transformers import PreTrainedModel, ProcessorMixin
+
+from mha2mla_vlm.data import IGNORE_INDEX, Record, encode_with_labels
+from mha2mla_vlm.families import get_family
+from mha2mla_vlm.zoo.architectures import new_model
+from mha2mla_vlm.zoo.chats import MAX_SIDE, PAGE_MULTIPLE, Page, make_chat, make_page, test_chats
+from mha2mla_vlm.zoo.digits import CELL, Split
+
+SAVE_EVERY = 120.0  # seconds between resumable states
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Numbers of one training run. A phase ends at its number of steps or its share of `minutes`."""
+
+    seed: int = 0
+    warmup_steps: int = 1500
+    steps: int = 6000
+    minutes: float | None = None  # time for both phases together
+    warmup_share: float = 0.12  # of the minutes
+    warmup_pages: int = 32  # per step
+    tokens: int = 3000  # per step, about
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.05
+    evaluate_every: int = 250
+
+
+@dataclass
+class Clock:
+    """How far a phase is, from 0 to 1, by steps or by time, whichever is further."""
+
+    steps: int
+    seconds: float
+    step: int = 0
+    elapsed: float = 0.0
+
+    @property
+    def progress(self) -> float:
+        return min(1.0, max(self.step / self.steps, self.elapsed / self.seconds))
+
+
+def learning_rate(peak: float, progress: float) -> float:
+    """Linear warm-up over the first 3%, then a cosine down to 1% of the peak."""
+    if progress < 0.03:
+        return peak * (progress + 0.001) / 0.031
+    return peak * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (progress - 0.03) / 0.97)))
+
+
+def build(name: str, output: Path, recipe: Recipe) -> dict[str, Any]:
+    """Train a zoo model and write its folder; returns its measured accuracy on held-out scans.
+
+    Resumes from `output/state.pt` if a run was interrupted there.
+    """
+    torch.manual_seed(recipe.seed)
+    model, processor = new_model(name)
+    model.set_attn_implementation("eager")  # on a CPU faster than SDPA both ways, at these lengths
+    head = nn.Linear(model.config.text_config.hidden_size, 10)
+    seconds = math.inf if recipe.minutes is None else 60 * recipe.minutes
+    output.mkdir(parents=True, exist_ok=True)
+    run = _Run(output, nn.ModuleDict({"model": model, "head": head}), recipe)
+    run.phase(
+        "vision warm-up",
+        Clock(recipe.warmup_steps, seconds * recipe.warmup_share),
+        lambda rng, _: warmup_loss(name, model, processor, head, rng, recipe.warmup_pages),
+        lambda: {"digit_accuracy": digit_accuracy(name, model, processor, head)},
+    )
+    run.phase(
+        "reading",
+        Clock(recipe.steps, seconds * (1 - recipe.warmup_share)),
+        lambda rng, progress: chat_loss(name, model, processor, rng, progress, recipe.tokens),
+        lambda: answer_accuracy(name, model, processor, count=60, seed=1),
+    )
+    model.to(torch.bfloat16).save_pretrained(output)
+    processor.save_pretrained(output)
+    (output / "state.pt").unlink(missing_ok=True)
+    return {"parameters": model.num_parameters(), **answer_accuracy(name, model, processor, count=500, seed=0)}
+
+
+class _Run:
+    """The phases of one training: optimiser, log, and a state to resume from."""
+
+    def __init__(self, output: Path, modules: nn.ModuleDict, recipe: Recipe) -> None:
+        self.output, self.modules, self.recipe = output, modules, recipe
+        self.state: dict[str, Any] = {}
+        if (output / "state.pt").is_file():
+            self.state = torch.load(output / "state.pt", weights_only=True)
+            modules.load_state_dict(self.state["modules"])
+
+    def phase(
+        self,
+        title: str,
+        clock: Clock,
+        loss_of: Callable[[random.Random, float], torch.Tensor],
+        evaluate: Callable[[], dict[str, Any]],
+    ) -> None:
+        done: list[str] = self.state.setdefault("done", [])
+        if title in done:
+            return
+        optimizer = make_optimizer(self.modules, self.recipe)
+        if self.state.get("phase") == title:
+            optimizer.load_state_dict(self.state["optimizer"])
+            clock.step, clock.elapsed = self.state["step"], self.state["elapsed"]
+        for step, losses in self._steps(title, clock, optimizer, loss_of):
+            if step % self.recipe.evaluate_every == 0 or clock.progress >= 1:
+                self._log({"phase": title, **asdict(clock), "loss": sum(losses) / len(losses), **evaluate()})
+                losses.clear()
+        done.append(title)
+        self._save(title, clock, optimizer)
+
+    def _steps(
+        self,
+        title: str,
+        clock: Clock,
+        optimizer: torch.optim.Optimizer,
+        loss_of: Callable[[random.Random, float], torch.Tensor],
+    ) -> Iterator[tuple[int, list[float]]]:
+        start, saved, losses = time.monotonic() - clock.elapsed, time.monotonic(), []
+        columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TextColumn("{task.fields[loss]}"))
+        with Progress(*columns, console=stderr_console()) as bar:
+            task = bar.add_task(title, total=1.0, completed=clock.progress, loss="")
+            while clock.progress < 1:
+                for group in optimizer.param_groups:
+                    group["lr"] = learning_rate(self.recipe.learning_rate, clock.progress)
+                rng = random.Random(f"{title}/{self.recipe.seed}/{clock.step}")
+                with torch.autocast("cpu", torch.bfloat16):
+                    loss = loss_of(rng, clock.progress)
+                loss.backward()
+                nn.utils.clip_grad_norm_(self.modules.parameters(), 1.0)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                losses.append(loss.item())
+                clock.step, clock.elapsed = clock.step + 1, time.monotonic() - start
+                bar.update(task, completed=clock.progress, loss=f"loss {loss.item():.3f}")
+                yield clock.step, losses
+                if time.monotonic() - saved > SAVE_EVERY:
+                    self._save(title, clock, optimizer)
+                    saved = time.monotonic()
+
+    def _save(self, phase: str, clock: Clock, optimizer: torch.optim.Optimizer) -> None:
+        self.state |= {
+            "phase": phase,
+            "step": clock.step,
+            "elapsed": clock.elapsed,
+            "modules": self.modules.state_dict(),
+            "optimizer": optimizer.state_dict(),
+        }
+        torch.save(self.state, self.output / "state.tmp")
+        (self.output / "state.tmp").replace(self.output / "state.pt")
+
+    def _log(self, row: dict[str, Any]) -> None:
+        with (self.output / "training_log.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}) + "\n")
+
+
+def stderr_console() -> Any:
+    """A rich console on standard error, where progress and logs go."""
+    from rich.console import Console
+
+    return Console(stderr=True)
+
+
+def make_optimizer(modules: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    """AdamW with weight decay on matrices alone."""
+    matrices = [p for n, p in modules.named_parameters() if p.ndim >= 2 and "embed" not in n]
+    others = [p for n, p in modules.named_parameters() if p.ndim < 2 or "embed" in n]
+    groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, 0.98), fused=True)
+
+
+def page_features(name: str, model: PreTrainedModel, processor: ProcessorMixin, pages: list[Page]) -> torch.Tensor:
+    """Visual tokens of pages of one size as the language model gets them, `[B, rows, columns, C]`."""
+    inputs = processor.image_processor([page.image for page in pages], return_tensors="pt")
+    inner = model.model
+    if name == "qwen2_5_vl":
+        grid = inputs["image_grid_thw"]
+        tokens = inner.visual(inputs["pixel_values"], grid_thw=grid).pooler_output
+        rows, columns = (int(n) // 2 for n in grid[0, 1:])
+        return tokens.view(len(pages), rows, columns, -1)
+    pixels = inputs["pixel_values"]
+    pixels = pixels[:, -1] if pixels.ndim == 5 else pixels  # of LLaVA-NeXT's tiles the last, a whole page of one
+    hidden = inner.vision_tower(pixels, output_hidden_states=True).hidden_states[-1]
+    tokens = inner.multi_modal_projector(hidden[:, 1:])
+    side = math.isqrt(tokens.shape[1])
+    return tokens.view(len(pages), side, side, -1)
+
+
+def digit_logits(
+    name: str, model: PreTrainedModel, processor: ProcessorMixin, head: nn.Module, pages: list[Page]
+) -> torch.Tensor:
+    """Logits of the digit under each visual token, `[B, rows, columns, tokens of a cell, 10]`."""
+    logits = head(page_features(name, model, processor, pages)).float()
+    cells = pages[0].image.height // CELL
+    per_side = logits.shape[1] // cells
+    return logits.unfold(1, per_side, per_side).unfold(2, per_side, per_side).flatten(-2).transpose(-1, -2)
+
+
+def _warmup_pages(name: str, rng: random.Random, *, split: Split, count: int, augment: bool) -> list[Page]:
+    side = max(PAGE_MULTIPLE[name] // CELL, 2)
+    return [
+        make_page(rng, split=split, multiple=CELL, rows=side, columns=side, augment=augment) for _ in range(count)
+    ]
+
+
+def warmup_loss(
+    name: str, model: PreTrainedModel, processor: ProcessorMixin, head: nn.Module, rng: random.Random, count: int
+) -> torch.Tensor:
+    """Cross-entropy of naming the digit under each visual token, over full pages."""
+    count = count if name != "llava" else max(1, count // 4)  # its pages hold four times the digits
+    pages = _warmup_pages(name, rng, split="train", count=count, augment=True)
+    logits = digit_logits(name, model, processor, head, pages)
+    target = torch.tensor([page.digits for page in pages]).unsqueeze(-1).expand(logits.shape[:-1])
+    return nn.functional.cross_entropy(logits.flatten(0, -2), target.flatten())
+
+
+@torch.no_grad()
+def digit_accuracy(name: str, model: PreTrainedModel, processor: ProcessorMixin, head: nn.Module) -> float:
+    """Share of held-out digits whose tokens together name them right."""
+    pages = _warmup_pages(name, random.Random("accuracy"), split="test", count=128, augment=False)
+    named = digit_logits(name, model, processor, head, pages).log_softmax(-1).mean(-2).argmax(-1)
+    return (named == torch.tensor([page.digits for page in pages])).float().mean().item()
+
+
+def training_chats(name: str, rng: random.Random, progress: float, tokens: int) -> list[Record]:
+    """Chats of one step: all with pages of the same sizes, so that nothing is padded."""
+    side = min(MAX_SIDE, 1 + int(2 * progress * MAX_SIDE))
+    pages = 2 if rng.random() < 0.12 else 1
+    sides = [(rng.randint(1, side), rng.randint(1, side)) for _ in range(pages)]
+    turns = rng.randint(2, 6)
+    multiple = PAGE_MULTIPLE[name]
+    visual = {"qwen2_5_vl": 4 * sum(r * c for r, c in sides), "llava_next": 150 * pages, "llava": 144 * pages}
+    count = max(8, min(48, tokens // (visual[name] + 20 * turns)))
+    chats = (
+        make_chat(rng, split="train", multiple=multiple, sides=sides, turns=turns, augment=True)
+        for _ in range(count)
+    )
+    return [Record(messages=messages, images=images) for messages, images in chats]
+
+
+def chat_loss(
+    name: str, model: PreTrainedModel, processor: ProcessorMixin, rng: random.Random, progress: float, tokens: int
+) -> torch.Tensor:
+    """Cross-entropy of the answers' tokens of one step's chats."""
+    visual = get_family(name).visual_token_ids(model.config)
+    batch = encode_with_labels(processor, training_chats(name, rng, progress, tokens), visual)
+    return model(**batch, use_cache=False).loss
+
+
+@torch.no_grad()
+def answer_accuracy(
+    name: str, model: PreTrainedModel, processor: ProcessorMixin, *, count: int, seed: int
+) -> dict[str, Any]:
+    """Share of held-out answers that greedy decoding gets exactly right, by kind and together.
+
+    Decoding follows the right answer up to its first error, so one teacher-forced pass tells.
+    """
+    visual = get_family(name).visual_token_ids(model.config)
+    right: Counter[str] = Counter()
+    asked: Counter[str] = Counter()
+    model.eval()
+    for messages, images in test_chats(name, split="test", count=count, seed=seed):
+        record = Record(messages=messages, images=images)
+        batch = encode_with_labels(processor, [record], visual)
+        labels = batch.pop("labels")[0, 1:]
+        with torch.autocast("cpu", torch.bfloat16):
+            wrong = model(**batch).logits[0, :-1].argmax(-1) != labels
+        in_answer = labels != IGNORE_INDEX
+        number = (in_answer & ~nn.functional.pad(in_answer, (1, 0))[:-1]).cumsum(0) - 1
+        for i, index in enumerate(record.answers()):
+            kind = messages[index]["kind"]
+            asked[kind] += 1
+            right[kind] += not bool(wrong[in_answer & (number == i)].any())
+    model.train()
+    return {"exact_match": right.total() / asked.total()} | {kind: right[kind] / asked[kind] for kind in sorted(asked)}
