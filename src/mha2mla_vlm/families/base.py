@@ -15,6 +15,7 @@ class Family:
     model_type: str  # `config.model_type` of the original model
     model_class: str  # class in `transformers`
     config_class: str  # class in `transformers`
+    text_model_types: tuple[str, ...]  # language models whose attention is plain q, k, v, o with RoPE
     visual_tokens: tuple[str, ...]
 
     @property

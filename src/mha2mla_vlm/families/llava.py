@@ -6,5 +6,6 @@ FAMILY = Family(
     model_type="llava",
     model_class="LlavaForConditionalGeneration",
     config_class="LlavaConfig",
+    text_model_types=("llama", "mistral", "qwen2"),
     visual_tokens=("image_token_id",),
 )

@@ -6,5 +6,6 @@ FAMILY = Family(
     model_type="llava_next",
     model_class="LlavaNextForConditionalGeneration",
     config_class="LlavaNextConfig",
+    text_model_types=("llama", "mistral", "qwen2"),
     visual_tokens=("image_token_id",),
 )

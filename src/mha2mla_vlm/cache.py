@@ -1,0 +1,200 @@
+"""The latent cache, the modality of its tokens, and the only places that count its bytes.
+
+Shapes: B batch, T new tokens, S all tokens, G KV heads, R rope dims per head, r latent dims.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any, NamedTuple, Self
+
+import torch
+from transformers import Cache, DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from mha2mla_vlm.config import MLAConfig
+from mha2mla_vlm.errors import InputError
+
+GROWTH = 256  # tokens by which buffers grow
+MAX_RUNS = 32  # more runs than this cost more in launches than they save in arithmetic
+
+
+class Kind(IntEnum):
+    """Modality of a run of token positions over the rows of a batch."""
+
+    TEXT = 0
+    MIXED = 1  # text in some rows, visual in others
+    VISION = 2
+
+
+class Run(NamedTuple):
+    """Token positions `start` to `stop` of one kind."""
+
+    start: int
+    stop: int
+    kind: Kind
+
+
+@dataclass(frozen=True)
+class TokenModality:
+    """Which tokens are visual: `mask [B, S]`, and the same as runs along S.
+
+    Visual tokens come in few contiguous runs, so attention works run by run on views instead of
+    gathering tokens; only where rows of a batch differ (padding, other images) it needs the mask.
+    """
+
+    mask: torch.Tensor
+    runs: tuple[Run, ...]
+
+    @classmethod
+    def from_mask(cls, mask: torch.Tensor) -> Self:
+        """Find the runs of a mask; waits for the device once."""
+        code = (mask.any(0).long() + mask.all(0).long()).cpu()
+        kinds, lengths = torch.unique_consecutive(code, return_counts=True)
+        runs, start = [], 0
+        for kind, length in zip(kinds.tolist(), lengths.tolist(), strict=True):
+            runs.append(Run(start, start + length, Kind(kind)))
+            start += length
+        return cls(mask, _few(runs))
+
+    def part(self, start: int, stop: int) -> "TokenModality":
+        """The tokens from `start` to `stop`."""
+        runs = [Run(max(a, start) - start, min(b, stop) - start, k) for a, b, k in self.runs if a < stop and b > start]
+        return TokenModality(self.mask[:, start:stop], tuple(runs))
+
+    def extend(self, new: "TokenModality") -> "TokenModality":
+        """These tokens followed by `new`."""
+        length = self.mask.shape[1]
+        runs = list(self.runs)
+        for start, stop, kind in new.runs:
+            if runs and runs[-1].kind == kind and kind != Kind.MIXED:
+                runs[-1] = Run(runs[-1].start, stop + length, kind)
+            else:
+                runs.append(Run(start + length, stop + length, kind))
+        return TokenModality(torch.cat([self.mask, new.mask.to(self.mask.device)], dim=1), _few(runs))
+
+
+def _few(runs: Sequence[Run]) -> tuple[Run, ...]:
+    return tuple(runs) if len(runs) <= MAX_RUNS else (Run(0, runs[-1].stop, Kind.MIXED),)
+
+
+class LatentLayer(DynamicLayer):
+    """One layer: `keys` is the latent `[B, 1, S, r]`, `values` the rotated key part `[B, G, S, R]`.
+
+    Both are views of buffers that grow in steps, so that a new token does not copy the old ones.
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._buffers: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append latents and rotated keys; returns all of them."""
+        if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
+            return super().update(key_states, value_states, *args, **kwargs)  # in-place writes break autograd
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        start = self.get_seq_length()
+        stop = start + key_states.shape[-2]
+        buffers = self._writable(key_states, value_states, start, stop)
+        for buffer, new in zip(buffers, (key_states, value_states), strict=True):
+            buffer[:, :, start:stop] = new
+        self._buffers = buffers
+        self.keys, self.values = (buffer[:, :, :stop] for buffer in buffers)
+        return self.keys, self.values
+
+    def _writable(
+        self, latent: torch.Tensor, rope: torch.Tensor, start: int, stop: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The buffers if the tokens so far lie in them and the new ones fit, else larger copies."""
+        if self._buffers is not None and start:
+            same = self._buffers[0].data_ptr() == self.keys.data_ptr()  # else replaced by reordering or selection
+            if same and stop <= self._buffers[0].shape[2] and latent.shape[0] == self._buffers[0].shape[0]:
+                return self._buffers
+        capacity = -(-stop // GROWTH) * GROWTH if start else stop  # a prompt fits exactly
+        grown = tuple(new.new_empty(*new.shape[:2], capacity, new.shape[-1]) for new in (latent, rope))
+        if start:
+            for buffer, old in zip(grown, (self.keys, self.values), strict=True):
+                buffer[:, :, :start] = old
+        return grown[0], grown[1]
+
+    def reset(self) -> None:
+        """Forget all tokens."""
+        super().reset()
+        self._buffers = None
+
+
+class LatentCache(DynamicCache):
+    """The cache that converted models use in `generate` when none is given."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.layers = []
+        self.layer_class_to_replicate = LatentLayer
+
+
+def track_modality(cache: Cache | None, new_mask: torch.Tensor) -> TokenModality:
+    """Modality of all tokens, the cached and the new ones of `new_mask [B, T]`, and remember it.
+
+    It is kept on the cache, whatever class that has, and cut to the cache's length first: cropping
+    and beam search only ever remove or repeat generated tokens, which are text. Raises `InputError`
+    for a cache whose rows or tokens were not filled through this model.
+    """
+    new = TokenModality.from_mask(new_mask)
+    if cache is None:
+        return new
+    past = cache.get_seq_length()
+    if past:
+        known: TokenModality | None = getattr(cache, "token_modality", None)
+        if known is None or known.mask.shape[1] < past:
+            raise InputError(
+                f"the cache holds {past} tokens of unknown modality; give a cache that this model filled from its start"
+            )
+        new = _match_rows(known.part(0, past), new_mask.shape[0]).extend(new)
+    cache.token_modality = new  # type: ignore[attr-defined]
+    return new
+
+
+def _match_rows(known: TokenModality, rows: int) -> TokenModality:
+    """Follow a cache whose rows were repeated or selected from outside, where that is unambiguous."""
+    have = known.mask.shape[0]
+    if rows == have:
+        return known
+    if rows > have and rows % have == 0:
+        return TokenModality(known.mask.repeat_interleave(rows // have, dim=0), known.runs)
+    if all(run.kind != Kind.MIXED for run in known.runs):
+        return TokenModality(known.mask[:1].expand(rows, -1), known.runs)
+    raise InputError(f"the cache went from {have} to {rows} rows that differ in modality; select rows before filling it")
+
+
+def bytes_per_token(config: Any, *, itemsize: int = 2) -> int:
+    """Bytes that a token adds to the cache, over all layers, for `itemsize` bytes an element.
+
+    `config` is that of an original model, `2 * G * D` elements a layer, or of a converted one,
+    `G * R + r` elements (REFERENCE section 5); without factorisation r is `G * (2 * D - R)`.
+    """
+    text = config.get_text_config(decoder=True)
+    kv_heads = text.num_key_value_heads
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    values = getattr(config, "mla", None)
+    if values is None:
+        return text.num_hidden_layers * 2 * kv_heads * head_dim * itemsize
+    mla = MLAConfig.from_dict(values)
+    elements = 0
+    for rope, rank in map(mla.layer, range(text.num_hidden_layers)):
+        elements += kv_heads * rope + (kv_heads * (2 * head_dim - rope) if rank is None else rank)
+    return elements * itemsize
+
+
+def cache_bytes(cache: Cache, *, allocated: bool = False) -> int:
+    """Bytes of the tensors in a cache: of its tokens, or with `allocated` of the storage behind them.
+
+    Counts keys and values, that is latents and rotated keys. The modality of tokens adds one byte
+    for each token of the sequence, once for all layers, which is not counted.
+    """
+    tensors = [t for layer in cache.layers for t in (layer.keys, layer.values) if isinstance(t, torch.Tensor)]
+    if allocated:
+        return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -1,0 +1,107 @@
+"""Folders of models: strict load, and a write that is whole or not there."""
+
+import contextlib
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    PreTrainedConfig,
+    PreTrainedModel,
+    ProcessorMixin,
+)
+
+from mha2mla_vlm.errors import InputError
+from mha2mla_vlm.families import get_family
+from mha2mla_vlm.modeling import register
+from mha2mla_vlm.zoo import ZOO_PREFIX, zoo_path
+
+
+def resolve(name: str | Path) -> str:
+    """The folder or hub id that a model's name stands for; `zoo:NAME` is a shipped model."""
+    text = str(name)
+    return str(zoo_path(text)) if text.startswith(ZOO_PREFIX) else text
+
+
+def load_config(name: str | Path) -> PreTrainedConfig:
+    """Config of an original or a converted model; raises `InputError` if it is not of a supported family."""
+    register()
+    source = resolve(name)
+    try:
+        config = AutoConfig.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read a model config from {source!r}: {_first_line(error)}") from None
+    get_family(config.model_type)
+    return config  # type: ignore[no-any-return]
+
+
+def load(name: str | Path, **kwargs: Any) -> PreTrainedModel:
+    """Load an original or a converted model from a folder, a hub id or `zoo:NAME`.
+
+    Keyword arguments go to `from_pretrained`; `dtype` is by default the one stored. Raises
+    `InputError` for an unsupported family, and for weights that are broken or do not match.
+    """
+    load_config(name)
+    source = resolve(name)
+    try:
+        model = AutoModelForImageTextToText.from_pretrained(source, **{"dtype": "auto", **kwargs})
+    except InputError:
+        raise
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        raise InputError(f"cannot load the weights of {source!r}: {_first_line(error)}") from error
+    return model.eval()  # type: ignore[no-any-return]
+
+
+def load_processor(name: str | Path) -> ProcessorMixin:
+    """Load the processor that belongs to a model; its padding is on the left, for generation."""
+    source = resolve(name)
+    try:
+        processor = AutoProcessor.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot load the processor of {source!r}: {_first_line(error)}") from None
+    processor.tokenizer.padding_side = "left"
+    return processor  # type: ignore[no-any-return]
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+def check_output(output: str | Path) -> Path:
+    """Raise `InputError` if a result cannot go to `output`: it must be a new or an empty folder."""
+    path = Path(output)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise InputError(f"output {path} exists and is not an empty folder; choose another or remove it")
+    return path
+
+
+@contextlib.contextmanager
+def new_folder(output: str | Path) -> Iterator[Path]:
+    """A temporary folder that takes the place of `output` at the end, and is gone if anything fails."""
+    path = check_output(output)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        temporary.chmod(0o755)
+        yield temporary
+        if path.exists():
+            path.rmdir()
+        temporary.rename(path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def save(model: PreTrainedModel, processor: ProcessorMixin, output: str | Path) -> Path:
+    """Write a model and its processor as one transformers folder, whole or not at all."""
+    with new_folder(output) as folder:
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+    return Path(output)

@@ -1,0 +1,130 @@
+"""How well a model answers: exact match in real generation, and loss and KL on the answers' tokens.
+
+Shapes: B batch, T tokens, A answer tokens, V vocabulary.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
+
+from mha2mla_vlm.data import IGNORE_INDEX, Record, encode, encode_with_labels, message_text
+from mha2mla_vlm.errors import InputError
+from mha2mla_vlm.families import get_family
+from mha2mla_vlm.progress import track
+
+DEFAULT_KIND = "answer"
+
+
+@torch.no_grad()
+def answer_log_probs(model: PreTrainedModel, batch: BatchFeature) -> torch.Tensor:
+    """Log probabilities where answers are predicted, `[A, V]` in float32; of all tokens if there is no answer."""
+    inputs = {k: v for k, v in batch.items() if k != "labels"}
+    logits = model(**inputs, use_cache=False).logits[:, :-1]
+    return logits[_predicted(batch)].float().log_softmax(-1)
+
+
+def _predicted(batch: BatchFeature) -> torch.Tensor:
+    answers = batch["labels"][:, 1:] != IGNORE_INDEX
+    return answers if bool(answers.any()) else batch["attention_mask"][:, 1:].bool()
+
+
+def mean_kl(model: PreTrainedModel, batches: Sequence[BatchFeature], original: Sequence[torch.Tensor]) -> float:
+    """Mean over answer tokens of KL(original || model), in nats."""
+    total, count = 0.0, 0
+    for batch, expected in zip(batches, original, strict=True):
+        total += _kl_sum(answer_log_probs(model, batch), expected)
+        count += len(expected)
+    return max(0.0, total / count)
+
+
+def _kl_sum(log_probs: torch.Tensor, expected: torch.Tensor) -> float:
+    return float(F.kl_div(log_probs, expected.to(log_probs.device), reduction="sum", log_target=True))
+
+
+@torch.no_grad()
+def generate_answers(
+    model: PreTrainedModel, processor: ProcessorMixin, prompts: Sequence[Record], *, batch_size: int, max_new_tokens: int
+) -> list[str]:
+    """Greedy answers to chats that end where an answer is due, in left-padded batches of like length."""
+    order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i].images), len(prompts[i].messages)))
+    answers = [""] * len(prompts)
+    starts = range(0, len(order), batch_size)
+    for start in track(starts, "generating answers"):
+        rows = order[start : start + batch_size]
+        inputs = encode(processor, [prompts[i] for i in rows], generation_prompt=True).to(model.device)
+        output = model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)
+        texts = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        for row, text in zip(rows, texts, strict=True):
+            answers[row] = text.strip()
+    return answers
+
+
+def evaluate(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    records: Sequence[Record],
+    *,
+    baseline: PreTrainedModel | None = None,
+    batch_size: int = 16,
+) -> dict[str, Any]:
+    """Measure a model on every answer of `records`, each given the chat before it.
+
+    Returns the keys of DESIGN section 7: `records`, `answers`, `exact_match`, `cross_entropy` (nats
+    per answer token), `by_kind`, and with a `baseline` also `kl`, `agreement`, `baseline_exact_match`.
+    """
+    asked = [(record, index) for record in records for index in record.answers()]
+    if not asked:
+        raise InputError("the records hold no assistant messages; there is nothing to evaluate")
+    expected = [message_text(record.messages[index]).strip() for record, index in asked]
+    kinds = [record.messages[index].get("kind", DEFAULT_KIND) for record, index in asked]
+    prompts = [record.before(index) for record, index in asked]
+    longest = max(len(processor.tokenizer(text)["input_ids"]) for text in expected)
+    budget: dict[str, Any] = {"batch_size": batch_size, "max_new_tokens": longest + 8}
+    answers = generate_answers(model, processor, prompts, **budget)
+    right = [answer == wanted for answer, wanted in zip(answers, expected, strict=True)]
+    loss, kl = _losses(model, processor, records, baseline)
+    result: dict[str, Any] = {
+        "records": len(records),
+        "answers": len(asked),
+        "exact_match": sum(right) / len(right),
+        "cross_entropy": loss,
+        "by_kind": _by_kind(kinds, right),
+    }
+    if baseline is not None:
+        theirs = generate_answers(baseline, processor, prompts, **budget)
+        result["kl"] = kl
+        result["agreement"] = sum(a == b for a, b in zip(answers, theirs, strict=True)) / len(theirs)
+        result["baseline_exact_match"] = sum(a == b for a, b in zip(theirs, expected, strict=True)) / len(theirs)
+    return result
+
+
+def _by_kind(kinds: Sequence[str], right: Sequence[bool]) -> dict[str, dict[str, float]]:
+    groups: dict[str, list[bool]] = defaultdict(list)
+    for kind, is_right in zip(kinds, right, strict=True):
+        groups[kind].append(is_right)
+    return {
+        kind: {"answers": len(marks), "exact_match": sum(marks) / len(marks)} for kind, marks in sorted(groups.items())
+    }
+
+
+def _losses(
+    model: PreTrainedModel, processor: ProcessorMixin, records: Sequence[Record], baseline: PreTrainedModel | None
+) -> tuple[float, float]:
+    """Cross-entropy of the answers, and KL to the baseline (0 without one), per answer token."""
+    visual = get_family(model.config.model_type).visual_token_ids(model.config)
+    loss, divergence, count = 0.0, 0.0, 0
+    for record in track(records, "measuring loss"):
+        if not record.answers():
+            continue
+        batch = encode_with_labels(processor, [record], visual).to(model.device)
+        log_probs = answer_log_probs(model, batch)
+        targets = batch["labels"][:, 1:][_predicted(batch)]
+        loss += float(F.nll_loss(log_probs, targets, reduction="sum"))
+        if baseline is not None:
+            divergence += _kl_sum(log_probs, answer_log_probs(baseline, batch))
+        count += len(targets)
+    return loss / count, max(0.0, divergence / count)

@@ -1,0 +1,62 @@
+"""Low-rank factors of keys and values. Pure functions over tensors, accumulated in float64.
+
+Shapes: O = G * (N + D) outputs, per KV head N key rows and D value rows; r latent dims.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+RIDGE = 1e-6  # of the mean variance, added to every input direction
+
+
+@dataclass(frozen=True, kw_only=True)
+class Factors:
+    """`up @ down` stands for a weight: `down [r, hidden]`, `up [O, r]`."""
+
+    down: torch.Tensor
+    up: torch.Tensor
+
+
+def damped(moment: torch.Tensor) -> torch.Tensor:
+    """A second moment with a small ridge, in float64.
+
+    Directions that calibration never saw get a little weight, so that rank left over goes to what
+    the weights would do with them instead of to noise.
+    """
+    moment = moment.double()
+    ridge = RIDGE * moment.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
+    return moment + ridge * torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
+
+
+def pca_factors(weight: torch.Tensor, moment: torch.Tensor, rank: int) -> Factors:
+    """Best rank-`rank` factors of `weight [O, hidden]` for inputs of second moment `[hidden, hidden]`.
+
+    With P the top eigenvectors of `W S W^T`, `up = P` and `down = P^T W` minimise the squared error
+    of the outputs `W x` summed over inputs. This is the whitened SVD of the paper (arXiv 2601.11464,
+    section 3.2) without its inverse: any rank up to O works, whatever the rank of S.
+    """
+    weight = weight.double()
+    _, vectors = torch.linalg.eigh(weight @ damped(moment) @ weight.T)
+    top = vectors[:, -rank:].flip(-1)
+    return Factors(down=top.T @ weight, up=top)
+
+
+def block_factors(weight: torch.Tensor, is_key: torch.Tensor, rank: int, method: str) -> Factors:
+    """Factors of keys and values apart, by the SVD of the weights: `split`, `only-key`, `only-value`.
+
+    `is_key [O]` marks key rows. `split` gives half of the rank to each; the others factorise one
+    with what rank the whole other leaves.
+    """
+    keys, values = int(is_key.sum()), int((~is_key).sum())
+    key_rank = {"split": rank // 2, "only-key": rank - values, "only-value": keys}[method]
+    identity = torch.eye(weight.shape[1], dtype=torch.float64, device=weight.device)
+    blocks = [(is_key, key_rank), (~is_key, rank - key_rank)]
+    down, up = [], torch.zeros(len(weight), rank, dtype=torch.float64, device=weight.device)
+    start = 0
+    for rows, part in blocks:
+        factors = pca_factors(weight[rows], identity, part)
+        up[rows, start : start + part] = factors.up
+        down.append(factors.down)
+        start += part
+    return Factors(down=torch.cat(down), up=up)

@@ -1,0 +1,80 @@
+"""Partial RoPE: which frequency pairs of each KV head stay rotated. Pure functions over tensors.
+
+Pair `i` of a head is dims `(i, i + D/2)`. Shapes: T tokens, H query heads, G KV heads, M = H / G, D
+head dim, P = D / 2 pairs, R rope dims kept per head.
+"""
+
+from typing import Literal
+
+import torch
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate the pairs `(i, i + R/2)` of `x [..., R]` by `cos, sin [..., R/2]`."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+
+
+def fixed_pairs(kind: Literal["high", "low", "uniform"], *, kv_heads: int, head_dim: int, rope_dim: int) -> torch.Tensor:
+    """Pairs that do not depend on data, `[G, R/2]`: the first, the last, or every D/R-th."""
+    pairs, kept = head_dim // 2, rope_dim // 2
+    chosen = {
+        "high": torch.arange(kept),
+        "low": torch.arange(pairs - kept, pairs),
+        "uniform": torch.arange(kept) * pairs // kept,
+    }[kind]
+    return chosen.repeat(kv_heads, 1)
+
+
+def top_pairs(scores: torch.Tensor, rope_dim: int) -> torch.Tensor:
+    """The R/2 pairs of highest score of each KV head, ascending: `[G, P]` to `[G, R/2]`."""
+    return scores.topk(rope_dim // 2, dim=-1).indices.sort(dim=-1).values
+
+
+def _as_pairs(x: torch.Tensor) -> torch.Tensor:
+    """`[.., D]` as `[.., P, 2]`."""
+    return torch.stack(x.chunk(2, dim=-1), dim=-1)
+
+
+def two_norm_scores(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """Mean length of each pair in queries `[H, T, D]` times that in keys `[G, T, D]`: `[G, P]`.
+
+    Summed over the group's query heads (arXiv 2502.14837, 2-norm). RoPE does not change lengths, so
+    rotated and plain inputs give the same.
+    """
+    q_length = _as_pairs(queries.float()).norm(dim=-1).mean(1)
+    k_length = _as_pairs(keys.float()).norm(dim=-1).mean(1)
+    return q_length.view(len(keys), -1, q_length.shape[-1]).sum(1) * k_length
+
+
+def masking_kl_scores(
+    queries: torch.Tensor, keys: torch.Tensor, scaling: float, *, max_queries: int = 256
+) -> torch.Tensor:
+    """KL divergence of attention from attention without a pair, for each pair: `[G, P]`.
+
+    `queries [H, T, D]` and `keys [G, T, D]` are rotated; attention is causal. The mean is over
+    queries (at most `max_queries`, evenly spread) and the group's query heads; with the masked
+    pair's part c of the logits it is E_p[c] + log E_p[exp(-c)] (arXiv 2601.11464, section 3.1).
+    """
+    kv_heads, total, _ = keys.shape
+    rows = torch.linspace(0, total - 1, min(total, max_queries), device=keys.device).round().long()
+    hidden = torch.arange(total, device=keys.device) > rows[:, None]  # later tokens
+    q_pairs = _as_pairs(queries[:, rows].float()).view(kv_heads, -1, len(rows), queries.shape[-1] // 2, 2)
+    k_pairs = _as_pairs(keys.float())
+    scores = torch.zeros(kv_heads, k_pairs.shape[2], device=keys.device)
+    for head, (query, key) in enumerate(zip(q_pairs, k_pairs, strict=True)):
+        parts = torch.einsum("mtpc,spc->pmts", query, key) * scaling
+        logits = parts.sum(0).masked_fill(hidden, -torch.inf)
+        weights, total_log = logits.softmax(-1), logits.logsumexp(-1)
+        for pair, part in enumerate(parts):
+            kl = (weights * part).sum(-1) + (logits - part).logsumexp(-1) - total_log
+            scores[head, pair] = kl.mean()
+    return scores
+
+
+def split_dims(pairs: torch.Tensor, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Dims of each KV head that stay rotated, `[G, R]` in half-split pair order, and the others, `[G, N]`."""
+    rope = torch.cat([pairs, pairs + head_dim // 2], dim=-1)
+    is_rope = torch.zeros(len(pairs), head_dim, dtype=torch.bool, device=pairs.device).scatter(1, rope, True)
+    others = (~is_rope).nonzero()[:, 1].view(len(pairs), -1)
+    return rope, others
