@@ -1,0 +1,59 @@
+"""Convert vision-language models to multi-head latent attention, and run them with a small cache.
+
+Importing this package does nothing but define names; they are loaded when first used.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mha2mla_vlm.cache import LatentCache, bytes_per_token, cache_bytes
+    from mha2mla_vlm.checkpoint import load, load_processor, save
+    from mha2mla_vlm.config import ConversionConfig, MLAConfig
+    from mha2mla_vlm.convert import convert
+    from mha2mla_vlm.data import Record, load_records
+    from mha2mla_vlm.errors import InputError
+    from mha2mla_vlm.evaluate import evaluate
+    from mha2mla_vlm.zoo import zoo_path
+
+__version__ = "0.1.0"
+
+_MODULES = {
+    "LatentCache": "cache",
+    "bytes_per_token": "cache",
+    "cache_bytes": "cache",
+    "load": "checkpoint",
+    "load_processor": "checkpoint",
+    "save": "checkpoint",
+    "ConversionConfig": "config",
+    "MLAConfig": "config",
+    "convert": "convert",
+    "Record": "data",
+    "load_records": "data",
+    "InputError": "errors",
+    "evaluate": "evaluate",
+    "zoo_path": "zoo",
+}
+
+__all__ = [
+    "ConversionConfig",
+    "InputError",
+    "LatentCache",
+    "MLAConfig",
+    "Record",
+    "bytes_per_token",
+    "cache_bytes",
+    "convert",
+    "evaluate",
+    "load",
+    "load_processor",
+    "load_records",
+    "save",
+    "zoo_path",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)

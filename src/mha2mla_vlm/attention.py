@@ -53,7 +53,9 @@ class MLAAttention(nn.Module):
     the queries and outputs and attends over the latents themselves.
     """
 
-    def __init__(self, source: nn.Module, *, rope_dim: int, rank: int | None, modalities: tuple[str, ...]) -> None:
+    def __init__(
+        self, source: nn.Module, *, rope_dim: int, rank: int | None, modalities: tuple[str, ...]
+    ) -> None:
         super().__init__()
         self.config = source.config
         self.layer_idx = source.layer_idx
@@ -70,7 +72,9 @@ class MLAAttention(nn.Module):
         hidden, outputs = source.q_proj.in_features, self.kv_heads * (self.nope_dim + self.head_dim)
         bias = source.k_proj.bias is not None
         new: dict[str, Any] = {"device": source.q_proj.weight.device, "dtype": source.q_proj.weight.dtype}
-        self.q_proj = nn.Linear(hidden, self.heads * self.head_dim, bias=source.q_proj.bias is not None, **new)
+        self.q_proj = nn.Linear(
+            hidden, self.heads * self.head_dim, bias=source.q_proj.bias is not None, **new
+        )
         self.k_rope_proj = nn.Linear(hidden, self.kv_heads * rope_dim, bias=bias, **new)
         self.kv_a_proj = nn.ModuleDict(
             {m: nn.Linear(hidden, rank or outputs, bias=bias and rank is None, **new) for m in modalities}
@@ -95,7 +99,9 @@ class MLAAttention(nn.Module):
         batch, new, _ = hidden_states.shape
         cos, sin = (self._pair_columns(table) for table in position_embeddings)
         q_rope, q_nope = self._queries(hidden_states, cos, sin)
-        k_rope = self.k_rope_proj(hidden_states).view(batch, new, self.kv_heads, self.rope_dim).transpose(1, 2)
+        k_rope = (
+            self.k_rope_proj(hidden_states).view(batch, new, self.kv_heads, self.rope_dim).transpose(1, 2)
+        )
         k_rope = rotate(k_rope, cos, sin)
         latent = self._down(hidden_states, token_modality)
         if past_key_values is not None:
@@ -137,7 +143,12 @@ class MLAAttention(nn.Module):
         return self._by_modality(self.kv_a_proj, hidden_states, modality, total - new, total)
 
     def _by_modality(
-        self, projections: nn.ModuleDict, x: torch.Tensor, modality: TokenModality | None, start: int, stop: int
+        self,
+        projections: nn.ModuleDict,
+        x: torch.Tensor,
+        modality: TokenModality | None,
+        start: int,
+        stop: int,
     ) -> torch.Tensor:
         """Project `x`, the tokens `start` to `stop`, each with the projection of its modality."""
         if self.modalities == SHARED:
@@ -172,8 +183,8 @@ class MLAAttention(nn.Module):
         self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The attention backend that the model is set to; returns `[B, T, H, D]`."""
-        backend: Callable[..., tuple[torch.Tensor, torch.Tensor | None]] = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
+        backend: Callable[..., tuple[torch.Tensor, torch.Tensor | None]] = (
+            ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         )
         dropout = self.attention_dropout if self.training else 0.0
         return backend(self, queries, keys, values, mask, dropout=dropout, scaling=self.scaling, **kwargs)
@@ -205,7 +216,9 @@ class MLAAttention(nn.Module):
         batch, heads, new, _ = q_nope.shape
         total = latent.shape[1]
         grouped = (batch, self.kv_heads, -1)
-        scores = (q_rope.reshape(*grouped, self.rope_dim) @ k_rope.transpose(-1, -2)).view(batch, heads, new, total)
+        scores = (q_rope.reshape(*grouped, self.rope_dim) @ k_rope.transpose(-1, -2)).view(
+            batch, heads, new, total
+        )
         nope = q_nope.reshape(*grouped, self.nope_dim)
         scores = scores + self._latent_scores(nope, latent, modality).view(batch, heads, new, total)
         scores = scores * self.scaling
@@ -256,7 +269,7 @@ class MLAAttention(nn.Module):
     def _latent_values(
         self, weights: torch.Tensor, latent: torch.Tensor, modality: TokenModality | None
     ) -> torch.Tensor:
-        """Values of all tokens under `weights [B, H*T, S]`, summed before they are expanded: `[B, H*T, D]`."""
+        """Values of all tokens under `weights [B, H*T, S]`, then expanded: `[B, H*T, D]`."""
         batch = latent.shape[0]
         sums: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         for start, stop, kind in self._runs(modality, latent.shape[1]):
@@ -265,7 +278,9 @@ class MLAAttention(nn.Module):
                 part = weights[..., start:stop]
                 if len(names) == 2:
                     none = torch.zeros_like(part)
-                    part = self._pick(modality, start, stop, *((part, none) if name == "text" else (none, part)))
+                    part = self._pick(
+                        modality, start, stop, *((part, none) if name == "text" else (none, part))
+                    )
                 mixed, mass = part @ latent[:, start:stop], part.sum(-1, keepdim=True)
                 if name in sums:
                     mixed, mass = mixed + sums[name][0], mass + sums[name][1]

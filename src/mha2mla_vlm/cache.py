@@ -59,7 +59,11 @@ class TokenModality:
 
     def part(self, start: int, stop: int) -> "TokenModality":
         """The tokens from `start` to `stop`."""
-        runs = [Run(max(a, start) - start, min(b, stop) - start, k) for a, b, k in self.runs if a < stop and b > start]
+        runs = [
+            Run(max(a, start) - start, min(b, stop) - start, k)
+            for a, b, k in self.runs
+            if a < stop and b > start
+        ]
         return TokenModality(self.mask[:, start:stop], tuple(runs))
 
     def extend(self, new: "TokenModality") -> "TokenModality":
@@ -110,7 +114,9 @@ class LatentLayer(DynamicLayer):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The buffers if the tokens so far lie in them and the new ones fit, else larger copies."""
         if self._buffers is not None and start:
-            same = self._buffers[0].data_ptr() == self.keys.data_ptr()  # else replaced by reordering or selection
+            same = (
+                self._buffers[0].data_ptr() == self.keys.data_ptr()
+            )  # else replaced by reordering or selection
             if same and stop <= self._buffers[0].shape[2] and latent.shape[0] == self._buffers[0].shape[0]:
                 return self._buffers
         capacity = -(-stop // GROWTH) * GROWTH if start else stop  # a prompt fits exactly
@@ -131,7 +137,7 @@ class LatentCache(DynamicCache):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.layers = []
+        self.layers: list[LatentLayer] = []
         self.layer_class_to_replicate = LatentLayer
 
 
@@ -150,10 +156,10 @@ def track_modality(cache: Cache | None, new_mask: torch.Tensor) -> TokenModality
         known: TokenModality | None = getattr(cache, "token_modality", None)
         if known is None or known.mask.shape[1] < past:
             raise InputError(
-                f"the cache holds {past} tokens of unknown modality; give a cache that this model filled from its start"
+                f"the cache holds {past} tokens of unknown modality; give one that this model filled"
             )
         new = _match_rows(known.part(0, past), new_mask.shape[0]).extend(new)
-    cache.token_modality = new  # type: ignore[attr-defined]
+    cache.token_modality = new
     return new
 
 
@@ -166,7 +172,9 @@ def _match_rows(known: TokenModality, rows: int) -> TokenModality:
         return TokenModality(known.mask.repeat_interleave(rows // have, dim=0), known.runs)
     if all(run.kind != Kind.MIXED for run in known.runs):
         return TokenModality(known.mask[:1].expand(rows, -1), known.runs)
-    raise InputError(f"the cache went from {have} to {rows} rows that differ in modality; select rows before filling it")
+    raise InputError(
+        f"the cache went from {have} to {rows} rows that differ in modality; select rows before filling it"
+    )
 
 
 def bytes_per_token(config: Any, *, itemsize: int = 2) -> int:

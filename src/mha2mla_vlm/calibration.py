@@ -45,7 +45,9 @@ def observed_attention(model: PreTrainedModel, observer: Observer) -> Iterator[N
     handles = []
     for index, layer in enumerate(decoder_layers(model)):
 
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], index: int = index) -> None:
+        def hook(
+            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], index: int = index
+        ) -> None:
             hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
             observer(index, module, hidden, kwargs["position_embeddings"])
 
@@ -58,7 +60,9 @@ def observed_attention(model: PreTrainedModel, observer: Observer) -> Iterator[N
 
 
 @torch.no_grad()
-def _run(model: PreTrainedModel, batches: Sequence[BatchFeature], observer: Observer, title: str) -> Iterator[BatchFeature]:
+def _run(
+    model: PreTrainedModel, batches: Sequence[BatchFeature], observer: Observer, title: str
+) -> Iterator[BatchFeature]:
     for batch in track(batches, title):
         yield batch
         with observed_attention(model, observer):
@@ -83,11 +87,15 @@ def collect_moments(
     return stats
 
 
-def collect_pair_scores(model: PreTrainedModel, batches: Sequence[BatchFeature], method: str) -> list[torch.Tensor]:
+def collect_pair_scores(
+    model: PreTrainedModel, batches: Sequence[BatchFeature], method: str
+) -> list[torch.Tensor]:
     """Scores `[G, P]` of every layer's pairs by `2-norm` or `mkl`, averaged over single chats."""
     scores: list[Any] = [0.0] * len(decoder_layers(model))
 
-    def observe(index: int, module: Any, hidden: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor]) -> None:
+    def observe(
+        index: int, module: Any, hidden: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor]
+    ) -> None:
         def heads(projection: nn.Module) -> torch.Tensor:
             return projection(hidden)[0].float().unflatten(-1, (-1, module.head_dim)).transpose(0, 1)
 

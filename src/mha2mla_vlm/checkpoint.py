@@ -38,7 +38,7 @@ def load_config(name: str | Path) -> PreTrainedConfig:
     except (OSError, ValueError) as error:
         raise InputError(f"cannot read a model config from {source!r}: {_first_line(error)}") from None
     get_family(config.model_type)
-    return config  # type: ignore[no-any-return]
+    return config
 
 
 def load(name: str | Path, **kwargs: Any) -> PreTrainedModel:
@@ -55,7 +55,7 @@ def load(name: str | Path, **kwargs: Any) -> PreTrainedModel:
         raise
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise InputError(f"cannot load the weights of {source!r}: {_first_line(error)}") from error
-    return model.eval()  # type: ignore[no-any-return]
+    return model.eval()
 
 
 def load_processor(name: str | Path) -> ProcessorMixin:
@@ -66,7 +66,7 @@ def load_processor(name: str | Path) -> ProcessorMixin:
     except (OSError, ValueError) as error:
         raise InputError(f"cannot load the processor of {source!r}: {_first_line(error)}") from None
     processor.tokenizer.padding_side = "left"
-    return processor  # type: ignore[no-any-return]
+    return processor
 
 
 def _first_line(error: Exception) -> str:

@@ -15,12 +15,13 @@ SHARED: tuple[str, ...] = ("shared",)
 DECOUPLED: tuple[str, ...] = ("text", "vision")
 
 
+@dataclass(frozen=True, kw_only=True)
 class _Strict:
     """A dataclass that is read from a mapping and rejects keys that it does not know."""
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
-        known = {f.name for f in fields(cls)}  # type: ignore[arg-type]
+        known = {f.name for f in fields(cls)}
         if unknown := sorted(set(values) - known):
             raise InputError(
                 f"unknown key(s) {', '.join(unknown)} in {cls.__name__}; known: {', '.join(sorted(known))}"
@@ -28,7 +29,7 @@ class _Strict:
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)  # type: ignore[call-overload,no-any-return]
+        return asdict(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,8 +102,12 @@ class ConversionConfig(_Strict):
             if value not in known:
                 raise InputError(f"unknown {name.replace('_', ' ')} {value!r}; known: {', '.join(known)}")
         if self.samples < 2:
-            raise InputError(f"samples = {self.samples}: give at least 2, one to calibrate on and one held out")
+            raise InputError(
+                f"samples = {self.samples}: give at least 2, one to calibrate on and one held out"
+            )
         if not 0 < self.held_out < 1:
             raise InputError(f"held_out = {self.held_out}: give a share between 0 and 1")
         if self.d_kv is not None and self.factorization == "none":
-            raise InputError(f"d_kv = {self.d_kv} has no meaning with factorization 'none'; leave one of them out")
+            raise InputError(
+                f"d_kv = {self.d_kv} has no meaning with factorization 'none'; leave one of them out"
+            )

@@ -48,7 +48,7 @@ def convert(
     logger.info(f"partial RoPE ({config.rope_selection}): KL {kl['partial_rope']:.4f}")
 
     if config.factorization != "none":
-        stats = collect_moments(converted, calibration, converted.visual_token_ids)  # type: ignore[arg-type]
+        stats = collect_moments(converted, calibration, converted.visual_token_ids)
         converted = with_factors(converted, stats, mla)
         kl["factorization"] = mean_kl(converted, held_out, original)
         logger.info(f"factorization ({config.factorization}): KL {kl['factorization']:.4f}")
@@ -67,8 +67,12 @@ def plan(model_config: Any, config: ConversionConfig) -> MLAConfig:
             f"language model {text.model_type!r} is not supported in {family.model_type}; "
             f"supported: {', '.join(family.text_model_types)}"
         )
-    if "sliding_attention" in (getattr(text, "layer_types", None) or ()) or getattr(text, "sliding_window", None):
-        raise InputError("sliding-window attention is not supported; supported is full attention in every layer")
+    if "sliding_attention" in (getattr(text, "layer_types", None) or ()) or getattr(
+        text, "sliding_window", None
+    ):
+        raise InputError(
+            "sliding-window attention is not supported; supported is full attention in every layer"
+        )
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     rope_dim = head_dim // 2 if config.rope_dim is None else config.rope_dim
     rank = (head_dim // 4 if config.d_kv is None else config.d_kv) * text.num_key_value_heads
@@ -83,13 +87,17 @@ def plan(model_config: Any, config: ConversionConfig) -> MLAConfig:
         factorization=config.factorization,
     )
     mla.check(
-        layers=text.num_hidden_layers, head_dim=head_dim, kv_heads=text.num_key_value_heads, hidden=text.hidden_size
+        layers=text.num_hidden_layers,
+        head_dim=head_dim,
+        kv_heads=text.num_key_value_heads,
+        hidden=text.hidden_size,
     )
     before = bytes_per_token(model_config)
-    after = text.num_hidden_layers * 2 * (text.num_key_value_heads * rope_dim + (mla.kv_lora_rank or 0))  # type: ignore[operator]
+    after = text.num_hidden_layers * 2 * (text.num_key_value_heads * rope_dim + (mla.kv_lora_rank or 0))
     after = before if mla.kv_lora_rank is None else after
     logger.info(
-        f"R = {rope_dim} of {head_dim} rope dims, d_kv = {rank // text.num_key_value_heads}, r = {mla.kv_lora_rank}: "
+        f"R = {rope_dim} of {head_dim} rope dims, d_kv = {rank // text.num_key_value_heads}, "
+        f"r = {mla.kv_lora_rank}: "
         f"{before} to {after} cache bytes per token in 16 bits ({after / before:.1%})"
     )
     return mla
@@ -125,7 +133,7 @@ def select_pairs(
 
 def with_partial_rope(model: PreTrainedModel, pairs: list[torch.Tensor], mla: MLAConfig) -> PreTrainedModel:
     """The model with only `pairs` rotated, and keys and values not yet factorised."""
-    scale = float(getattr(model.model.language_model.rotary_emb, "attention_scaling", 1.0)) ** 2  # type: ignore[union-attr,arg-type]
+    scale = float(getattr(model.model.language_model.rotary_emb, "attention_scaling", 1.0)) ** 2
     weights = [
         partial_rope_weights(layer.self_attn, chosen, scale)
         for layer, chosen in zip(decoder_layers(model), pairs, strict=True)
@@ -154,7 +162,9 @@ def partial_rope_weights(attention: Any, pairs: torch.Tensor, scale: float = 1.0
             weights[f"q_proj.{kind}"] = (q * factor.view(-1, *[1] * (q.ndim - 3))).flatten(0, 2)
         if k is not None:
             k, v = (x.detach().unflatten(0, (kv_heads, attention.head_dim)) for x in (k, v))
-            weights[f"k_rope_proj.{kind}"] = torch.cat([head[rows] for head, rows in zip(k, rope, strict=True)])
+            weights[f"k_rope_proj.{kind}"] = torch.cat(
+                [head[rows] for head, rows in zip(k, rope, strict=True)]
+            )
             both = [torch.cat([kh[rows], vh]) for kh, vh, rows in zip(k, v, others, strict=True)]
             weights[f"kv_a_proj.shared.{kind}"] = torch.cat(both)
     return weights
@@ -166,7 +176,9 @@ def with_factors(model: PreTrainedModel, stats: list[LayerStats], mla: MLAConfig
     for index, layer in enumerate(decoder_layers(model)):
         attention: Any = layer.self_attn
         source = attention.kv_a_proj["shared"]
-        is_key = torch.arange(source.out_features) % (attention.nope_dim + attention.head_dim) < attention.nope_dim
+        is_key = (
+            torch.arange(source.out_features) % (attention.nope_dim + attention.head_dim) < attention.nope_dim
+        )
         factors = layer_factors(source.weight.detach(), is_key, stats[index], mla, index)
         made = {}
         for modality, factor in factors.items():
@@ -209,11 +221,13 @@ def layer_factors(
 
 def set_mla(model: PreTrainedModel, mla: MLAConfig) -> None:
     """Record `mla` on a converted model."""
-    model.mla_config = mla  # type: ignore[assignment]
+    model.mla_config = mla
     model.config.mla = mla.to_dict()
 
 
-def _rebuild(model: PreTrainedModel, mla: MLAConfig, weights: list[dict[str, torch.Tensor]]) -> PreTrainedModel:
+def _rebuild(
+    model: PreTrainedModel, mla: MLAConfig, weights: list[dict[str, torch.Tensor]]
+) -> PreTrainedModel:
     """A converted model with `weights` in its attention layers and all else as in `model`."""
     config_class, model_class = mla_classes(model.config.model_type)
     values = model.config.to_dict() | {"model_type": config_class.model_type, "mla": mla.to_dict()}
@@ -223,11 +237,14 @@ def _rebuild(model: PreTrainedModel, mla: MLAConfig, weights: list[dict[str, tor
     names = {id(module): name for name, module in model.named_modules()}
     for layer, made in zip(decoder_layers(model), weights, strict=True):
         prefix = names[id(layer.self_attn)] + "."
-        replaced = ("q_proj", "k_proj", "v_proj", "kv_a_proj", "kv_b_proj") if "q_proj.weight" in made else ("kv_a_proj",)
+        replaced = (
+            ("q_proj", "k_proj", "v_proj", "kv_a_proj", "kv_b_proj")
+            if "q_proj.weight" in made
+            else ("kv_a_proj",)
+        )
         for key in [key for key in state if key.startswith(tuple(prefix + part for part in replaced))]:
             del state[key]
         state |= {prefix + key: value for key, value in made.items()}
     made_model = model_class.from_pretrained(None, config=config, state_dict=state, dtype=model.dtype)
     made_model.generation_config = model.generation_config
-    return made_model.to(model.device).eval()  # type: ignore[no-any-return]
-
+    return made_model.to(model.device).eval()

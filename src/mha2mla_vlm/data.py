@@ -67,7 +67,9 @@ def _check_messages(record: Record) -> None:
         if isinstance(message.get("content"), str):
             message["content"] = [{"type": "text", "text": message["content"]}]
         content = message.get("content")
-        if not isinstance(content, list) or not all(isinstance(part, dict) and "type" in part for part in content):
+        if not isinstance(content, list) or not all(
+            isinstance(part, dict) and "type" in part for part in content
+        ):
             raise InputError(f"{record.source}: content must be a string or a list of typed parts")
 
 
@@ -97,7 +99,7 @@ def load_records(path: str | Path, *, limit: int | None = None) -> list[Record]:
     path = path / "chats.jsonl" if path.is_dir() else path
     if not path.is_file():
         raise InputError(f"data file {path} does not exist; give a JSONL file of chats or a LLaVA JSON file")
-    records = []
+    records: list[Record] = []
     for source, entry in _entries(path):
         if limit is not None and len(records) == limit:
             break
@@ -144,9 +146,7 @@ def _from_llava(entry: dict[str, Any], source: str) -> tuple[list[dict[str, Any]
     for turn in entry["conversations"]:
         role = _LLAVA_ROLES.get(turn.get("from"))
         if role is None:
-            raise InputError(
-                f"{source}: unknown role {turn.get('from')!r}; known: {', '.join(_LLAVA_ROLES)}"
-            )
+            raise InputError(f"{source}: unknown role {turn.get('from')!r}; known: {', '.join(_LLAVA_ROLES)}")
         content: list[dict[str, str]] = []
         for i, piece in enumerate(turn.get("value", "").split("<image>")):
             content += [{"type": "image"}] * (i > 0)
@@ -172,7 +172,10 @@ def encode(
 
 
 def _process(processor: ProcessorMixin, texts: list[str], images: list[list[Image.Image]]) -> BatchFeature:
-    kwargs = {"images": images if all(images) else sum(images, [])} if any(images) else {}
+    kwargs: dict[str, Any] = {}
+    if any(images):
+        # a chat without pictures must not reach the processor as an empty list
+        kwargs["images"] = images if all(images) else [image for chat in images for image in chat]
     return processor(text=texts, **kwargs, padding=True, add_special_tokens=False, return_tensors="pt")
 
 
@@ -210,6 +213,8 @@ def _answer_tokens(processor: ProcessorMixin, record: Record) -> tuple[torch.Ten
         start = tokens(record.messages[:index], prompt=True)
         through = tokens(record.messages[: index + 1])
         if ids[: len(start)] != start or ids[: len(through)] != through:
-            raise InputError(f"{record.source}: the chat template rewrites earlier turns; cannot label answers")
+            raise InputError(
+                f"{record.source}: the chat template rewrites earlier turns; cannot label answers"
+            )
         is_answer[len(start) : len(through)] = True
     return torch.tensor(ids), is_answer

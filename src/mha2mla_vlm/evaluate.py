@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch.nn import functional as F
+from torch import nn
 from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
 
 from mha2mla_vlm.data import IGNORE_INDEX, Record, encode, encode_with_labels, message_text
@@ -21,7 +21,7 @@ DEFAULT_KIND = "answer"
 
 @torch.no_grad()
 def answer_log_probs(model: PreTrainedModel, batch: BatchFeature) -> torch.Tensor:
-    """Log probabilities where answers are predicted, `[A, V]` in float32; of all tokens if there is no answer."""
+    """Log probabilities of answer tokens, `[A, V]` in float32; of all tokens if there is no answer."""
     inputs = {k: v for k, v in batch.items() if k != "labels"}
     logits = model(**inputs, use_cache=False).logits[:, :-1]
     return logits[_predicted(batch)].float().log_softmax(-1)
@@ -32,7 +32,9 @@ def _predicted(batch: BatchFeature) -> torch.Tensor:
     return answers if bool(answers.any()) else batch["attention_mask"][:, 1:].bool()
 
 
-def mean_kl(model: PreTrainedModel, batches: Sequence[BatchFeature], original: Sequence[torch.Tensor]) -> float:
+def mean_kl(
+    model: PreTrainedModel, batches: Sequence[BatchFeature], original: Sequence[torch.Tensor]
+) -> float:
     """Mean over answer tokens of KL(original || model), in nats."""
     total, count = 0.0, 0
     for batch, expected in zip(batches, original, strict=True):
@@ -42,12 +44,19 @@ def mean_kl(model: PreTrainedModel, batches: Sequence[BatchFeature], original: S
 
 
 def _kl_sum(log_probs: torch.Tensor, expected: torch.Tensor) -> float:
-    return float(F.kl_div(log_probs, expected.to(log_probs.device), reduction="sum", log_target=True))
+    return float(
+        nn.functional.kl_div(log_probs, expected.to(log_probs.device), reduction="sum", log_target=True)
+    )
 
 
 @torch.no_grad()
 def generate_answers(
-    model: PreTrainedModel, processor: ProcessorMixin, prompts: Sequence[Record], *, batch_size: int, max_new_tokens: int
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    prompts: Sequence[Record],
+    *,
+    batch_size: int,
+    max_new_tokens: int,
 ) -> list[str]:
     """Greedy answers to chats that end where an answer is due, in left-padded batches of like length."""
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i].images), len(prompts[i].messages)))
@@ -98,7 +107,9 @@ def evaluate(
         theirs = generate_answers(baseline, processor, prompts, **budget)
         result["kl"] = kl
         result["agreement"] = sum(a == b for a, b in zip(answers, theirs, strict=True)) / len(theirs)
-        result["baseline_exact_match"] = sum(a == b for a, b in zip(theirs, expected, strict=True)) / len(theirs)
+        result["baseline_exact_match"] = sum(a == b for a, b in zip(theirs, expected, strict=True)) / len(
+            theirs
+        )
     return result
 
 
@@ -107,12 +118,16 @@ def _by_kind(kinds: Sequence[str], right: Sequence[bool]) -> dict[str, dict[str,
     for kind, is_right in zip(kinds, right, strict=True):
         groups[kind].append(is_right)
     return {
-        kind: {"answers": len(marks), "exact_match": sum(marks) / len(marks)} for kind, marks in sorted(groups.items())
+        kind: {"answers": len(marks), "exact_match": sum(marks) / len(marks)}
+        for kind, marks in sorted(groups.items())
     }
 
 
 def _losses(
-    model: PreTrainedModel, processor: ProcessorMixin, records: Sequence[Record], baseline: PreTrainedModel | None
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    records: Sequence[Record],
+    baseline: PreTrainedModel | None,
 ) -> tuple[float, float]:
     """Cross-entropy of the answers, and KL to the baseline (0 without one), per answer token."""
     visual = get_family(model.config.model_type).visual_token_ids(model.config)
@@ -123,7 +138,7 @@ def _losses(
         batch = encode_with_labels(processor, [record], visual).to(model.device)
         log_probs = answer_log_probs(model, batch)
         targets = batch["labels"][:, 1:][_predicted(batch)]
-        loss += float(F.nll_loss(log_probs, targets, reduction="sum"))
+        loss += float(nn.functional.nll_loss(log_probs, targets, reduction="sum"))
         if baseline is not None:
             divergence += _kl_sum(log_probs, answer_log_probs(baseline, batch))
         count += len(targets)

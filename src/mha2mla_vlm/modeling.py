@@ -3,7 +3,7 @@
 import functools
 import inspect
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
@@ -17,7 +17,7 @@ from mha2mla_vlm.families import FAMILIES, get_family
 from mha2mla_vlm.families.base import Family
 
 REMOTE_MODULE = "modeling_mha2mla"
-_REMOTE_CODE = '''"""Lets transformers load this folder with trust_remote_code=True; the code is in mha2mla-vlm."""
+_REMOTE_CODE = '''"""For trust_remote_code=True; the code itself is in the package mha2mla-vlm."""
 
 try:
     from mha2mla_vlm.modeling import {config}, {model}
@@ -30,10 +30,16 @@ __all__ = ["{config}", "{model}"]
 
 def decoder_layers(model: PreTrainedModel) -> torch.nn.ModuleList:
     """The language model's layers, of an original or a converted model."""
-    return model.model.language_model.layers  # type: ignore[no-any-return,union-attr]
+    return model.model.language_model.layers
 
 
-class MLAMixin:
+if TYPE_CHECKING:
+    _Model = PreTrainedModel
+else:
+    _Model = object
+
+
+class MLAMixin(_Model):
     """What a converted model adds to its family's class, whichever that is."""
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
@@ -46,7 +52,7 @@ class MLAMixin:
             "AutoConfig": f"{REMOTE_MODULE}.{type(config).__name__}",
             "AutoModelForImageTextToText": f"{REMOTE_MODULE}.{type(self).__name__}",
         }
-        for layer in decoder_layers(self):  # type: ignore[arg-type]
+        for layer in decoder_layers(self):
             rope_dim, rank = self.mla_config.layer(layer.self_attn.layer_idx)
             layer.self_attn = MLAAttention(
                 layer.self_attn, rope_dim=rope_dim, rank=rank, modalities=self.mla_config.modalities
@@ -76,7 +82,9 @@ class MLAMixin:
             return torch.isin(input_ids, torch.tensor(self.visual_token_ids, device=input_ids.device))
         if inputs_embeds is not None and mm_token_type_ids is not None:
             return mm_token_type_ids[:, -inputs_embeds.shape[1] :] > 0
-        raise InputError("inputs_embeds alone do not tell visual from text tokens; give mm_token_type_ids [B, T] too")
+        raise InputError(
+            "inputs_embeds alone do not tell visual from text tokens; give mm_token_type_ids [B, T] too"
+        )
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
@@ -93,18 +101,18 @@ class MLAMixin:
             raise InputError(
                 f"cache_implementation {wanted!r} does not hold latents; use dynamic, offloaded or quantized"
             )
-        return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
+        return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
 
     def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
         """As transformers does, plus the module that loads the folder with `trust_remote_code=True`."""
-        super().save_pretrained(save_directory, **kwargs)  # type: ignore[misc]
+        super().save_pretrained(save_directory, **kwargs)
         code = _REMOTE_CODE.format(config=type(self.config).__name__, model=type(self).__name__)
         Path(save_directory, f"{REMOTE_MODULE}.py").write_text(code, encoding="utf-8")
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
         """As transformers does, but a missing or an extra key is an error: nothing is made up or dropped."""
-        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)  # type: ignore[misc]
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         wrong = {name: sorted(map(str, info.get(name, ()))) for name in ("missing_keys", "unexpected_keys")}
         if any(wrong.values()):
             listed = "; ".join(f"{k.replace('_', ' ')}: {', '.join(v[:5])}" for k, v in wrong.items() if v)

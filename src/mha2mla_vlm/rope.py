@@ -15,7 +15,9 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
 
-def fixed_pairs(kind: Literal["high", "low", "uniform"], *, kv_heads: int, head_dim: int, rope_dim: int) -> torch.Tensor:
+def fixed_pairs(
+    kind: Literal["high", "low", "uniform"], *, kv_heads: int, head_dim: int, rope_dim: int
+) -> torch.Tensor:
     """Pairs that do not depend on data, `[G, R/2]`: the first, the last, or every D/R-th."""
     pairs, kept = head_dim // 2, rope_dim // 2
     chosen = {

@@ -119,7 +119,10 @@ def _plain_tokenizer(special: list[str], **names: str) -> PreTrainedTokenizerFas
     backend = train_tokenizer(special)
     backend.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend, extra_special_tokens={"image_token": "<image>"}, padding_side="left", **names
+        tokenizer_object=backend,
+        extra_special_tokens={"image_token": "<image>"},
+        padding_side="left",
+        **names,
     )
 
 

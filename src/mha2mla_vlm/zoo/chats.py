@@ -9,7 +9,7 @@ from typing import Any
 
 from PIL import Image
 
-from mha2mla_vlm.zoo.digits import Split, draw_page, scans_by_digit
+from mha2mla_vlm.zoo.digits import CELL, Split, draw_page, scans_by_digit
 
 KINDS = ("place", "count", "largest", "read")
 MAX_SIDE = 4
@@ -22,6 +22,26 @@ class Page:
 
     digits: list[list[int]]
     image: Image.Image
+
+    def digit_at(self, y: float, x: float) -> tuple[int, int, int] | None:
+        """Digit, row and column under a point (pixels), or None where the page is blank."""
+        row, column = int(y // CELL), int(x // CELL)
+        if row >= len(self.digits) or column >= len(self.digits[0]):
+            return None
+        return self.digits[row][column], row, column
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chat:
+    """Messages as transformers takes them, and the pages that they show, in order."""
+
+    messages: list[dict[str, Any]]
+    pages: list[Page]
+
+    @property
+    def images(self) -> list[Image.Image]:
+        """The pages' pictures."""
+        return [page.image for page in self.pages]
 
 
 def make_page(
@@ -58,8 +78,8 @@ def make_chat(
     sides: list[tuple[int, int]],
     turns: int,
     augment: bool = False,
-) -> tuple[list[dict[str, Any]], list[Image.Image]]:
-    """Messages and pictures of one chat, with a page for each (rows, columns) of `sides`.
+) -> Chat:
+    """One chat, with a page for each (rows, columns) of `sides`.
 
     A page may come in a later turn than the first; a chat of several pages says which it asks
     about. Reading the whole page comes last: earlier it would give the other answers away.
@@ -84,12 +104,10 @@ def make_chat(
         content: list[dict[str, str]] = [{"type": "image"}] * new + [{"type": "text", "text": question}]
         messages.append({"role": "user", "content": content})
         messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}], "kind": kind})
-    return messages, [page.image for page in pages]
+    return Chat(messages=messages, pages=pages)
 
 
-def test_chats(
-    name: str, *, split: Split, count: int, seed: int
-) -> Iterator[tuple[list[dict[str, Any]], list[Image.Image]]]:
+def sample_chats(name: str, *, split: Split, count: int, seed: int) -> Iterator[Chat]:
     """Chats as evaluation and calibration see them: one page of 1 x 1 to 4 x 4 digits, or two pages."""
     for index in range(count):
         rng = random.Random(f"{name}/{split}/{seed}/{index}")
@@ -106,9 +124,9 @@ def write_chats(name: str, output: Path, *, split: Split, count: int, seed: int)
     (output / "images").mkdir()
     path = output / "chats.jsonl"
     with path.open("w", encoding="utf-8") as file:
-        for index, (messages, images) in enumerate(test_chats(name, split=split, count=count, seed=seed)):
-            files = [f"images/{index:06d}-{i}.png" for i in range(len(images))]
-            for image, image_file in zip(images, files, strict=True):
+        for index, chat in enumerate(sample_chats(name, split=split, count=count, seed=seed)):
+            files = [f"images/{index:06d}-{i}.png" for i in range(len(chat.pages))]
+            for image, image_file in zip(chat.images, files, strict=True):
                 image.save(output / image_file, optimize=False)
-            file.write(json.dumps({"messages": messages, "images": files}) + "\n")
+            file.write(json.dumps({"messages": chat.messages, "images": files}) + "\n")
     return path

@@ -1,8 +1,9 @@
 """How the zoo models are trained from nothing: first to see single digits, then to read and answer.
 
 A language model that starts together with an untrained tower never learns to look, so a warm-up
-names the digit under each visual token. After it everything trains together on chats whose pages
-grow from 1 x 1 to 4 x 4 digits over the first half.
+names the digit under each visual token. Then everything trains together on chats whose pages grow
+to 4 x 4 digits. Answers alone teach slowly where on the page a token lies: over the first half, the
+language model's middle layer also has to tell digit, row and column under each visual token.
 """
 
 import json
@@ -22,8 +23,8 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from mha2mla_vlm.data import IGNORE_INDEX, Record, encode_with_labels
 from mha2mla_vlm.families import get_family
-from mha2mla_vlm.zoo.architectures import new_model
-from mha2mla_vlm.zoo.chats import MAX_SIDE, PAGE_MULTIPLE, Page, make_chat, make_page, test_chats
+from mha2mla_vlm.zoo.architectures import LAYERS, TILE, new_model
+from mha2mla_vlm.zoo.chats import MAX_SIDE, PAGE_MULTIPLE, Chat, Page, make_chat, make_page, sample_chats
 from mha2mla_vlm.zoo.digits import CELL, Split
 
 SAVE_EVERY = 120.0  # seconds between resumable states
@@ -37,9 +38,9 @@ class Recipe:
     warmup_steps: int = 1500
     steps: int = 6000
     minutes: float | None = None  # time for both phases together
-    warmup_share: float = 0.12  # of the minutes
+    warmup_share: float = 0.07  # of the minutes
     warmup_pages: int = 32  # per step
-    tokens: int = 3000  # per step, about
+    tokens: int = 2600  # per step, about
     learning_rate: float = 1e-3
     weight_decay: float = 0.05
     evaluate_every: int = 250
@@ -74,10 +75,12 @@ def build(name: str, output: Path, recipe: Recipe) -> dict[str, Any]:
     torch.manual_seed(recipe.seed)
     model, processor = new_model(name)
     model.set_attn_implementation("eager")  # on a CPU faster than SDPA both ways, at these lengths
-    head = nn.Linear(model.config.text_config.hidden_size, 10)
+    hidden = model.config.text_config.hidden_size
+    head = nn.Linear(hidden, 10)
+    locator = nn.Linear(hidden, 10 + 2 * MAX_SIDE)
     seconds = math.inf if recipe.minutes is None else 60 * recipe.minutes
     output.mkdir(parents=True, exist_ok=True)
-    run = _Run(output, nn.ModuleDict({"model": model, "head": head}), recipe)
+    run = _Run(output, nn.ModuleDict({"model": model, "head": head, "locator": locator}), recipe)
     run.phase(
         "vision warm-up",
         Clock(recipe.warmup_steps, seconds * recipe.warmup_share),
@@ -87,13 +90,16 @@ def build(name: str, output: Path, recipe: Recipe) -> dict[str, Any]:
     run.phase(
         "reading",
         Clock(recipe.steps, seconds * (1 - recipe.warmup_share)),
-        lambda rng, progress: chat_loss(name, model, processor, rng, progress, recipe.tokens),
+        lambda rng, progress: chat_loss(name, model, processor, locator, rng, progress, recipe.tokens),
         lambda: answer_accuracy(name, model, processor, count=60, seed=1),
     )
     model.to(torch.bfloat16).save_pretrained(output)
     processor.save_pretrained(output)
     (output / "state.pt").unlink(missing_ok=True)
-    return {"parameters": model.num_parameters(), **answer_accuracy(name, model, processor, count=500, seed=0)}
+    return {
+        "parameters": model.num_parameters(),
+        **answer_accuracy(name, model, processor, count=500, seed=0),
+    }
 
 
 class _Run:
@@ -135,9 +141,14 @@ class _Run:
         loss_of: Callable[[random.Random, float], torch.Tensor],
     ) -> Iterator[tuple[int, list[float]]]:
         start, saved, losses = time.monotonic() - clock.elapsed, time.monotonic(), []
-        columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TextColumn("{task.fields[loss]}"))
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[loss]}"),
+        )
         with Progress(*columns, console=stderr_console()) as bar:
-            task = bar.add_task(title, total=1.0, completed=clock.progress, loss="")
+            task = bar.add_task(title, total=1.0, loss="")
             while clock.progress < 1:
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate(self.recipe.learning_rate, clock.progress)
@@ -169,7 +180,9 @@ class _Run:
 
     def _log(self, row: dict[str, Any]) -> None:
         with (self.output / "training_log.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}) + "\n")
+            file.write(
+                json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}) + "\n"
+            )
 
 
 def stderr_console() -> Any:
@@ -183,11 +196,16 @@ def make_optimizer(modules: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     """AdamW with weight decay on matrices alone."""
     matrices = [p for n, p in modules.named_parameters() if p.ndim >= 2 and "embed" not in n]
     others = [p for n, p in modules.named_parameters() if p.ndim < 2 or "embed" in n]
-    groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    groups = [
+        {"params": matrices, "weight_decay": recipe.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
     return torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, 0.98), fused=True)
 
 
-def page_features(name: str, model: PreTrainedModel, processor: ProcessorMixin, pages: list[Page]) -> torch.Tensor:
+def page_features(
+    name: str, model: PreTrainedModel, processor: ProcessorMixin, pages: list[Page]
+) -> torch.Tensor:
     """Visual tokens of pages of one size as the language model gets them, `[B, rows, columns, C]`."""
     inputs = processor.image_processor([page.image for page in pages], return_tensors="pt")
     inner = model.model
@@ -197,7 +215,9 @@ def page_features(name: str, model: PreTrainedModel, processor: ProcessorMixin, 
         rows, columns = (int(n) // 2 for n in grid[0, 1:])
         return tokens.view(len(pages), rows, columns, -1)
     pixels = inputs["pixel_values"]
-    pixels = pixels[:, -1] if pixels.ndim == 5 else pixels  # of LLaVA-NeXT's tiles the last, a whole page of one
+    pixels = (
+        pixels[:, -1] if pixels.ndim == 5 else pixels
+    )  # of LLaVA-NeXT's tiles the last, a whole page of one
     hidden = inner.vision_tower(pixels, output_hidden_states=True).hidden_states[-1]
     tokens = inner.multi_modal_projector(hidden[:, 1:])
     side = math.isqrt(tokens.shape[1])
@@ -217,12 +237,18 @@ def digit_logits(
 def _warmup_pages(name: str, rng: random.Random, *, split: Split, count: int, augment: bool) -> list[Page]:
     side = max(PAGE_MULTIPLE[name] // CELL, 2)
     return [
-        make_page(rng, split=split, multiple=CELL, rows=side, columns=side, augment=augment) for _ in range(count)
+        make_page(rng, split=split, multiple=CELL, rows=side, columns=side, augment=augment)
+        for _ in range(count)
     ]
 
 
 def warmup_loss(
-    name: str, model: PreTrainedModel, processor: ProcessorMixin, head: nn.Module, rng: random.Random, count: int
+    name: str,
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    head: nn.Module,
+    rng: random.Random,
+    count: int,
 ) -> torch.Tensor:
     """Cross-entropy of naming the digit under each visual token, over full pages."""
     count = count if name != "llava" else max(1, count // 4)  # its pages hold four times the digits
@@ -240,29 +266,76 @@ def digit_accuracy(name: str, model: PreTrainedModel, processor: ProcessorMixin,
     return (named == torch.tensor([page.digits for page in pages])).float().mean().item()
 
 
-def training_chats(name: str, rng: random.Random, progress: float, tokens: int) -> list[Record]:
+def training_chats(name: str, rng: random.Random, progress: float, tokens: int) -> list[Chat]:
     """Chats of one step: all with pages of the same sizes, so that nothing is padded."""
-    side = min(MAX_SIDE, 1 + int(2 * progress * MAX_SIDE))
+    side = min(MAX_SIDE, 2 + int(10 * progress))  # 4 x 4 from a fifth of the way
     pages = 2 if rng.random() < 0.12 else 1
     sides = [(rng.randint(1, side), rng.randint(1, side)) for _ in range(pages)]
     turns = rng.randint(2, 6)
     multiple = PAGE_MULTIPLE[name]
     visual = {"qwen2_5_vl": 4 * sum(r * c for r, c in sides), "llava_next": 150 * pages, "llava": 144 * pages}
     count = max(8, min(48, tokens // (visual[name] + 20 * turns)))
-    chats = (
+    return [
         make_chat(rng, split="train", multiple=multiple, sides=sides, turns=turns, augment=True)
         for _ in range(count)
-    )
-    return [Record(messages=messages, images=images) for messages, images in chats]
+    ]
+
+
+def token_points(name: str, page: Page) -> list[tuple[float, float] | None]:
+    """Centre (y, x in pixels) of the patch of the page behind each image token; None for separators."""
+    width, height = page.image.size
+
+    def raster(size: float) -> list[tuple[float, float] | None]:
+        rows, columns = int(height // size), int(width // size)
+        return [((i + 0.5) * size, (j + 0.5) * size) for i in range(rows) for j in range(columns)]
+
+    if name == "qwen2_5_vl":
+        return raster(12)
+    points = raster(8)
+    if name == "llava":
+        return points
+    side, columns = TILE // 8, width // 8
+    whole: list[tuple[float, float] | None] = [
+        ((i + 0.5) * height / side, (j + 0.5) * width / side) for i in range(side) for j in range(side)
+    ]
+    for row in range(height // 8):
+        whole += [*points[row * columns : (row + 1) * columns], None]
+    return whole
+
+
+def token_targets(name: str, chats: list[Chat]) -> torch.Tensor:
+    """Digit, row and column under each image token of chats, in order: `[tokens, 3]`, -1 for none."""
+    targets = []
+    for page in (page for chat in chats for page in chat.pages):
+        for point in token_points(name, page):
+            targets.append((page.digit_at(*point) if point else None) or (-1, -1, -1))
+    return torch.tensor(targets)
 
 
 def chat_loss(
-    name: str, model: PreTrainedModel, processor: ProcessorMixin, rng: random.Random, progress: float, tokens: int
+    name: str,
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    locator: nn.Module,
+    rng: random.Random,
+    progress: float,
+    tokens: int,
 ) -> torch.Tensor:
-    """Cross-entropy of the answers' tokens of one step's chats."""
+    """Cross-entropy of the answers' tokens of one step's chats, and early on of token targets."""
     visual = get_family(name).visual_token_ids(model.config)
-    batch = encode_with_labels(processor, training_chats(name, rng, progress, tokens), visual)
-    return model(**batch, use_cache=False).loss
+    chats = training_chats(name, rng, progress, tokens)
+    records = [Record(messages=chat.messages, images=chat.images) for chat in chats]
+    batch = encode_with_labels(processor, records, visual)
+    share = min(1.0, max(0.0, 3 - 5 * progress))  # 1 to two fifths of the way, 0 from three fifths
+    output = model(**batch, use_cache=False, output_hidden_states=share > 0)
+    if not share:
+        return output.loss
+    is_image = batch["input_ids"] == model.config.image_token_id
+    found = locator(output.hidden_states[LAYERS // 2][is_image]).float()
+    targets = token_targets(name, chats)
+    parts = zip(found.split([10, MAX_SIDE, MAX_SIDE], dim=-1), targets.unbind(-1), strict=True)
+    located = sum(nn.functional.cross_entropy(part, target, ignore_index=-1) for part, target in parts)
+    return output.loss + share * located
 
 
 @torch.no_grad()
@@ -277,8 +350,8 @@ def answer_accuracy(
     right: Counter[str] = Counter()
     asked: Counter[str] = Counter()
     model.eval()
-    for messages, images in test_chats(name, split="test", count=count, seed=seed):
-        record = Record(messages=messages, images=images)
+    for chat in sample_chats(name, split="test", count=count, seed=seed):
+        record = Record(messages=chat.messages, images=chat.images)
         batch = encode_with_labels(processor, [record], visual)
         labels = batch.pop("labels")[0, 1:]
         with torch.autocast("cpu", torch.bfloat16):
@@ -286,8 +359,10 @@ def answer_accuracy(
         in_answer = labels != IGNORE_INDEX
         number = (in_answer & ~nn.functional.pad(in_answer, (1, 0))[:-1]).cumsum(0) - 1
         for i, index in enumerate(record.answers()):
-            kind = messages[index]["kind"]
+            kind = chat.messages[index]["kind"]
             asked[kind] += 1
             right[kind] += not bool(wrong[in_answer & (number == i)].any())
     model.train()
-    return {"exact_match": right.total() / asked.total()} | {kind: right[kind] / asked[kind] for kind in sorted(asked)}
+    return {"exact_match": right.total() / asked.total()} | {
+        kind: right[kind] / asked[kind] for kind in sorted(asked)
+    }

@@ -1,0 +1,272 @@
+"""The command `mha2mla`: each command a few lines over the API, its result one JSON line on stdout."""
+
+import json
+import logging
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mha2mla_vlm.errors import InputError
+
+app = typer.Typer(
+    help="Convert vision-language models to multi-head latent attention.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    add_completion=False,
+)
+zoo_app = typer.Typer(
+    help="The shipped small models, and their data.", no_args_is_help=True, rich_markup_mode=None
+)
+app.add_typer(zoo_app, name="zoo")
+
+
+class DType(StrEnum):
+    """Number formats of weights."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class SplitName(StrEnum):
+    """Which scans pages are made of."""
+
+    train = "train"
+    test = "test"
+
+
+ModelArgument = Annotated[str, typer.Argument(help="A folder, a hub id, or zoo:NAME.", show_default=False)]
+DataOption = Annotated[
+    Path, typer.Option("--data", help="JSONL file of chats, or LLaVA JSON file.", show_default=False)
+]
+OutputOption = Annotated[
+    Path, typer.Option("--output", "-o", help="Folder to write; new or empty.", show_default=False)
+]
+DTypeOption = Annotated[DType, typer.Option(help="Number format to run in; auto is the stored one.")]
+DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.")]
+
+
+def _load(name: str, dtype: DType, device: str) -> tuple[Any, Any]:
+    import torch
+
+    from mha2mla_vlm.checkpoint import load, load_processor
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        target = torch.device(device)
+    except RuntimeError:
+        raise InputError(f"unknown device {device!r}; give auto, cpu, cuda or cuda:INDEX") from None
+    if target.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"device {device!r} is not available here; give cpu")
+    return load(name, dtype=dtype.value).to(target), load_processor(name)
+
+
+@app.command()
+def demo(
+    model: Annotated[str, typer.Option(help="Name of a zoo model.")] = "qwen2_5_vl",
+    pictures: Annotated[int, typer.Option(min=1, help="Held-out pictures to evaluate on.")] = 100,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for the figures.")] = None,
+) -> None:
+    """Convert a shipped model, compare it with the original, and measure both caches."""
+    from mha2mla_vlm.checkpoint import check_output
+    from mha2mla_vlm.demo import print_table, run_demo
+
+    if output is not None:
+        check_output(output)
+    result = run_demo(model, pictures=pictures, output=output)
+    print_table(result)
+    _finish(result)
+
+
+@app.command()
+def convert(
+    model: ModelArgument,
+    data: DataOption,
+    output: OutputOption,
+    rope_dim: Annotated[
+        int | None, typer.Option(help="R, rope dims kept per head.  [default: half of the head dim]")
+    ] = None,
+    d_kv: Annotated[
+        int | None, typer.Option(help="Latent dims per KV head.  [default: a quarter of the head dim]")
+    ] = None,
+    rope_selection: Annotated[str, typer.Option(help="high, low, uniform, 2-norm or mkl.")] = "mkl",
+    factorization: Annotated[
+        str,
+        typer.Option(help="none, weight-svd, activation-svd, md-svd, split, only-key or only-value."),
+    ] = "md-svd",
+    samples: Annotated[int, typer.Option(help="Chats to calibrate and measure on, at most.")] = 128,
+    dtype: DTypeOption = DType.auto,
+    device: DeviceOption = "auto",
+) -> None:
+    """Convert a model without training; a fifth of the chats is held out to measure the loss."""
+    from mha2mla_vlm.cache import bytes_per_token
+    from mha2mla_vlm.checkpoint import check_output, load_config, save
+    from mha2mla_vlm.config import ConversionConfig
+    from mha2mla_vlm.convert import convert as convert_model
+    from mha2mla_vlm.convert import plan
+    from mha2mla_vlm.data import load_records
+
+    config = ConversionConfig(
+        rope_dim=rope_dim,
+        d_kv=d_kv,
+        rope_selection=rope_selection,
+        factorization=factorization,
+        samples=samples,
+    )
+    check_output(output)
+    plan(load_config(model), config)
+    records = load_records(data, limit=samples)
+    original, processor = _load(model, dtype, device)
+    converted = convert_model(original, processor, records, config)
+    save(converted, processor, output)
+    mla = converted.mla_config
+    _finish(
+        {
+            "output": str(output),
+            "family": original.config.model_type,
+            "qk_rope_head_dim": mla.qk_rope_head_dim,
+            "kv_lora_rank": mla.kv_lora_rank,
+            "bytes_per_token": bytes_per_token(converted.config, itemsize=converted.dtype.itemsize),
+            "bytes_per_token_original": bytes_per_token(original.config, itemsize=converted.dtype.itemsize),
+            "kl": list(mla.kl.values())[-1],
+            "kl_by_step": mla.kl,
+        }
+    )
+
+
+@app.command()
+def evaluate(
+    checkpoint: ModelArgument,
+    data: DataOption,
+    baseline: Annotated[
+        str | None, typer.Option(help="Model to compare with, as folder, hub id or zoo:NAME.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Records to evaluate, at most.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1)] = 16,
+    dtype: DTypeOption = DType.auto,
+    device: DeviceOption = "auto",
+) -> None:
+    """Exact match of greedy answers, their cross-entropy, and the divergence from a baseline."""
+    from mha2mla_vlm.data import load_records
+    from mha2mla_vlm.evaluate import evaluate as evaluate_model
+
+    records = load_records(data, limit=limit)
+    model, processor = _load(checkpoint, dtype, device)
+    reference = _load(baseline, dtype, device)[0] if baseline else None
+    _finish(evaluate_model(model, processor, records, baseline=reference, batch_size=batch_size))
+
+
+@app.command()
+def generate(
+    checkpoint: ModelArgument,
+    prompt: Annotated[str, typer.Option(help="The question.", show_default=False)],
+    image: Annotated[list[Path] | None, typer.Option(help="A picture; repeat for several.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    dtype: DTypeOption = DType.auto,
+    device: DeviceOption = "auto",
+) -> None:
+    """Answer a question about pictures, streamed to standard error; the result names the cache's bytes."""
+    from mha2mla_vlm.generate import answer, prompt_record
+
+    record = prompt_record(prompt, image or [])
+    record.load_images()
+    model, processor = _load(checkpoint, dtype, device)
+
+    def stream(text: str) -> None:
+        print(text, end="", file=sys.stderr, flush=True)
+
+    result = answer(model, processor, record, max_new_tokens=max_new_tokens, stream=stream)
+    print(file=sys.stderr)
+    _finish(result.to_dict())
+
+
+@app.command()
+def inspect(checkpoint: ModelArgument) -> None:
+    """Layers, pairs, ranks and bytes per token of a converted model."""
+    from mha2mla_vlm.inspect import describe, print_layers
+
+    description = describe(checkpoint)
+    print_layers(description)
+    _finish(description)
+
+
+@zoo_app.command("list")
+def zoo_list() -> None:
+    """The shipped models."""
+    from mha2mla_vlm.zoo import ZOO_NAMES, ZOO_PREFIX, zoo_path
+
+    _finish({"models": [{"name": ZOO_PREFIX + name, "path": str(zoo_path(name))} for name in ZOO_NAMES]})
+
+
+@zoo_app.command("data")
+def zoo_data(
+    name: Annotated[str, typer.Argument(help="Name of a zoo model.", show_default=False)],
+    output: OutputOption,
+    split: Annotated[SplitName, typer.Option(help="Scans to draw from.")] = SplitName.test,
+    count: Annotated[int, typer.Option(min=1, help="Chats to write.")] = 500,
+    seed: Annotated[int, typer.Option(help="Equal arguments write equal bytes.")] = 0,
+) -> None:
+    """Write chats about pages of handwritten digits as JSONL and PNG files."""
+    from mha2mla_vlm.checkpoint import new_folder
+    from mha2mla_vlm.zoo import check_name
+    from mha2mla_vlm.zoo.chats import write_chats
+
+    bare = check_name(name)
+    with new_folder(output) as folder:
+        path = write_chats(bare, folder, split=split.value, count=count, seed=seed)
+    _finish({"data": str(output / path.name), "records": count, "split": split.value, "seed": seed})
+
+
+@zoo_app.command("build")
+def zoo_build(
+    name: Annotated[str, typer.Argument(help="Name of a zoo model.", show_default=False)],
+    output: OutputOption,
+    minutes: Annotated[float | None, typer.Option(min=0.01, help="Time to train for, at most.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of weights and data.")] = 0,
+) -> None:
+    """Train a zoo model from nothing; goes on where an interrupted run with the same output stopped."""
+    from mha2mla_vlm.checkpoint import check_output
+    from mha2mla_vlm.zoo import check_name
+    from mha2mla_vlm.zoo.recipe import Recipe, build
+
+    bare = check_name(name)
+    check_output(output)
+    partial = output.with_name(output.name + ".partial")
+    accuracy = build(bare, partial, Recipe(seed=seed, minutes=minutes))
+    if output.exists():
+        output.rmdir()
+    partial.rename(output)
+    _finish({"output": str(output), **accuracy})
+
+
+def _finish(result: dict[str, Any]) -> None:
+    print(json.dumps(result))
+
+
+def main() -> None:
+    """Entry point: quiet libraries, messages on stderr, bad input as one line and exit code 2."""
+    from rich.logging import RichHandler
+
+    from mha2mla_vlm.progress import console
+
+    handler = RichHandler(console=console(), show_time=False, show_path=False, show_level=False)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
+    logging.getLogger("mha2mla_vlm").setLevel(logging.INFO)
+    try:
+        from transformers.utils import logging as transformers_logging
+
+        transformers_logging.disable_progress_bar()
+        transformers_logging.set_verbosity_error()
+        app()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,98 @@
+"""The whole way on a shipped model: convert, evaluate against the original, measure the cache."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+from transformers import PreTrainedModel, ProcessorMixin
+
+from mha2mla_vlm.cache import bytes_per_token
+from mha2mla_vlm.checkpoint import load, load_processor, new_folder
+from mha2mla_vlm.config import ConversionConfig
+from mha2mla_vlm.convert import convert
+from mha2mla_vlm.data import Record
+from mha2mla_vlm.evaluate import evaluate
+from mha2mla_vlm.generate import answer
+from mha2mla_vlm.progress import console
+from mha2mla_vlm.zoo import check_name
+from mha2mla_vlm.zoo.chats import sample_chats
+from mha2mla_vlm.zoo.digits import Split
+
+CALIBRATION_CHATS = 128
+
+
+def zoo_records(name: str, *, split: Split, count: int, seed: int) -> list[Record]:
+    """Chats about pages of digits, as `mha2mla zoo data` writes them, without the files."""
+    chats = sample_chats(name, split=split, count=count, seed=seed)
+    return [Record(messages=chat.messages, images=chat.images) for chat in chats]
+
+
+def run_demo(name: str, *, pictures: int = 100, output: Path | None = None) -> dict[str, Any]:
+    """Convert a zoo model at two sizes and compare; returns the rows of the table.
+
+    `exact_match` counts answers about held-out pictures, `kl` is the mean divergence from the
+    original on their tokens, `cache_bytes` the tensors of a real cache after one answer.
+    """
+    name = check_name(name)
+    model = load(f"zoo:{name}", dtype=torch.float32)
+    processor = load_processor(f"zoo:{name}")
+    calibration = zoo_records(name, split="train", count=CALIBRATION_CHATS, seed=1)
+    held_out = zoo_records(name, split="test", count=pictures, seed=0)
+    text = model.config.get_text_config(decoder=True)
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    converted = {
+        f"R = D/{share}, d_kv = D/4": convert(
+            model, processor, calibration, ConversionConfig(rope_dim=head_dim // share, d_kv=head_dim // 4)
+        )
+        for share in (2, 4)
+    }
+    rows = [_row("original", model, processor, held_out, None)]
+    rows += [_row(title, small, processor, held_out, model) for title, small in converted.items()]
+    result = {"model": name, "pictures": pictures, "rows": rows}
+    if output is not None:
+        with new_folder(output) as folder:
+            (folder / "demo.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    return result
+
+
+def _row(
+    title: str,
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    held_out: list[Record],
+    baseline: PreTrainedModel | None,
+) -> dict[str, Any]:
+    measured = evaluate(model, processor, held_out, baseline=baseline)
+    question = max((r.before(i) for r in held_out for i in r.answers()), key=lambda r: len(r.messages))
+    once = answer(model, processor, question)
+    itemsize = model.dtype.itemsize
+    return {
+        "name": title,
+        "bytes_per_token": bytes_per_token(model.config, itemsize=itemsize),
+        "cache_bytes": once.cache_bytes,
+        "cached_tokens": once.cached_tokens,
+        "exact_match": measured["exact_match"],
+        "kl": measured.get("kl", 0.0),
+        "by_kind": {kind: row["exact_match"] for kind, row in measured["by_kind"].items()},
+    }
+
+
+def print_table(result: dict[str, Any]) -> None:
+    """The table of a demo, on standard error."""
+    first = result["rows"][0]
+    table = Table(title=f"zoo:{result['model']}, {result['pictures']} held-out pictures, before any training")
+    for column in ("", "bytes per token", "measured cache", "of the original", "exact match", "KL"):
+        table.add_column(column, justify="left" if not column else "right")
+    for row in result["rows"]:
+        ratio = (row["cache_bytes"] / row["cached_tokens"]) / (first["cache_bytes"] / first["cached_tokens"])
+        table.add_row(
+            row["name"],
+            f"{row['bytes_per_token']:,}",
+            f"{row['cache_bytes']:,} B / {row['cached_tokens']} tokens",
+            f"{ratio:.1%}",
+            f"{row['exact_match']:.1%}",
+            f"{row['kl']:.4f}",
+        )
+    console().print(table)

@@ -1,0 +1,75 @@
+"""One answer from a model, with the bytes of the cache that it took."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import PreTrainedModel, ProcessorMixin, TextStreamer
+
+from mha2mla_vlm.cache import cache_bytes
+from mha2mla_vlm.data import Record, encode
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """An answer, and the cache behind it: `cache_bytes` hold `cached_tokens` tokens."""
+
+    text: str
+    prompt_tokens: int
+    new_tokens: int
+    cached_tokens: int
+    cache_bytes: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class _Streamer(TextStreamer):
+    """Hands pieces of text to a function as they are finished."""
+
+    def __init__(self, tokenizer: Any, write: Callable[[str], None]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.write = write
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        self.write(text)
+
+
+def prompt_record(prompt: str, images: Sequence[Path | Image.Image] = ()) -> Record:
+    """A chat of one question about pictures."""
+    content: list[dict[str, str]] = [{"type": "image"}] * len(images)
+    return Record(
+        messages=[{"role": "user", "content": [*content, {"type": "text", "text": prompt}]}], images=images
+    )
+
+
+@torch.no_grad()
+def answer(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    record: Record,
+    *,
+    max_new_tokens: int = 128,
+    stream: Callable[[str], None] | None = None,
+) -> Answer:
+    """Greedy answer to a chat that ends with a question; `stream` gets the text as it comes."""
+    inputs = encode(processor, [record], generation_prompt=True).to(model.device)
+    output = model.generate(
+        **inputs,
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+        return_dict_in_generate=True,
+        streamer=_Streamer(processor.tokenizer, stream) if stream else None,
+    )
+    prompt_tokens = inputs["input_ids"].shape[1]
+    new = output.sequences[0, prompt_tokens:]
+    return Answer(
+        text=processor.tokenizer.decode(new, skip_special_tokens=True).strip(),
+        prompt_tokens=prompt_tokens,
+        new_tokens=len(new),
+        cached_tokens=output.past_key_values.get_seq_length(),
+        cache_bytes=cache_bytes(output.past_key_values),
+    )

@@ -1,0 +1,69 @@
+"""What a converted checkpoint holds: sizes, kept pairs and bytes, read without loading the model."""
+
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+from safetensors import safe_open
+
+from mha2mla_vlm.cache import bytes_per_token
+from mha2mla_vlm.checkpoint import load_config, resolve
+from mha2mla_vlm.config import MLAConfig
+from mha2mla_vlm.errors import InputError
+from mha2mla_vlm.progress import console
+
+
+def describe(name: str) -> dict[str, Any]:
+    """Layers, sizes, kept pairs and bytes per token (16 bits an element) of a converted checkpoint.
+
+    `pairs` lists, for each layer and KV head, the frequency pairs that stay rotated; they are read
+    where the checkpoint is a folder.
+    """
+    config = load_config(name)
+    if getattr(config, "mla", None) is None:
+        raise InputError(f"{name!r} is not a converted model; make one with: mha2mla convert")
+    mla = MLAConfig.from_dict(config.mla)
+    layers = config.get_text_config(decoder=True).num_hidden_layers
+    plain = type(config)(**{**config.to_dict(), "mla": None})
+    return {
+        "family": config.model_type.removesuffix("_mla"),
+        "layers": layers,
+        "qk_rope_head_dim": mla.qk_rope_head_dim,
+        "kv_lora_rank": mla.kv_lora_rank,
+        "modalities": list(mla.modalities),
+        "bytes_per_token": bytes_per_token(config),
+        "bytes_per_token_original": bytes_per_token(plain),
+        "rope_selection": mla.rope_selection,
+        "factorization": mla.factorization,
+        "kl": mla.kl,
+        "pairs": _pairs(Path(resolve(name))),
+    }
+
+
+def _pairs(folder: Path) -> list[list[list[int]]]:
+    found: dict[int, list[list[int]]] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118 (not a dict)
+                if key.endswith("self_attn.rope_pairs"):
+                    found[int(key.split(".layers.")[1].split(".")[0])] = file.get_tensor(key).tolist()
+    return [found[layer] for layer in sorted(found)]
+
+
+def print_layers(description: dict[str, Any]) -> None:
+    """A table of the layers, on standard error."""
+    ratio = description["bytes_per_token"] / description["bytes_per_token_original"]
+    size = description["bytes_per_token"]
+    title = f"{description['family']}: {size} cache bytes per token, {ratio:.1%} of the original"
+    table = Table(title=title)
+    for column in ("layer", "R", "r", "pairs that stay rotated, by KV head"):
+        table.add_column(column)
+    mla = MLAConfig(
+        qk_rope_head_dim=description["qk_rope_head_dim"], kv_lora_rank=description["kv_lora_rank"]
+    )
+    for layer in range(description["layers"]):
+        rope, rank = mla.layer(layer)
+        pairs = description["pairs"][layer] if description["pairs"] else []
+        shown = "\n".join(" ".join(map(str, head)) for head in pairs)
+        table.add_row(str(layer), str(rope), "-" if rank is None else str(rank), shown)
+    console().print(table)

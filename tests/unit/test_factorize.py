@@ -1,0 +1,213 @@
+"""Factors of keys and values: optimal for the inputs seen, safe for inputs hardly seen."""
+
+import logging
+
+import pytest
+import torch
+
+from mha2mla_vlm.calibration import LayerStats
+from mha2mla_vlm.config import DECOUPLED, SHARED, MLAConfig
+from mha2mla_vlm.convert import layer_factors
+from mha2mla_vlm.factorize import block_factors, pca_factors
+
+O, HIDDEN = 20, 12  # noqa: E741 - outputs of the weight, named as in the package
+
+
+def make_weight(outputs=O, seed=0):
+    return torch.randn(outputs, HIDDEN, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def make_inputs(tokens, seed=1, decades=3.0):
+    """Inputs `[tokens, hidden]` whose directions differ in size by `decades`, turned at random."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(tokens, HIDDEN, generator=generator, dtype=torch.float64)
+    turn, _ = torch.linalg.qr(torch.randn(HIDDEN, HIDDEN, generator=generator, dtype=torch.float64))
+    return x * torch.logspace(1, 1 - decades, HIDDEN, dtype=torch.float64) @ turn
+
+
+def product(factors):
+    return factors.up @ factors.down
+
+
+def output_error(weight, approximation, inputs):
+    return float((inputs @ (weight - approximation).T).pow(2).sum())
+
+
+def truncated(matrix, rank):
+    u, s, v = torch.linalg.svd(matrix, full_matrices=False)
+    return u[:, :rank] * s[:rank] @ v[:rank]
+
+
+def whitened_svd(weight, moment, rank):
+    """REFERENCE section 2, step by step: whiten with the root of S, truncate, undo."""
+    values, vectors = torch.linalg.eigh(moment)
+    root = vectors * values.sqrt()
+    return truncated(weight @ root, rank) @ torch.linalg.inv(root)
+
+
+@pytest.mark.parametrize("rank", [1, 4, 8, 11])
+def test_pca_equals_the_whitened_svd_where_the_moment_has_full_rank(rank):
+    weight, inputs = make_weight(), make_inputs(200, decades=1.5)
+    expected = whitened_svd(weight, inputs.T @ inputs, rank)
+    factors = pca_factors(weight, inputs.T @ inputs, rank)
+    assert factors.down.shape == (rank, HIDDEN) and factors.up.shape == (O, rank)
+    # a ridge of 1e-6 of the mean variance is all that differs
+    assert float((product(factors) - expected).norm() / expected.norm()) < 1e-4
+    best, ours = (output_error(weight, w, inputs) for w in (expected, product(factors)))
+    assert ours <= best * (1 + 1e-6)
+
+
+def test_pca_equals_the_whitened_svd_to_rounding_for_even_inputs():
+    weight = make_weight()
+    inputs = torch.randn(300, HIDDEN, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    expected = whitened_svd(weight, inputs.T @ inputs, 5)
+    torch.testing.assert_close(product(pca_factors(weight, inputs.T @ inputs, 5)), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("rank", [2, 4, 8])
+def test_pca_beats_the_svd_of_the_weight_on_uneven_inputs(rank):
+    weight, inputs = make_weight(), make_inputs(200)
+    ours = output_error(weight, product(pca_factors(weight, inputs.T @ inputs, rank)), inputs)
+    assert ours < 0.5 * output_error(weight, truncated(weight, rank), inputs)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_no_random_projection_of_equal_rank_is_better(seed):
+    weight, inputs = make_weight(), make_inputs(200)
+    ours = output_error(weight, product(pca_factors(weight, inputs.T @ inputs, 4)), inputs)
+    generator = torch.Generator().manual_seed(seed)
+    basis, _ = torch.linalg.qr(torch.randn(O, 4, generator=generator, dtype=torch.float64))
+    assert ours <= output_error(weight, basis @ basis.T @ weight, inputs)
+
+
+@pytest.mark.parametrize("outputs", [8, O])
+def test_full_rank_reproduces_the_weight(outputs):
+    weight, inputs = make_weight(outputs), make_inputs(50)
+    factors = pca_factors(weight, inputs.T @ inputs, outputs)
+    torch.testing.assert_close(product(factors), weight, rtol=0, atol=1e-12)
+
+
+def test_rank_of_the_input_width_is_enough_where_outputs_are_more():
+    weight, inputs = make_weight(O), make_inputs(50)
+    factors = pca_factors(weight, inputs.T @ inputs, HIDDEN)
+    torch.testing.assert_close(product(factors), weight, rtol=0, atol=1e-5)
+
+
+def test_rank_as_large_as_the_outputs_seen_reproduces_outputs_of_few_tokens():
+    weight, inputs = make_weight(), make_inputs(5)
+    factors = pca_factors(weight, inputs.T @ inputs, 5)
+    outputs = inputs @ weight.T
+    error = inputs @ product(factors).T - outputs
+    assert float(error.norm() / outputs.norm()) < 1e-4
+
+
+@pytest.mark.parametrize("rank", [1, 5, 12, O])
+def test_fewer_tokens_than_dims_give_finite_factors(rank):
+    inputs = make_inputs(5)
+    factors = pca_factors(make_weight(), inputs.T @ inputs, rank)
+    assert bool(factors.down.isfinite().all()) and bool(factors.up.isfinite().all())
+    torch.testing.assert_close(factors.up.T @ factors.up, torch.eye(rank, dtype=torch.float64))
+
+
+def test_no_input_at_all_gives_the_svd_of_the_weight():
+    weight = make_weight()
+    factors = pca_factors(weight, torch.zeros(HIDDEN, HIDDEN), 4)
+    torch.testing.assert_close(product(factors), truncated(weight, 4), rtol=0, atol=1e-6)
+
+
+def test_directions_never_seen_are_kept_by_what_the_weight_does_with_them():
+    weight, inputs = make_weight(), make_inputs(3)
+    factors = pca_factors(weight, inputs.T @ inputs, 8)
+    seen, _ = torch.linalg.qr(inputs.T)
+    unseen = torch.eye(HIDDEN, dtype=torch.float64) - seen @ seen.T
+    left = ((weight - product(factors)) @ unseen).norm()
+    only_seen = pca_factors(weight, inputs.T @ inputs, 3)
+    basis, _ = torch.linalg.qr(torch.randn(O, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64))
+    rest = weight - product(only_seen)
+    assert float(left) < float(((rest - basis @ basis.T @ rest) @ unseen).norm())
+
+
+# Three KV heads of two key rows and four value rows, interleaved as in `kv_b_proj`.
+IS_KEY = torch.arange(18) % 6 < 2
+
+
+@pytest.mark.parametrize(
+    ("method", "rank", "key_rank", "value_rank"),
+    [("split", 6, 3, 3), ("split", 7, 3, 4), ("only-key", 14, 2, 12), ("only-value", 9, 6, 3)],
+)
+def test_block_factors_keep_keys_and_values_apart(method, rank, key_rank, value_rank):
+    weight = make_weight(18)
+    factors = block_factors(weight, IS_KEY, rank, method)
+    assert factors.down.shape == (rank, HIDDEN) and factors.up.shape == (18, rank)
+    assert not factors.up[IS_KEY][:, key_rank:].any()
+    assert not factors.up[~IS_KEY][:, :key_rank].any()
+    for rows, part in ((IS_KEY, key_rank), (~IS_KEY, value_rank)):
+        expected = truncated(weight[rows], part)
+        torch.testing.assert_close(product(factors)[rows], expected, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize(("method", "whole"), [("only-key", ~IS_KEY), ("only-value", IS_KEY)])
+def test_the_block_kept_whole_is_exact_and_the_other_is_not(method, whole):
+    weight = make_weight(18)
+    error = (product(block_factors(weight, IS_KEY, int(whole.sum()) + 3, method)) - weight).abs()
+    assert float(error[whole].max()) < 1e-12
+    assert float(error[~whole].max()) > 1e-2
+
+
+def make_stats(**tokens):
+    stats = LayerStats()
+    for seed, (modality, count) in enumerate(tokens.items()):
+        stats.add(modality, make_inputs(count, seed=seed))
+    return stats
+
+
+def md_svd(rank=4, factorization="md-svd"):
+    modalities = DECOUPLED if factorization == "md-svd" else SHARED
+    return MLAConfig(qk_rope_head_dim=2, kv_lora_rank=rank, modalities=modalities, factorization=factorization)
+
+
+@pytest.mark.parametrize("count", [None, 0, 1, HIDDEN - 1])
+@pytest.mark.parametrize("modality", ["vision", "text"])
+def test_a_modality_hardly_seen_gets_the_pooled_factors_and_a_warning(caplog, modality, count):
+    other = "text" if modality == "vision" else "vision"
+    tokens = {other: 60} if count is None else {other: 60, modality: count}
+    weight, stats = make_weight(18), make_stats(**tokens)
+    with caplog.at_level(logging.WARNING):
+        factors = layer_factors(weight, IS_KEY, stats, md_svd(), layer=3)
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == 1
+    assert "layer 3" in messages[0] and f"{count or 0} {modality} tokens" in messages[0]
+    pooled = layer_factors(weight, IS_KEY, stats, md_svd(factorization="activation-svd"), layer=3)["shared"]
+    assert torch.equal(factors[modality].down, pooled.down) and torch.equal(factors[modality].up, pooled.up)
+    own = pca_factors(weight, stats.moments[other], 4)
+    assert torch.equal(factors[other].down, own.down) and torch.equal(factors[other].up, own.up)
+
+
+def test_modalities_seen_enough_get_factors_of_their_own_without_a_warning(caplog):
+    weight, stats = make_weight(18), make_stats(text=HIDDEN, vision=40)
+    factors = layer_factors(weight, IS_KEY, stats, md_svd(), layer=0)
+    assert not caplog.records
+    for modality, factor in factors.items():
+        torch.testing.assert_close(product(factor), product(pca_factors(weight, stats.moments[modality], 4)))
+    assert float((product(factors["text"]) - product(factors["vision"])).abs().max()) > 1e-2
+
+
+def test_pooled_moment_is_that_of_all_tokens():
+    stats = make_stats(text=7, vision=30)
+    both = torch.cat([make_inputs(7, seed=0), make_inputs(30, seed=1)])
+    torch.testing.assert_close(stats.pooled(), both.T @ both, rtol=1e-5, atol=1e-4)
+    assert stats.counts == {"text": 7, "vision": 30}
+
+
+@pytest.mark.parametrize("factorization", ["weight-svd", "split", "only-key", "only-value"])
+def test_baselines_of_the_weights_alone_do_not_look_at_the_inputs(factorization):
+    weight, mla = make_weight(18), md_svd(rank=13, factorization=factorization)
+    made = [layer_factors(weight, IS_KEY, stats, mla, 0) for stats in (make_stats(text=30), make_stats(vision=99))]
+    assert set(made[0]) == {"shared"}
+    assert torch.equal(product(made[0]["shared"]), product(made[1]["shared"]))
+
+
+def test_each_layer_gets_its_own_rank():
+    mla = MLAConfig(qk_rope_head_dim=2, kv_lora_rank=[3, 5], factorization="weight-svd")
+    shapes = [tuple(layer_factors(make_weight(18), IS_KEY, LayerStats(), mla, i)["shared"].down.shape) for i in (0, 1)]
+    assert shapes == [(3, HIDDEN), (5, HIDDEN)]
