@@ -215,7 +215,7 @@ class MLAAttention(nn.Module):
         """Attention over latents; returns `[B, T, H, D]` and the weights `[B, H, T, S]`."""
         batch, heads, new, _ = q_nope.shape
         total = latent.shape[1]
-        grouped = (batch, self.kv_heads, -1)
+        grouped = (batch, self.kv_heads, self.num_key_value_groups * new)
         scores = (q_rope.reshape(*grouped, self.rope_dim) @ k_rope.transpose(-1, -2)).view(
             batch, heads, new, total
         )

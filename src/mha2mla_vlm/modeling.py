@@ -33,8 +33,8 @@ def decoder_layers(model: PreTrainedModel) -> torch.nn.ModuleList:
     return model.model.language_model.layers
 
 
-if TYPE_CHECKING:
-    _Model = PreTrainedModel
+if TYPE_CHECKING:  # a mixin to a PreTrainedModel
+    from transformers import PreTrainedModel as _Model
 else:
     _Model = object
 

@@ -62,7 +62,11 @@ def test_lines_of_chats_are_read_in_order_with_their_pictures(folder):
     third = {"messages": [user(IMAGE, IMAGE, "Same?"), answer("No.")], "images": ["b.png", "a.png"]}
     records = load_records(write_lines(folder, first, "", second, third))
     assert [record.messages for record in records] == [entry["messages"] for entry in (first, second, third)]
-    assert [[path.name for path in record.images] for record in records] == [["a.png"], [], ["b.png", "a.png"]]
+    assert [[path.name for path in record.images] for record in records] == [
+        ["a.png"],
+        [],
+        ["b.png", "a.png"],
+    ]
     shades = [image.getpixel((0, 0))[0] for image in records[2].load_images()]
     assert shades == [250, 10]
     assert records[1].source.endswith("line 3")
@@ -88,7 +92,12 @@ def test_llava_file_with_one_picture_a_list_of_pictures_and_text_only(folder):
     none = {"id": 3, "conversations": turns("Hello.", "Hi.")}
     records = load_records(write_json(folder, one, two, none))
     assert [len(record.images) for record in records] == [1, 2, 0]
-    assert records[0].messages == [user(IMAGE, "What?"), answer("A digit."), user("And now?"), answer("Still.")]
+    assert records[0].messages == [
+        user(IMAGE, "What?"),
+        answer("A digit."),
+        user("And now?"),
+        answer("Still."),
+    ]
     assert records[1].messages[0] == user(IMAGE, IMAGE, "Same?")
     assert records[2].messages == [user("Hello."), answer("Hi.")]
     assert records[2].source.endswith("record 3")
@@ -110,7 +119,10 @@ def test_before_an_answer_is_the_chat_and_the_pictures_shown_so_far():
 CHAT = {"messages": [user(IMAGE, "What?"), answer("Ten.")], "images": ["a.png"]}
 BAD_LINES = {
     "broken JSON": ('{"messages": [', ["line 2", "broken JSON"]),
-    "unknown role": (CHAT | {"messages": [{"role": "wizard", "content": "x"}]}, ["line 2", "'wizard'", "assistant"]),
+    "unknown role": (
+        CHAT | {"messages": [{"role": "wizard", "content": "x"}]},
+        ["line 2", "'wizard'", "assistant"],
+    ),
     "no role": (CHAT | {"messages": ["x"]}, ["line 2", "None"]),
     "no messages": (CHAT | {"messages": []}, ["line 2", "no messages"]),
     "not a chat": ({"prompt": "x"}, ["line 2", "messages", "conversations"]),
@@ -118,7 +130,10 @@ BAD_LINES = {
     "content of no type": ({"messages": [{"role": "user", "content": 3}]}, ["line 2", "content"]),
     "part of no type": ({"messages": [{"role": "user", "content": ["x"]}]}, ["line 2", "content"]),
     "missing image": (CHAT | {"images": ["gone.png"]}, ["line 2", "gone.png", "does not exist"]),
-    "too many images": (CHAT | {"images": ["a.png", "b.png"]}, ["line 2", "2 image(s)", "1 image placeholder"]),
+    "too many images": (
+        CHAT | {"images": ["a.png", "b.png"]},
+        ["line 2", "2 image(s)", "1 image placeholder"],
+    ),
     "too few images": (CHAT | {"images": []}, ["line 2", "0 image(s)", "1 image placeholder"]),
     "one name for a list": (CHAT | {"images": "a.png"}, ["line 2", "images", "list"]),
     "text for an image": (CHAT | {"images": ["data.jsonl"]}, ["line 2", "data.jsonl", "cannot be read"]),
@@ -132,14 +147,18 @@ def test_a_bad_line_is_refused_with_file_line_and_value(folder, case):
     with pytest.raises(InputError) as error:
         load_records(path)
     message = str(error.value)
-    assert str(path) in message and "\n" not in message
+    assert str(path) in message
+    assert "\n" not in message
     assert [part for part in wanted if part not in message] == []
 
 
 BAD_LLAVA = {
     "unknown role": ({"conversations": [{"from": "robot", "value": "x"}]}, ["record 2", "'robot'", "human"]),
     "missing image": ({"image": "gone.png", "conversations": turns()}, ["record 2", "gone.png"]),
-    "no placeholder": ({"image": "a.png", "conversations": turns("What?")}, ["record 2", "1 image(s)", "0 image"]),
+    "no placeholder": (
+        {"image": "a.png", "conversations": turns("What?")},
+        ["record 2", "1 image(s)", "0 image"],
+    ),
     "no image": ({"conversations": turns()}, ["record 2", "0 image(s)", "1 image"]),
 }
 

@@ -50,7 +50,8 @@ def test_pca_equals_the_whitened_svd_where_the_moment_has_full_rank(rank):
     weight, inputs = make_weight(), make_inputs(200, decades=1.5)
     expected = whitened_svd(weight, inputs.T @ inputs, rank)
     factors = pca_factors(weight, inputs.T @ inputs, rank)
-    assert factors.down.shape == (rank, HIDDEN) and factors.up.shape == (O, rank)
+    assert factors.down.shape == (rank, HIDDEN)
+    assert factors.up.shape == (O, rank)
     # a ridge of 1e-6 of the mean variance is all that differs
     assert float((product(factors) - expected).norm() / expected.norm()) < 1e-4
     best, ours = (output_error(weight, w, inputs) for w in (expected, product(factors)))
@@ -61,7 +62,9 @@ def test_pca_equals_the_whitened_svd_to_rounding_for_even_inputs():
     weight = make_weight()
     inputs = torch.randn(300, HIDDEN, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     expected = whitened_svd(weight, inputs.T @ inputs, 5)
-    torch.testing.assert_close(product(pca_factors(weight, inputs.T @ inputs, 5)), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        product(pca_factors(weight, inputs.T @ inputs, 5)), expected, rtol=0, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("rank", [2, 4, 8])
@@ -105,7 +108,8 @@ def test_rank_as_large_as_the_outputs_seen_reproduces_outputs_of_few_tokens():
 def test_fewer_tokens_than_dims_give_finite_factors(rank):
     inputs = make_inputs(5)
     factors = pca_factors(make_weight(), inputs.T @ inputs, rank)
-    assert bool(factors.down.isfinite().all()) and bool(factors.up.isfinite().all())
+    assert bool(factors.down.isfinite().all())
+    assert bool(factors.up.isfinite().all())
     torch.testing.assert_close(factors.up.T @ factors.up, torch.eye(rank, dtype=torch.float64))
 
 
@@ -122,7 +126,9 @@ def test_directions_never_seen_are_kept_by_what_the_weight_does_with_them():
     unseen = torch.eye(HIDDEN, dtype=torch.float64) - seen @ seen.T
     left = ((weight - product(factors)) @ unseen).norm()
     only_seen = pca_factors(weight, inputs.T @ inputs, 3)
-    basis, _ = torch.linalg.qr(torch.randn(O, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64))
+    basis, _ = torch.linalg.qr(
+        torch.randn(O, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    )
     rest = weight - product(only_seen)
     assert float(left) < float(((rest - basis @ basis.T @ rest) @ unseen).norm())
 
@@ -138,7 +144,8 @@ IS_KEY = torch.arange(18) % 6 < 2
 def test_block_factors_keep_keys_and_values_apart(method, rank, key_rank, value_rank):
     weight = make_weight(18)
     factors = block_factors(weight, IS_KEY, rank, method)
-    assert factors.down.shape == (rank, HIDDEN) and factors.up.shape == (18, rank)
+    assert factors.down.shape == (rank, HIDDEN)
+    assert factors.up.shape == (18, rank)
     assert not factors.up[IS_KEY][:, key_rank:].any()
     assert not factors.up[~IS_KEY][:, :key_rank].any()
     for rows, part in ((IS_KEY, key_rank), (~IS_KEY, value_rank)):
@@ -163,7 +170,9 @@ def make_stats(**tokens):
 
 def md_svd(rank=4, factorization="md-svd"):
     modalities = DECOUPLED if factorization == "md-svd" else SHARED
-    return MLAConfig(qk_rope_head_dim=2, kv_lora_rank=rank, modalities=modalities, factorization=factorization)
+    return MLAConfig(
+        qk_rope_head_dim=2, kv_lora_rank=rank, modalities=modalities, factorization=factorization
+    )
 
 
 @pytest.mark.parametrize("count", [None, 0, 1, HIDDEN - 1])
@@ -176,11 +185,14 @@ def test_a_modality_hardly_seen_gets_the_pooled_factors_and_a_warning(caplog, mo
         factors = layer_factors(weight, IS_KEY, stats, md_svd(), layer=3)
     messages = [record.getMessage() for record in caplog.records]
     assert len(messages) == 1
-    assert "layer 3" in messages[0] and f"{count or 0} {modality} tokens" in messages[0]
+    assert "layer 3" in messages[0]
+    assert f"{count or 0} {modality} tokens" in messages[0]
     pooled = layer_factors(weight, IS_KEY, stats, md_svd(factorization="activation-svd"), layer=3)["shared"]
-    assert torch.equal(factors[modality].down, pooled.down) and torch.equal(factors[modality].up, pooled.up)
+    assert torch.equal(factors[modality].down, pooled.down)
+    assert torch.equal(factors[modality].up, pooled.up)
     own = pca_factors(weight, stats.moments[other], 4)
-    assert torch.equal(factors[other].down, own.down) and torch.equal(factors[other].up, own.up)
+    assert torch.equal(factors[other].down, own.down)
+    assert torch.equal(factors[other].up, own.up)
 
 
 def test_modalities_seen_enough_get_factors_of_their_own_without_a_warning(caplog):
@@ -202,12 +214,17 @@ def test_pooled_moment_is_that_of_all_tokens():
 @pytest.mark.parametrize("factorization", ["weight-svd", "split", "only-key", "only-value"])
 def test_baselines_of_the_weights_alone_do_not_look_at_the_inputs(factorization):
     weight, mla = make_weight(18), md_svd(rank=13, factorization=factorization)
-    made = [layer_factors(weight, IS_KEY, stats, mla, 0) for stats in (make_stats(text=30), make_stats(vision=99))]
+    made = [
+        layer_factors(weight, IS_KEY, stats, mla, 0) for stats in (make_stats(text=30), make_stats(vision=99))
+    ]
     assert set(made[0]) == {"shared"}
     assert torch.equal(product(made[0]["shared"]), product(made[1]["shared"]))
 
 
 def test_each_layer_gets_its_own_rank():
     mla = MLAConfig(qk_rope_head_dim=2, kv_lora_rank=[3, 5], factorization="weight-svd")
-    shapes = [tuple(layer_factors(make_weight(18), IS_KEY, LayerStats(), mla, i)["shared"].down.shape) for i in (0, 1)]
+    shapes = [
+        tuple(layer_factors(make_weight(18), IS_KEY, LayerStats(), mla, i)["shared"].down.shape)
+        for i in (0, 1)
+    ]
     assert shapes == [(3, HIDDEN), (5, HIDDEN)]

@@ -51,7 +51,8 @@ def test_uniform_pairs_are_distinct_ascending_and_in_range_for_every_rope_dim(he
         pairs = fixed_pairs("uniform", kv_heads=1, head_dim=head_dim, rope_dim=rope_dim)[0]
         assert len(pairs) == rope_dim // 2
         assert bool((pairs.diff() > 0).all())
-        assert pairs[0] == 0 and pairs[-1] < head_dim // 2
+        assert pairs[0] == 0
+        assert pairs[-1] < head_dim // 2
 
 
 def test_top_pairs_are_the_best_of_each_head_in_ascending_order():
@@ -88,7 +89,8 @@ def test_split_dims_is_a_permutation_with_rope_dims_in_pair_order_and_others_asc
     generator = torch.Generator().manual_seed(rope_dim)
     pairs = top_pairs(torch.rand(3, head_dim // 2, generator=generator), rope_dim)
     rope, others = split_dims(pairs, head_dim)
-    assert rope.shape == (3, rope_dim) and others.shape == (3, head_dim - rope_dim)
+    assert rope.shape == (3, rope_dim)
+    assert others.shape == (3, head_dim - rope_dim)
     assert torch.cat([rope, others], dim=1).sort(dim=1).values.tolist() == [list(range(head_dim))] * 3
     assert torch.equal(rope[:, : rope_dim // 2], pairs)
     assert torch.equal(rope[:, rope_dim // 2 :], pairs + head_dim // 2)
@@ -157,7 +159,9 @@ def test_masking_kl_of_a_pair_that_no_query_uses_is_zero():
 def test_masking_kl_takes_at_most_max_queries_evenly_spread():
     queries, keys = random_heads(seed=3)
     few = masking_kl_scores(queries, keys, 0.5, max_queries=3)
-    torch.testing.assert_close(few.double(), naive_masking_kl(queries, keys, 0.5, [0, 4, 8]), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        few.double(), naive_masking_kl(queries, keys, 0.5, [0, 4, 8]), rtol=1e-4, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("max_queries", [T, T + 1, 1000])

@@ -1,0 +1,75 @@
+"""Attention of a converted layer written a second time: token by token, pair by pair, in float64."""
+
+import cmath
+
+import torch
+from torch import nn
+
+
+class ReferenceAttention(nn.Module):
+    """Takes the weights of a layer's attention and the modality of every token, `[B, T]`.
+
+    No cache, no absorption, no batching over tokens. Every key is built from its own token's factors
+    and rotated as complex numbers. It knows padding from `keep [B, T]`.
+    """
+
+    def __init__(self, source, visual, keep):
+        super().__init__()
+        self.source, self.visual, self.keep = source, visual, keep
+
+    def _key_value(self, x, visual, cos, sin, head):
+        source = self.source
+        name = ("vision" if visual else "text") if len(source.modalities) == 2 else "shared"
+        down, up = source.kv_a_proj[name], source.kv_b_proj[name]
+        latent = down.weight.double() @ x
+        both = up.weight.double() @ latent + (up.bias.double() if up.bias is not None else 0)
+        width = source.nope_dim + source.head_dim
+        both = both[head * width : (head + 1) * width]
+        rope = source.k_rope_proj.weight.double() @ x
+        if source.k_rope_proj.bias is not None:
+            rope = rope + source.k_rope_proj.bias.double()
+        rope = rope[head * source.rope_dim : (head + 1) * source.rope_dim]
+        key = torch.cat([self._rotate(rope, cos, sin, head), both[: source.nope_dim]])
+        return key, both[source.nope_dim :]
+
+    def _rotate(self, x, cos, sin, head):
+        half = len(x) // 2
+        turned = x.clone()
+        for i, pair in enumerate(self.source.rope_pairs[head].tolist()):
+            z = complex(x[i], x[i + half]) * complex(cos[pair], sin[pair])
+            assert abs(abs(complex(cos[pair], sin[pair])) - 1) < 1e-5
+            assert cmath.isfinite(z)
+            turned[i], turned[i + half] = z.real, z.imag
+        return turned
+
+    def forward(self, hidden_states, position_embeddings, **kwargs):
+        source, x = self.source, hidden_states.double()
+        cos, sin = (table.double().expand(len(x), -1, -1) for table in position_embeddings)
+        batch, tokens, _ = x.shape
+        out = torch.zeros(batch, tokens, source.heads, source.head_dim, dtype=torch.float64)
+        for b in range(batch):
+            for head in range(source.kv_heads):
+                built = [
+                    self._key_value(x[b, j], bool(self.visual[b, j]), cos[b, j], sin[b, j], head)
+                    for j in range(tokens)
+                ]
+                keys, values = (torch.stack(part) for part in zip(*built, strict=True))
+                for m in range(source.num_key_value_groups):
+                    h = head * source.num_key_value_groups + m
+                    for t in range(tokens):
+                        if self.keep[b, t]:
+                            out[b, t, h] = self._one(x[b, t], cos[b, t], sin[b, t], keys, values, b, t, head, h)
+        out = out.flatten(2).to(hidden_states.dtype)
+        return source.o_proj(out), None
+
+    def _one(self, x, cos, sin, keys, values, b, t, head, h):
+        source = self.source
+        rows = slice(h * source.head_dim, (h + 1) * source.head_dim)
+        query = source.q_proj.weight[rows].double() @ x
+        if source.q_proj.bias is not None:
+            query = query + source.q_proj.bias[rows].double()
+        rope = self._rotate(query[: source.rope_dim], cos, sin, head)
+        query = torch.cat([rope, query[source.rope_dim :]])
+        seen = self.keep[b, : t + 1].bool()
+        scores = (keys[: t + 1] @ query)[seen] / source.head_dim**0.5
+        return scores.softmax(0) @ values[: t + 1][seen]

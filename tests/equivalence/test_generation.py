@@ -1,0 +1,201 @@
+"""`generate` on converted models: the cache really shrinks, and every way of decoding agrees."""
+
+import pytest
+import torch
+from helpers import original, prompt_inputs, random_mla, record, set_attention, with_positions
+from transformers import DynamicCache, pipeline
+from transformers.utils import is_hqq_available, is_optimum_quanto_available
+
+from mha2mla_vlm.cache import LatentCache, LatentLayer, bytes_per_token, cache_bytes
+from mha2mla_vlm.data import encode
+from mha2mla_vlm.errors import InputError
+
+BATCH = ["image", "text", "two images"]
+NEW = 6
+
+
+def generate(model, inputs, **kwargs):
+    """Greedy tokens, without the prompt; visual tokens are never generated."""
+    banned = list(model.visual_token_ids)
+    output = model.generate(
+        **inputs, max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False, suppress_tokens=banned, **kwargs
+    )
+    sequences = output if isinstance(output, torch.Tensor) else output.sequences
+    return sequences[:, inputs["input_ids"].shape[1] :]
+
+
+@pytest.mark.parametrize("prompts", [["image"], ["text"], ["two images"], BATCH], ids=str)
+@pytest.mark.parametrize("limit", [0, 10**6], ids=["expanded", "absorbed"])
+def test_cached_tokens_are_uncached_tokens(family, prompts, limit):
+    model, processor = random_mla(family)
+    inputs = prompt_inputs(family, processor, prompts)
+    expected = generate(model, inputs, use_cache=False)
+    assert torch.equal(generate(set_attention(model, absorb_limit=limit), inputs), expected)
+
+
+def test_default_cache_holds_the_bytes_of_the_formula(family):
+    base, processor = original(family)
+    model, _ = random_mla(family, rope_dim=32, rank=16 * base.config.text_config.num_key_value_heads)
+    base.visual_token_ids = model.visual_token_ids
+    inputs = prompt_inputs(family, processor, ["two images"])
+    sizes = {}
+    for name, candidate in (("original", base), ("converted", model)):
+        output = candidate.generate(**inputs, max_new_tokens=4, return_dict_in_generate=True)
+        cache = output.past_key_values
+        itemsize = cache.layers[0].keys.element_size()
+        expected = bytes_per_token(candidate.config, itemsize=itemsize) * cache.get_seq_length()
+        assert cache_bytes(cache) == expected
+        sizes[name] = cache_bytes(cache) / cache.get_seq_length()
+    assert isinstance(cache, LatentCache)
+    assert all(isinstance(layer, LatentLayer) for layer in cache.layers)
+    assert sizes["converted"] == 0.375 * sizes["original"]
+
+
+def test_left_padded_batch_generates_as_single(family):
+    model, processor = random_mla(family)
+    together = generate(model, prompt_inputs(family, processor, BATCH))
+    for row, prompt in enumerate(BATCH):
+        single = dict(encode(processor, [record(family, prompt, row)], generation_prompt=True))
+        assert torch.equal(generate(model, single)[0], together[row]), prompt
+
+
+@pytest.mark.parametrize("prompts", [["image"], BATCH], ids=str)
+@pytest.mark.parametrize("how", [{"num_beams": 3}, {"num_beams": 3, "num_return_sequences": 2}], ids=str)
+def test_beam_search_gives_the_tokens_of_the_expanded_path(family, prompts, how):
+    model, processor = random_mla(family)
+    inputs = prompt_inputs(family, processor, prompts)
+    expected = generate(set_attention(model, absorb_limit=0), inputs, past_key_values=DynamicCache(), **how)
+    assert len(expected) == len(prompts) * how.get("num_return_sequences", 1)
+    assert torch.equal(generate(set_attention(model, absorb_limit=10**6), inputs, **how), expected)
+
+
+def test_assisted_decoding_gives_the_tokens_of_plain_decoding(family):
+    model, processor = random_mla(family)
+    assistant, _ = random_mla(family)
+    with torch.no_grad():  # close enough to agree at times, far enough to be cropped at others
+        for parameter in assistant.lm_head.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    inputs = prompt_inputs(family, processor, ["image"])
+    expected = generate(set_attention(model, absorb_limit=0), inputs)
+    set_attention(model, absorb_limit=10**6)
+    assert torch.equal(generate(model, inputs, assistant_model=assistant), expected)
+    assert torch.equal(generate(model, inputs, prompt_lookup_num_tokens=3), expected)
+
+
+def test_several_samples_per_prompt(family):
+    model, processor = random_mla(family)
+    inputs = prompt_inputs(family, processor, BATCH)
+    output = model.generate(
+        **inputs,
+        do_sample=True,
+        top_k=1,
+        num_return_sequences=2,
+        max_new_tokens=NEW,
+        min_new_tokens=NEW,
+        suppress_tokens=list(model.visual_token_ids),
+    )
+    expected = generate(model, inputs)
+    assert torch.equal(output[:, inputs["input_ids"].shape[1] :], expected.repeat_interleave(2, dim=0))
+
+
+@pytest.mark.parametrize("limit", [0, 10**6], ids=["expanded", "absorbed"])
+def test_second_turn_with_an_image_over_the_cache_is_the_whole_chat(family, limit):
+    model, processor = random_mla(family)
+    set_attention(model, absorb_limit=limit, expand_chunk=16)
+    chat = record(family, "two images")
+    first = dict(encode(processor, [chat.before(1)], generation_prompt=True))
+    cache = LatentCache()
+    model.generate(**first, past_key_values=cache, max_new_tokens=1)
+    whole = dict(encode(processor, [chat], generation_prompt=True))
+    length = cache.get_seq_length()
+    assert torch.equal(whole["input_ids"][:, :length], first["input_ids"])
+    second = only_second_image(model, whole)
+    expected = generate(model, whole)
+    assert torch.equal(generate(model, second, past_key_values=cache), expected)
+
+
+def only_second_image(model, inputs):
+    """Inputs of a second turn over a cache: all tokens, but pixels of the new picture alone."""
+    if "image_grid_thw" in inputs:  # transformers finds multimodal positions from the grids of all pictures
+        inputs = with_positions(model, inputs)
+        inputs["pixel_values"] = inputs["pixel_values"][int(inputs["image_grid_thw"][0].prod()) :]
+        inputs["image_grid_thw"] = inputs["image_grid_thw"][1:]
+        return inputs
+    return inputs | {key: inputs[key][1:] for key in ("pixel_values", "image_sizes") if key in inputs}
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"cache_implementation": "dynamic"},
+        pytest.param(
+            {"cache_implementation": "offloaded"},
+            marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="offloading needs a GPU"),
+        ),
+        pytest.param(
+            {"cache_implementation": "quantized", "cache_config": {"backend": "hqq", "nbits": 4}},
+            marks=pytest.mark.skipif(not is_hqq_available(), reason="hqq is not installed"),
+        ),
+        pytest.param(
+            {"cache_implementation": "quantized", "cache_config": {"backend": "quanto", "nbits": 4}},
+            marks=pytest.mark.skipif(not is_optimum_quanto_available(), reason="quanto is not installed"),
+        ),
+    ],
+    ids=lambda how: "-".join(map(str, how.values())),
+)
+def test_other_caches_run(family, how):
+    model, processor = random_mla(family)
+    inputs = prompt_inputs(family, processor, ["image"])
+    got = generate(model, inputs, **how)
+    assert got.shape == (1, NEW)
+    if how["cache_implementation"] != "quantized":
+        assert torch.equal(got, generate(model, inputs))
+
+
+def test_plain_dynamic_cache_holds_latents_too(family):
+    model, processor = random_mla(family)
+    inputs = prompt_inputs(family, processor, BATCH)
+    cache = DynamicCache()
+    assert torch.equal(generate(model, inputs, past_key_values=cache), generate(model, inputs))
+    assert cache_bytes(cache) == len(BATCH) * cache.get_seq_length() * bytes_per_token(
+        model.config, itemsize=4
+    )
+
+
+def test_static_cache_is_refused(family):
+    model, processor = random_mla(family)
+    inputs = prompt_inputs(family, processor, ["text"])
+    with pytest.raises(InputError, match="static"):
+        generate(model, inputs, cache_implementation="static")
+
+
+def test_embeddings_alone_need_token_types(family):
+    model, processor = random_mla(family)
+    inputs = prompt_inputs(family, processor, ["text"])
+    embeddings = model.get_input_embeddings()(inputs["input_ids"])
+    with pytest.raises(InputError, match="mm_token_type_ids"):
+        model(inputs_embeds=embeddings)
+    types = torch.zeros_like(inputs["input_ids"])
+    got = model(inputs_embeds=embeddings, mm_token_type_ids=types).logits
+    torch.testing.assert_close(got, model(input_ids=inputs["input_ids"]).logits)
+
+
+def test_foreign_cache_is_refused(family):
+    model, processor = random_mla(family)
+    inputs = prompt_inputs(family, processor, ["text"])
+    cache = DynamicCache()
+    model(**inputs, past_key_values=cache, use_cache=True)
+    del cache.token_modality  # as if another model had filled it
+    with pytest.raises(InputError, match="unknown modality"):
+        model(input_ids=inputs["input_ids"][:, -1:], past_key_values=cache, use_cache=True)
+
+
+def test_pipeline_answers(family, tmp_path):
+    model, processor = random_mla(family)
+    image = record(family, "image").images[0]
+    chat = [
+        {"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": "Read all digits."}]}
+    ]
+    pipe = pipeline("image-text-to-text", model=model, processor=processor)
+    answer = pipe(text=chat, max_new_tokens=3, return_full_text=False)[0]["generated_text"]
+    assert isinstance(answer, str)

@@ -1,0 +1,150 @@
+"""Random tiny models, prompts of every shape, and ways to run a model piece by piece."""
+
+import copy
+import functools
+import random
+
+import torch
+from transformers import Cache
+
+from mha2mla_vlm.data import Record, encode
+from mha2mla_vlm.modeling import decoder_layers, mla_classes
+from mha2mla_vlm.zoo.architectures import new_model
+from mha2mla_vlm.zoo.chats import PAGE_MULTIPLE, make_page
+
+PROMPTS = {
+    "text": [("Read all digits.", 0)],
+    "image": [("Which digit is in row 1, column 1?", 1)],
+    "two turns": [("How many digits are 7?", 0), ("Which digit is the largest in row 1?", 1)],
+    "two images": [("How many digits are 3?", 1), ("Read all digits.", 1)],
+}
+
+
+@functools.cache
+def _original(name):
+    torch.manual_seed(0)
+    model, processor = new_model(name)
+    for layer in decoder_layers(model):
+        for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj):
+            torch.nn.init.normal_(projection.weight, std=0.12)  # sharp attention: positions and pairs matter
+            if projection.bias is not None:
+                torch.nn.init.normal_(projection.bias, std=0.3)
+        if layer.self_attn.v_proj.bias is not None:
+            torch.nn.init.normal_(layer.self_attn.v_proj.bias, std=0.3)
+    return model.eval(), processor
+
+
+def original(name):
+    """A copy of the family's random model in float32, and its processor."""
+    model, processor = _original(name)
+    return copy.deepcopy(model), processor
+
+
+def random_mla(name, *, rope_dim=16, rank=40, modalities=("text", "vision"), seed=1):
+    """A converted model of low rank whose text and vision factors, biases and pairs are all random."""
+    base, processor = _original(name)
+    config_class, model_class = mla_classes(name)
+    mla = {"qk_rope_head_dim": rope_dim, "kv_lora_rank": rank, "modalities": modalities}
+    torch.manual_seed(seed)
+    model = model_class(
+        config_class(**base.config.to_dict() | {"model_type": config_class.model_type, "mla": mla})
+    )
+    model.generation_config = copy.deepcopy(base.generation_config)
+    for layer in decoder_layers(model):
+        attention = layer.self_attn
+        for parameter in attention.parameters():
+            torch.nn.init.normal_(parameter, std=0.12 if parameter.ndim == 2 else 0.3)
+        pairs = attention.head_dim // 2
+        for head in attention.rope_pairs:
+            head.copy_(torch.randperm(pairs)[: rope_dim // 2].sort().values)
+    return model.eval(), processor
+
+
+def record(name, prompt, seed=0):
+    """A chat of the turns of a `PROMPTS` entry, each with its pictures, that waits for an answer."""
+    rng = random.Random(f"{prompt}/{seed}")
+    messages, images = [], []
+    for question, count in PROMPTS[prompt]:
+        if messages:
+            messages.append({"role": "assistant", "content": "7"})
+        for _ in range(count):
+            rows, columns = rng.randint(1, 3), rng.randint(1, 3)
+            page = make_page(
+                rng, split="test", multiple=PAGE_MULTIPLE[name], rows=rows, columns=columns, augment=False
+            )
+            images.append(page.image)
+        content = [{"type": "image"}] * count + [{"type": "text", "text": question}]
+        messages.append({"role": "user", "content": content})
+    return Record(messages=messages, images=images)
+
+
+def prompt_inputs(name, processor, prompts, side="left"):
+    """A padded batch of prompts with explicit positions, so that whole and piecewise runs agree."""
+    processor.tokenizer.padding_side = side
+    inputs = encode(processor, [record(name, p, i) for i, p in enumerate(prompts)], generation_prompt=True)
+    processor.tokenizer.padding_side = "left"
+    return dict(inputs)
+
+
+def with_positions(model, inputs):
+    """`inputs` plus position ids that skip padding, multimodal ones for Qwen2.5-VL."""
+    mask = inputs["attention_mask"]
+    if "image_grid_thw" in inputs:
+        names = ("input_ids", "image_grid_thw", "attention_mask", "mm_token_type_ids")
+        positions, _ = model.model.get_rope_index(**{name: inputs[name] for name in names})
+    else:
+        positions = (mask.cumsum(-1) - 1).clamp_min(0)
+        positions = positions.expand(3, -1, -1) if "mm_token_type_ids" in inputs else positions
+    return inputs | {"position_ids": positions}
+
+
+@torch.no_grad()
+def whole_logits(model, inputs):
+    """Logits of one forward without a cache."""
+    return model(**with_positions(model, inputs), use_cache=False).logits
+
+
+@torch.no_grad()
+def piecewise_logits(model, inputs, cuts, cache: Cache):
+    """Logits of the tokens of a single row given in pieces that end at `cuts`, over a growing cache.
+
+    Every image goes with the piece that holds its placeholders.
+    """
+    full = with_positions(model, inputs)
+    is_image = full["input_ids"][0] == model.config.image_token_id
+    starts = (is_image & ~torch.nn.functional.pad(is_image, (1, 0))[:-1]).nonzero()[:, 0].tolist()
+    logits, start, patches = [], 0, 0
+    for stop in [*cuts, full["input_ids"].shape[1]]:
+        piece = {
+            "input_ids": full["input_ids"][:, start:stop],
+            "attention_mask": full["attention_mask"][:, :stop],
+            "position_ids": full["position_ids"][..., start:stop],
+        }
+        shown = [i for i, at in enumerate(starts) if start <= at < stop]
+        if shown:
+            first, last = shown[0], shown[-1] + 1
+            for key in ("image_sizes", "image_grid_thw"):
+                if key in full:
+                    piece[key] = full[key][first:last]
+            if "image_grid_thw" in full:  # patches of all images in one row
+                count = int(piece["image_grid_thw"].prod(-1).sum())
+                piece["pixel_values"] = full["pixel_values"][patches : patches + count]
+                patches += count
+            else:
+                piece["pixel_values"] = full["pixel_values"][first:last]
+        logits.append(model(**piece, past_key_values=cache, use_cache=True).logits)
+        start = stop
+    return torch.cat(logits, dim=1)
+
+
+def set_attention(model, **values):
+    """Set attributes of every attention layer, to choose its path."""
+    for layer in decoder_layers(model):
+        for key, value in values.items():
+            setattr(layer.self_attn, key, value)
+    return model
+
+
+def real_tokens(logits, inputs):
+    """Logits of the tokens that are not padding."""
+    return logits[inputs["attention_mask"].bool()]

@@ -1,0 +1,193 @@
+"""Configurations: what is refused, with which words, and that nothing is lost on the way to JSON."""
+
+import dataclasses
+import functools
+import json
+
+import pytest
+
+from mha2mla_vlm.config import (
+    DECOUPLED,
+    FACTORIZATIONS,
+    ROPE_SELECTIONS,
+    SHARED,
+    ConversionConfig,
+    MLAConfig,
+)
+from mha2mla_vlm.convert import plan
+from mha2mla_vlm.errors import InputError
+from mha2mla_vlm.families import FAMILIES
+from mha2mla_vlm.zoo.architectures import new_model
+
+SIZES = {"layers": 3, "head_dim": 64, "kv_heads": 2, "hidden": 256}
+
+
+@functools.cache
+def config_of(name):
+    return new_model(name)[0].config
+
+
+def refused(action, *words):
+    """Run `action`, which must raise `InputError` with one line that holds all `words`."""
+    with pytest.raises(InputError) as error:
+        action()
+    message = str(error.value)
+    assert "\n" not in message
+    assert [word for word in words if str(word) not in message] == []
+
+
+@pytest.mark.parametrize("kind", [MLAConfig, ConversionConfig])
+def test_unknown_keys_are_refused_with_the_known_ones(kind):
+    known = [field.name for field in dataclasses.fields(kind)]
+    values = {"qk_rope_head_dim": 8} if kind is MLAConfig else {}
+    refused(lambda: kind.from_dict(values | {"rank": 3, "colour": 1}), "colour, rank", kind.__name__, *known)
+
+
+@pytest.mark.parametrize("kind", [MLAConfig, ConversionConfig])
+def test_configs_are_frozen_and_keyword_only(kind):
+    config = kind(qk_rope_head_dim=8) if kind is MLAConfig else kind()
+    name = dataclasses.fields(kind)[0].name
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        setattr(config, name, 4)
+    with pytest.raises(TypeError):
+        kind(8)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        MLAConfig(qk_rope_head_dim=8),
+        MLAConfig(
+            qk_rope_head_dim=[8, 16],
+            kv_lora_rank=[4, 32],
+            modalities=DECOUPLED,
+            rope_selection="mkl",
+            factorization="md-svd",
+            kl={"partial_rope": 0.25, "factorization": 0.5},
+        ),
+        ConversionConfig(),
+        ConversionConfig(rope_dim=16, d_kv=8, rope_selection="low", factorization="split", samples=9),
+    ],
+    ids=["mla", "mla by layer", "default", "given"],
+)
+def test_a_config_survives_json(config):
+    again = type(config).from_dict(json.loads(json.dumps(config.to_dict())))
+    assert again == config
+    assert again.to_dict() == config.to_dict()
+
+
+def test_one_number_holds_for_all_layers_and_a_list_for_each():
+    one = MLAConfig(qk_rope_head_dim=8, kv_lora_rank=4)
+    each = MLAConfig(qk_rope_head_dim=[8, 2, 4], kv_lora_rank=[4, 6, 8])
+    assert [one.layer(i) for i in range(3)] == [(8, 4)] * 3
+    assert [each.layer(i) for i in range(3)] == [(8, 4), (2, 6), (4, 8)]
+    assert MLAConfig(qk_rope_head_dim=8).layer(1) == (8, None)
+
+
+@pytest.mark.parametrize("modalities", [(), ("vision",), ("vision", "text"), ("text", "vision", "audio")])
+def test_unknown_modalities_are_refused_with_the_known_ones(modalities):
+    refused(lambda: MLAConfig(qk_rope_head_dim=8, modalities=modalities), str(modalities), SHARED, DECOUPLED)
+
+
+@pytest.mark.parametrize("rope", [1, 7, 63, 0, -2, 66, 128])
+def test_rope_dims_that_a_head_cannot_have_are_refused(rope):
+    words = (f"R = {rope} ", "even number", "2 to the head dim 64")
+    refused(lambda: MLAConfig(qk_rope_head_dim=rope).check(**SIZES), *words)
+    refused(lambda: MLAConfig(qk_rope_head_dim=[32, 32, rope]).check(**SIZES), *words)
+
+
+@pytest.mark.parametrize("rope", [2, 32, 64])
+@pytest.mark.parametrize("rank", [None, 1, 128])
+def test_sizes_that_a_model_can_have_are_accepted(rope, rank):
+    MLAConfig(qk_rope_head_dim=rope, kv_lora_rank=rank).check(**SIZES)
+    MLAConfig(qk_rope_head_dim=[rope] * 3, kv_lora_rank=None if rank is None else [rank] * 3).check(**SIZES)
+
+
+@pytest.mark.parametrize(
+    ("hidden", "largest"),
+    [(256, 192), (100, 100)],  # 2 KV heads of 32 key and 64 value dims, or the width of the input
+)
+def test_a_rank_larger_than_keys_and_values_or_the_input_is_refused(hidden, largest):
+    sizes = SIZES | {"hidden": hidden}
+    MLAConfig(qk_rope_head_dim=32, kv_lora_rank=largest).check(**sizes)
+    for rank in (largest + 1, 0, -1):
+        config = MLAConfig(qk_rope_head_dim=32, kv_lora_rank=rank)
+        refused(lambda: config.check(**sizes), f"kv_lora_rank {rank}", f"1 to {largest}", "R = 32")  # noqa: B023
+
+
+def test_the_block_kept_whole_may_make_the_rank_larger_than_the_input():
+    config = MLAConfig(qk_rope_head_dim=32, kv_lora_rank=190, factorization="only-key")
+    config.check(**SIZES | {"hidden": 100})
+    over = dataclasses.replace(config, kv_lora_rank=193)
+    refused(lambda: over.check(**SIZES | {"hidden": 100}), "kv_lora_rank 193", "1 to 192")
+
+
+@pytest.mark.parametrize("name", ["qk_rope_head_dim", "kv_lora_rank"])
+@pytest.mark.parametrize("length", [0, 2, 4])
+def test_lists_of_the_wrong_length_are_refused(name, length):
+    config = MLAConfig(**{"qk_rope_head_dim": 32, "kv_lora_rank": 8} | {name: [8] * length})
+    refused(lambda: config.check(**SIZES), name, f"lists {length} layers", "model has 3")
+
+
+@pytest.mark.parametrize(
+    ("field", "known"), [("rope_selection", ROPE_SELECTIONS), ("factorization", FACTORIZATIONS)]
+)
+@pytest.mark.parametrize("value", ["best", "MD-SVD", ""])
+def test_unknown_methods_are_refused_with_the_known_ones(field, known, value):
+    refused(lambda: ConversionConfig(**{field: value}), repr(value), field.replace("_", " "), *known)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"samples": 1}, ["samples = 1", "at least 2"]),
+        ({"samples": -5}, ["samples = -5"]),
+        ({"held_out": 0}, ["held_out = 0", "between 0 and 1"]),
+        ({"held_out": 1.0}, ["held_out = 1.0"]),
+        ({"held_out": -0.1}, ["held_out = -0.1"]),
+        ({"factorization": "none", "d_kv": 8}, ["d_kv = 8", "'none'"]),
+    ],
+)
+def test_conversions_that_make_no_sense_are_refused(values, words):
+    refused(lambda: ConversionConfig(**values), *words)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_default_plan_halves_rope_and_quarters_the_latent(name):
+    text = config_of(name).get_text_config(decoder=True)
+    mla = plan(config_of(name), ConversionConfig())
+    assert mla.qk_rope_head_dim == 32  # D = 64
+    assert mla.kv_lora_rank == 16 * text.num_key_value_heads
+    assert mla.modalities == DECOUPLED
+    elements = text.num_key_value_heads * mla.qk_rope_head_dim + mla.kv_lora_rank
+    assert elements / (2 * text.num_key_value_heads * 64) == 0.375
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"rope_dim": 31}, ["R = 31", "head dim 64"]),
+        ({"rope_dim": 0}, ["R = 0", "head dim 64"]),
+        ({"rope_dim": 66}, ["R = 66", "head dim 64"]),
+        ({"d_kv": 0}, ["kv_lora_rank 0"]),
+        ({"d_kv": -4}, ["kv_lora_rank -"]),
+        ({"d_kv": 4000}, ["kv_lora_rank", "d_kv up to"]),
+    ],
+)
+def test_a_plan_that_the_model_cannot_have_is_refused(name, values, words):
+    refused(lambda: plan(config_of(name), ConversionConfig(**values)), *words)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(("factorization", "whole"), [("only-key", 64), ("only-value", 32), ("split", 0)])
+def test_d_kv_is_the_rank_of_what_is_factorised(name, factorization, whole):
+    kv_heads = config_of(name).get_text_config(decoder=True).num_key_value_heads
+    mla = plan(config_of(name), ConversionConfig(factorization=factorization, d_kv=8, rope_dim=32))
+    assert mla.kv_lora_rank == kv_heads * (8 + whole)
+    assert mla.modalities == SHARED
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_without_factorisation_there_is_no_rank(name):
+    assert plan(config_of(name), ConversionConfig(factorization="none")).kv_lora_rank is None
