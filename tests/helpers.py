@@ -46,9 +46,8 @@ def random_mla(name, *, rope_dim=16, rank=40, modalities=("text", "vision"), see
     config_class, model_class = mla_classes(name)
     mla = {"qk_rope_head_dim": rope_dim, "kv_lora_rank": rank, "modalities": modalities}
     torch.manual_seed(seed)
-    model = model_class(
-        config_class(**base.config.to_dict() | {"model_type": config_class.model_type, "mla": mla})
-    )
+    values = base.config.to_dict() | {"model_type": config_class.model_type, "mla": mla, "dtype": "float32"}
+    model = model_class(config_class(**values))
     model.generation_config = copy.deepcopy(base.generation_config)
     for layer in decoder_layers(model):
         attention = layer.self_attn

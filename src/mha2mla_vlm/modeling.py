@@ -105,7 +105,8 @@ class MLAMixin(_Model):
 
     def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
         """As transformers does, plus the module that loads the folder with `trust_remote_code=True`."""
-        super().save_pretrained(save_directory, **kwargs)
+        # weights under the names of the modules, not of the family's checkpoints before transformers 5
+        super().save_pretrained(save_directory, **{"save_original_format": False, **kwargs})
         code = _REMOTE_CODE.format(config=type(self.config).__name__, model=type(self).__name__)
         Path(save_directory, f"{REMOTE_MODULE}.py").write_text(code, encoding="utf-8")
 

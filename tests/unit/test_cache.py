@@ -288,6 +288,13 @@ def test_selected_rows_that_differ_are_refused():
         track_modality(cache, make_mask("t", "t"))
 
 
+@pytest.mark.xfail(strict=True, reason="the cache's rows are reordered, those of its modality are not")
+def test_modality_follows_reordered_rows_that_differ():
+    cache, _ = filled_cache(make_mask("tvvt", "tttv"))
+    cache.reorder_cache(torch.tensor([1, 0]))
+    check_runs(track_modality(cache, make_mask("t", "t")), make_mask("tttvt", "tvvtt"))
+
+
 def test_a_cache_filled_elsewhere_is_refused():
     cache = DynamicCache()
     cache.update(*tokens(1, 5, seed=0), 0)

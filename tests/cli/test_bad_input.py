@@ -1,0 +1,174 @@
+"""Bad input: one clear line on stderr, exit code 2, nothing left on disk."""
+
+import json
+import sys
+
+import pytest
+from helpers import original
+from PIL import Image
+
+from mha2mla_vlm.checkpoint import save
+from mha2mla_vlm.cli import main
+from mha2mla_vlm.zoo.chats import write_chats
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory):
+    """A folder with a random original model and good data."""
+    folder = tmp_path_factory.mktemp("workspace")
+    model, processor = original("qwen2_5_vl")
+    save(model, processor, folder / "model")
+    (folder / "data").mkdir()
+    write_chats("qwen2_5_vl", folder / "data", split="test", count=4, seed=0)
+    return folder
+
+
+def run(monkeypatch, capsys, *arguments):
+    """Exit code, stdout and stderr of a command."""
+    monkeypatch.setattr(sys, "argv", ["mha2mla", *map(str, arguments)])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    output = capsys.readouterr()
+    return ended.value.code, output.out, output.err
+
+
+def write_data(path, entry):
+    path.write_text(json.dumps(entry) + "\n")
+    return path
+
+
+def chat(*images):
+    content = [{"type": "image"}, {"type": "text", "text": "Read all digits."}]
+    messages = [{"role": "user", "content": content}, {"role": "assistant", "content": "7"}]
+    return {"messages": messages, "images": list(images)}
+
+
+CONVERT = {
+    "unknown selection": (["--rope-selection", "best"], "best"),
+    "unknown factorization": (["--factorization", "qr"], "qr"),
+    "odd R": (["--rope-dim", "7"], "7"),
+    "R larger than D": (["--rope-dim", "66"], "66"),
+    "R zero": (["--rope-dim", "0"], "0"),
+    "rank too large": (["--d-kv", "500"], "d_kv up to 96"),
+    "rank zero": (["--d-kv", "0"], "0"),
+    "d_kv without factorization": (["--factorization", "none", "--d-kv", "8"], "none"),
+    "one sample": (["--samples", "1"], "1"),
+}
+
+
+@pytest.mark.parametrize("case", CONVERT)
+def test_convert_refuses_settings(monkeypatch, capsys, workspace, case):
+    options, named = CONVERT[case]
+    output = workspace / "out"
+    command = ["convert", workspace / "model", "--data", workspace / "data", "-o", output, *options]
+    refused(*run(monkeypatch, capsys, *command), named)
+    assert not output.exists()
+
+
+def refused(code, out, err, named):
+    """The contract of bad input."""
+    lines = [line for line in err.splitlines() if line.strip()]
+    assert code == 2
+    assert out == ""
+    assert len(lines) == 1, err
+    assert lines[0].startswith("error: ")
+    assert named in lines[0]
+
+
+def make_missing_image(folder):
+    return write_data(folder / "bad.jsonl", chat("nowhere.png")), "nowhere.png"
+
+
+def make_corrupt_image(folder):
+    Image.new("L", (48, 48)).save(folder / "whole.png")
+    (folder / "torn.png").write_bytes((folder / "whole.png").read_bytes()[:60])
+    return write_data(folder / "bad.jsonl", chat("torn.png")), "torn.png"
+
+
+def make_image_count(folder):
+    return write_data(folder / "bad.jsonl", chat()), "0 image(s) for 1 image placeholder(s)"
+
+
+def make_empty(folder):
+    (folder / "bad.jsonl").write_text("")
+    return folder / "bad.jsonl", "no records"
+
+
+def make_absent(folder):
+    return folder / "absent.jsonl", "does not exist"
+
+
+@pytest.mark.parametrize(
+    "make", [make_missing_image, make_corrupt_image, make_image_count, make_empty, make_absent]
+)
+@pytest.mark.parametrize("command", ["convert", "evaluate"])
+def test_bad_data_is_refused(monkeypatch, capsys, workspace, tmp_path, command, make):
+    data, named = make(tmp_path)
+    output = tmp_path / "out"
+    extra = ["-o", output] if command == "convert" else []
+    result = run(monkeypatch, capsys, command, workspace / "model", "--data", data, *extra)
+    refused(*result, named)
+    assert not output.exists()
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".out")]
+
+
+def test_unknown_family_is_refused_with_the_supported_ones(monkeypatch, capsys, workspace, tmp_path):
+    model = tmp_path / "bert"
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps({"model_type": "bert", "hidden_size": 8}))
+    command = ["convert", model, "--data", workspace / "data", "-o", tmp_path / "out"]
+    code, out, err = run(monkeypatch, capsys, *command)
+    refused(code, out, err, "bert")
+    assert all(family in err for family in ("qwen2_5_vl", "llava_next", "llava"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_output_that_is_not_empty_is_refused(monkeypatch, capsys, workspace, tmp_path):
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "precious.txt").write_text("keep me")
+    for command in (
+        ["convert", workspace / "model", "--data", workspace / "data", "-o", output],
+        ["zoo", "data", "llava", "-o", output],
+        ["zoo", "build", "llava", "-o", output],
+        ["demo", "-o", output],
+    ):
+        refused(*run(monkeypatch, capsys, *command), str(output))
+    assert [path.name for path in output.iterdir()] == ["precious.txt"]
+
+
+def test_truncated_weights_are_refused(monkeypatch, capsys, workspace, tmp_path):
+    model, processor = original("qwen2_5_vl")
+    folder = save(model, processor, tmp_path / "torn")
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-500])
+    command = ["convert", folder, "--data", workspace / "data", "-o", tmp_path / "out"]
+    refused(*run(monkeypatch, capsys, *command), str(folder))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "named"),
+    [
+        (["inspect", "MODEL"], "not a converted model"),
+        (["inspect", "no/such/folder"], "no/such/folder"),
+        (["demo", "--model", "gpt"], "gpt"),
+        (["zoo", "data", "gpt", "-o", "OUT"], "gpt"),
+        (["generate", "MODEL", "--prompt", "x", "--image", "absent.png"], "absent.png"),
+        (["generate", "MODEL", "--prompt", "x", "--device", "abacus"], "abacus"),
+        (["evaluate", "zoo:gpt", "--data", "DATA"], "zoo:gpt"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_other_commands_refuse(monkeypatch, capsys, workspace, tmp_path, command, named):
+    places = {"MODEL": workspace / "model", "DATA": workspace / "data", "OUT": tmp_path / "out"}
+    command = [places.get(word, word) for word in command]
+    refused(*run(monkeypatch, capsys, *command), named)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_usage_errors_exit_with_2(monkeypatch, capsys):
+    code, out, err = run(monkeypatch, capsys, "convert", "--no-such-option")
+    assert code == 2
+    assert out == ""
+    assert "--no-such-option" in err

@@ -1,0 +1,123 @@
+"""Saved models load alone, strictly, in every way that users load models."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from helpers import prompt_inputs, random_mla, whole_logits
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from mha2mla_vlm import InputError, load, load_processor, save
+from mha2mla_vlm.cache import LatentCache
+
+REMOTE = """
+import json, sys, torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
+model = AutoModelForImageTextToText.from_pretrained(sys.argv[1], trust_remote_code=True).eval()
+processor = AutoProcessor.from_pretrained(sys.argv[1])
+inputs = torch.load(sys.argv[2], weights_only=True)
+out = model.generate(**inputs, max_new_tokens=3, do_sample=False, return_dict_in_generate=True)
+model.save_pretrained(sys.argv[3])
+print(json.dumps([out.sequences.tolist(), type(out.past_key_values).__name__, type(processor).__name__]))
+"""
+
+
+@pytest.fixture
+def saved(family, tmp_path):
+    """A converted model in memory, its processor, and its folder."""
+    model, processor = random_mla(family)
+    model = load(save(model, processor, tmp_path / "first"))  # completes the config, as conversion does
+    return model, processor, save(model, processor, tmp_path / "model")
+
+
+def same_weights(a, b):
+    left, right = a.state_dict(), b.state_dict()
+    return left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
+
+
+def test_load_gives_the_same_model(family, saved):
+    model, processor, folder = saved
+    loaded = load(folder)
+    assert type(loaded) is type(model)
+    assert same_weights(loaded, model)
+    inputs = prompt_inputs(family, load_processor(folder), ["two images"])
+    assert torch.equal(whole_logits(loaded, inputs), whole_logits(model, inputs))
+
+
+def test_plain_transformers_loads_it_and_saves_it_again(family, saved, tmp_path):
+    model, processor, folder = saved
+    inputs = prompt_inputs(family, processor, ["image"])
+    torch.save(inputs, tmp_path / "inputs.pt")
+    arguments = [sys.executable, "-c", REMOTE, folder, tmp_path / "inputs.pt", tmp_path / "again"]
+    run = subprocess.run(arguments, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    sequences, cache, processor_class = json.loads(run.stdout.splitlines()[-1])
+    expected = model.generate(**inputs, max_new_tokens=3, do_sample=False)
+    assert sequences == expected.tolist()
+    assert cache == LatentCache.__name__
+    assert processor_class == type(processor).__name__
+    for name in ("model.safetensors", "config.json", "modeling_mha2mla.py", "generation_config.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (folder / name).read_bytes(), name
+    assert same_weights(load(tmp_path / "again"), model)
+
+
+def test_auto_classes_know_it_after_load(saved):
+    model, _, folder = saved
+    load(folder)
+    assert same_weights(AutoModelForImageTextToText.from_pretrained(folder), model)
+    assert AutoProcessor.from_pretrained(folder).chat_template
+
+
+def test_half_precision_keeps_pairs_and_dtype(saved):
+    model, _, folder = saved
+    loaded = load(folder, dtype=torch.bfloat16)
+    assert loaded.dtype == torch.bfloat16
+    for name, value in loaded.state_dict().items():
+        if name.endswith("rope_pairs"):
+            assert torch.equal(value, model.state_dict()[name])
+
+
+@pytest.mark.parametrize("damage", ["missing", "extra", "misshaped", "truncated"])
+def test_damaged_weights_are_refused(saved, damage):
+    _, _, folder = saved
+    path = folder / "model.safetensors"
+    key = "model.language_model.layers.1.self_attn.kv_b_proj.vision.weight"
+    if damage == "truncated":
+        path.write_bytes(path.read_bytes()[:-1000])
+    else:
+        weights = load_file(path)
+        assert key in weights
+        if damage == "missing":
+            del weights[key]
+        elif damage == "extra":
+            weights[key.replace("vision", "audio")] = weights[key].clone()
+        else:
+            weights[key] = weights[key][:, 1:].contiguous()
+        save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(InputError) as raised:
+        load(folder)
+    assert len(str(raised.value).splitlines()) == 1
+
+
+def test_config_with_unknown_keys_is_refused(saved):
+    _, _, folder = saved
+    config = json.loads((folder / "config.json").read_text())
+    config["mla"]["kv_lora_ranks"] = 3
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="kv_lora_ranks"):
+        load(folder)
+
+
+def test_nothing_is_left_of_a_write_that_fails(family, tmp_path):
+    model, _ = random_mla(family)
+
+    class Broken:
+        def save_pretrained(self, folder):
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        save(model, Broken(), tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
