@@ -58,7 +58,9 @@ class ReferenceAttention(nn.Module):
                     h = head * source.num_key_value_groups + m
                     for t in range(tokens):
                         if self.keep[b, t]:
-                            out[b, t, h] = self._one(x[b, t], cos[b, t], sin[b, t], keys, values, b, t, head, h)
+                            out[b, t, h] = self._one(
+                                x[b, t], cos[b, t], sin[b, t], keys, values, b, t, head, h
+                            )
         out = out.flatten(2).to(hidden_states.dtype)
         return source.o_proj(out), None
 

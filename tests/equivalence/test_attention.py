@@ -1,6 +1,7 @@
 """All ways to compute a converted model's attention agree, with each other and with a second writing."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -103,7 +104,7 @@ def piece_cuts(model, inputs):
     total = len(ids)
     yield list(range(total - 4, total))
     places = (ids == model.config.image_token_id).nonzero()[:, 0].tolist()
-    gaps = [b for a, b in zip(places, places[1:], strict=False) if b > a + 3]
+    gaps = [b for a, b in itertools.pairwise(places) if b > a + 3]
     if places:
         yield [(gaps[-1] if gaps else places[0]) - 1]
 

@@ -39,7 +39,7 @@ def same_weights(a, b):
 
 
 def test_load_gives_the_same_model(family, saved):
-    model, processor, folder = saved
+    model, _, folder = saved
     loaded = load(folder)
     assert type(loaded) is type(model)
     assert same_weights(loaded, model)

@@ -194,7 +194,10 @@ def test_pipeline_answers(family, tmp_path):
     model, processor = random_mla(family)
     image = record(family, "image").images[0]
     chat = [
-        {"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": "Read all digits."}]}
+        {
+            "role": "user",
+            "content": [{"type": "image", "image": image}, {"type": "text", "text": "Read all digits."}],
+        }
     ]
     pipe = pipeline("image-text-to-text", model=model, processor=processor)
     answer = pipe(text=chat, max_new_tokens=3, return_full_text=False)[0]["generated_text"]

@@ -43,7 +43,8 @@ class Recipe:
     tokens: int = 2600  # per step, about
     learning_rate: float = 1e-3
     weight_decay: float = 0.05
-    evaluate_every: int = 250
+    evaluate_every: int = 250  # steps
+    held_out: int = 500  # pictures of the final measurement
 
 
 @dataclass
@@ -98,7 +99,7 @@ def build(name: str, output: Path, recipe: Recipe) -> dict[str, Any]:
     (output / "state.pt").unlink(missing_ok=True)
     return {
         "parameters": model.num_parameters(),
-        **answer_accuracy(name, model, processor, count=500, seed=0),
+        **answer_accuracy(name, model, processor, count=recipe.held_out, seed=0),
     }
 
 

@@ -1,0 +1,117 @@
+"""Commands on good input: files that load, and the JSON keys that scripts read."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from helpers import original
+
+from mha2mla_vlm import load, load_records
+from mha2mla_vlm.checkpoint import save
+from mha2mla_vlm.cli import main
+from mha2mla_vlm.zoo.chats import write_chats
+
+
+def run(monkeypatch, capsys, *arguments):
+    """Result of a command: the last line of its standard output."""
+    monkeypatch.setattr(sys, "argv", ["mha2mla", *map(str, arguments)])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    output = capsys.readouterr()
+    assert ended.value.code == 0, output.err
+    return json.loads(output.out.splitlines()[-1])
+
+
+@pytest.fixture
+def workspace(family, tmp_path):
+    """A folder with the family's random original model and data."""
+    model, processor = original(family)
+    save(model, processor, tmp_path / "model")
+    (tmp_path / "data").mkdir()
+    write_chats(family, tmp_path / "data", split="train", count=6, seed=0)
+    return tmp_path
+
+
+def test_convert_inspect_evaluate_generate(monkeypatch, capsys, family, workspace):
+    out, data = workspace / "out", workspace / "data" / "chats.jsonl"
+    converted = run(
+        monkeypatch, capsys, "convert", workspace / "model", "--data", data, "-o", out, "--rope-dim", 16
+    )
+    kv_heads = load(workspace / "model").config.text_config.num_key_value_heads
+    assert converted["output"] == str(out)
+    assert converted["family"] == family
+    assert (converted["qk_rope_head_dim"], converted["kv_lora_rank"]) == (16, 16 * kv_heads)
+    assert converted["bytes_per_token"] / converted["bytes_per_token_original"] == 0.25
+    assert converted["kl"] > 0
+
+    seen = run(monkeypatch, capsys, "inspect", out)
+    assert seen["layers"] == 4
+    assert seen["modalities"] == ["text", "vision"]
+    assert (seen["rope_selection"], seen["factorization"]) == ("mkl", "md-svd")
+    assert seen["bytes_per_token"] / seen["bytes_per_token_original"] == 0.25
+    assert [[len(head) for head in layer] for layer in seen["pairs"]] == [[8] * kv_heads] * 4
+
+    measured = run(
+        monkeypatch, capsys, "evaluate", out, "--data", data, "--baseline", workspace / "model", "--limit", 2
+    )
+    assert measured["records"] == 2
+    assert measured["answers"] == sum(row["answers"] for row in measured["by_kind"].values())
+    assert measured["kl"] > 0
+    assert {"exact_match", "cross_entropy", "agreement", "baseline_exact_match"} <= measured.keys()
+    itself = run(monkeypatch, capsys, "evaluate", out, "--data", data, "--baseline", out, "--limit", 2)
+    assert (itself["kl"], itself["agreement"]) == (0.0, 1.0)
+
+    image = next((workspace / "data" / "images").glob("*.png"))
+    command = ["generate", out, "--image", image, "--prompt", "Read all digits.", "--max-new-tokens", 3]
+    answer = run(monkeypatch, capsys, *command)
+    assert answer["cache_bytes"] == 2 * converted["bytes_per_token"] // 2 * answer["cached_tokens"]
+
+
+@pytest.mark.parametrize("factorization", ["none", "weight-svd", "activation-svd", "split", "only-key"])
+@pytest.mark.parametrize("selection", ["high", "low", "uniform", "2-norm"])
+def test_every_published_method_converts(monkeypatch, capsys, workspace, family, factorization, selection):
+    if family != "llava" and selection != "2-norm":
+        pytest.skip("one family shows the selections that do not look at data")
+    command = ["convert", workspace / "model", "--data", workspace / "data", "-o", workspace / "out"]
+    command += ["--rope-selection", selection, "--factorization", factorization, "--samples", 4]
+    result = run(monkeypatch, capsys, *command)
+    model = load(workspace / "out")
+    assert model.mla_config.factorization == factorization
+    assert (result["kv_lora_rank"] is None) == (factorization == "none")
+
+
+def test_conversion_keeps_the_stored_dtype(monkeypatch, capsys, workspace):
+    model = load(workspace / "model", dtype=torch.bfloat16)
+    model.save_pretrained(workspace / "half")
+    for path in (workspace / "model").iterdir():
+        if path.name not in ("model.safetensors", "config.json"):
+            (workspace / "half" / path.name).write_bytes(path.read_bytes())
+    command = ["convert", workspace / "half", "--data", workspace / "data", "-o", workspace / "out"]
+    run(monkeypatch, capsys, *command, "--samples", 3)
+    assert load(workspace / "out").dtype == torch.bfloat16
+
+
+def test_zoo_data_and_list(monkeypatch, capsys, tmp_path, family):
+    written = run(
+        monkeypatch, capsys, "zoo", "data", family, "-o", tmp_path / "data", "--count", 3, "--seed", 5
+    )
+    assert len(load_records(written["data"])) == written["records"] == 3
+    names = [model["name"] for model in run(monkeypatch, capsys, "zoo", "list")["models"]]
+    assert f"zoo:{family}" in names
+
+
+def test_the_installed_command_answers():
+    program = [sys.executable, "-c", "from mha2mla_vlm.cli import main; main()"]
+    shown = subprocess.run([*program, "--help"], capture_output=True, text=True, check=True)
+    assert all(name in shown.stdout for name in ("demo", "convert", "evaluate", "generate", "inspect", "zoo"))
+
+
+def test_importing_does_nothing():
+    code = (
+        "import sys, os; before = dict(os.environ); import mha2mla_vlm, mha2mla_vlm.cli; "
+        "assert dict(os.environ) == before; assert 'torch' not in sys.modules, 'heavy import'; print('ok')"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert shown.stdout.strip() == "ok", shown.stderr
