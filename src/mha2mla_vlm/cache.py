@@ -12,7 +12,7 @@ import torch
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from mha2mla_vlm.config import MLAConfig
+from mha2mla_vlm.config import AttentionSizes, MLAConfig
 from mha2mla_vlm.errors import InputError
 
 GROWTH = 256  # tokens by which buffers grow
@@ -139,6 +139,22 @@ class LatentCache(DynamicCache):
         super().__init__(**kwargs)
         self.layers: list[LatentLayer] = []
         self.layer_class_to_replicate = LatentLayer
+        self.token_modality: TokenModality | None = None
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Take the rows `beam_idx`, in this order."""
+        super().reorder_cache(beam_idx)
+        self._select_modality(beam_idx)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep the rows `indices`."""
+        super().batch_select_indices(indices)
+        self._select_modality(indices)
+
+    def _select_modality(self, rows: torch.Tensor) -> None:
+        if self.token_modality is not None:
+            mask = self.token_modality.mask
+            self.token_modality = TokenModality(mask[rows.to(mask.device)], self.token_modality.runs)
 
 
 def track_modality(cache: Cache | None, new_mask: torch.Tensor) -> TokenModality:
@@ -183,16 +199,15 @@ def bytes_per_token(config: Any, *, itemsize: int = 2) -> int:
     `config` is that of an original model, `2 * G * D` elements a layer, or of a converted one,
     `G * R + r` elements (REFERENCE section 5); without factorisation r is `G * (2 * D - R)`.
     """
-    text = config.get_text_config(decoder=True)
-    kv_heads = text.num_key_value_heads
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    sizes = AttentionSizes.of(config)
     values = getattr(config, "mla", None)
     if values is None:
-        return text.num_hidden_layers * 2 * kv_heads * head_dim * itemsize
+        return sizes.layers * 2 * sizes.kv_heads * sizes.head_dim * itemsize
     mla = MLAConfig.from_dict(values)
     elements = 0
-    for rope, rank in map(mla.layer, range(text.num_hidden_layers)):
-        elements += kv_heads * rope + (kv_heads * (2 * head_dim - rope) if rank is None else rank)
+    for rope, rank in map(mla.layer, range(sizes.layers)):
+        elements += sizes.kv_heads * rope
+        elements += sizes.kv_heads * (2 * sizes.head_dim - rope) if rank is None else rank
     return elements * itemsize
 
 

@@ -1,6 +1,6 @@
 """Frozen, keyword-only configurations: of a converted model, and of a conversion."""
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any, Literal, Self, get_args
 
 from mha2mla_vlm.errors import InputError
@@ -11,6 +11,7 @@ FactorizationName = Literal[
 ]
 ROPE_SELECTIONS: tuple[str, ...] = get_args(RopeSelectionName)
 FACTORIZATIONS: tuple[str, ...] = get_args(FactorizationName)
+BLOCKS = ("split", "only-key", "only-value")  # keys and values factorised apart
 SHARED: tuple[str, ...] = ("shared",)
 DECOUPLED: tuple[str, ...] = ("text", "vision")
 
@@ -21,14 +22,19 @@ class _Strict:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
+        """Read from a mapping; raises `InputError` for unknown and for missing keys."""
         known = {f.name for f in fields(cls)}
         if unknown := sorted(set(values) - known):
             raise InputError(
                 f"unknown key(s) {', '.join(unknown)} in {cls.__name__}; known: {', '.join(sorted(known))}"
             )
+        needed = {f.name for f in fields(cls) if f.default is MISSING}
+        if missing := sorted(needed - set(values)):
+            raise InputError(f"missing key(s) {', '.join(missing)} in {cls.__name__}")
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
+        """As plain values, for JSON."""
         return asdict(self)
 
 
@@ -61,24 +67,65 @@ class MLAConfig(_Strict):
             rank[index] if isinstance(rank, list) else rank,
         )
 
-    def check(self, *, layers: int, head_dim: int, kv_heads: int, hidden: int) -> None:
+    def check(self, sizes: "AttentionSizes") -> None:
         """Raise `InputError` if a model of these sizes cannot have this configuration."""
         for name, value in (("qk_rope_head_dim", self.qk_rope_head_dim), ("kv_lora_rank", self.kv_lora_rank)):
-            if isinstance(value, list) and len(value) != layers:
-                raise InputError(f"{name} lists {len(value)} layers, the model has {layers}")
-        for rope, rank in map(self.layer, range(layers)):
-            if rope % 2 or not 2 <= rope <= head_dim:
+            if isinstance(value, list) and len(value) != sizes.layers:
+                raise InputError(f"{name} lists {len(value)} layers, the model has {sizes.layers}")
+        for rope, rank in map(self.layer, range(sizes.layers)):
+            if rope % 2 or not 2 <= rope <= sizes.head_dim:
                 raise InputError(
-                    f"rope dims R = {rope} per head: give an even number from 2 to the head dim {head_dim}"
+                    f"rope dims R = {rope} per head: give an even number from 2 to {sizes.head_dim}"
                 )
-            largest = min(hidden, kv_heads * (2 * head_dim - rope))
-            if self.factorization in ("only-key", "only-value"):
-                largest = kv_heads * (2 * head_dim - rope)  # one of the two is kept whole
-            if rank is not None and not 1 <= rank <= largest:
+            if rank is not None:
+                self._check_rank(rank, rope, sizes)
+
+    def _check_rank(self, rank: int, rope: int, sizes: "AttentionSizes") -> None:
+        keys, values = sizes.kv_heads * (sizes.head_dim - rope), sizes.kv_heads * sizes.head_dim
+        if self.factorization in BLOCKS:
+            parts = block_ranks(self.factorization, rank, keys, values)
+            if not (1 <= parts[0] <= keys and 1 <= parts[1] <= values):
                 raise InputError(
-                    f"kv_lora_rank {rank}: give 1 to {largest}, that is d_kv up to {largest // kv_heads} "
-                    f"per KV head at R = {rope}"
+                    f"factorization {self.factorization!r} gives keys rank {parts[0]} of {keys} and "
+                    f"values {parts[1]} of {values} at R = {rope}; each needs at least 1 and at most all"
                 )
+        elif not 1 <= rank <= (largest := min(sizes.hidden, keys + values)):
+            raise InputError(
+                f"kv_lora_rank {rank}: give 1 to {largest}, that is d_kv up to {largest // sizes.kv_heads} "
+                f"per KV head at R = {rope}"
+            )
+
+
+def block_ranks(method: str, rank: int, keys: int, values: int) -> tuple[int, int]:
+    """How `rank` is shared between `keys` and `values` rows that are factorised apart.
+
+    `split` gives half to each; `only-key` and `only-value` factorise one with what the whole other leaves.
+    """
+    key_rank = {"split": rank // 2, "only-key": rank - values, "only-value": keys}[method]
+    return key_rank, rank - key_rank
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionSizes:
+    """Sizes of the language model's attention."""
+
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    hidden: int
+
+    @classmethod
+    def of(cls, config: Any) -> Self:
+        """Sizes under a whole model's config."""
+        text = config.get_text_config(decoder=True)
+        return cls(
+            layers=text.num_hidden_layers,
+            heads=text.num_attention_heads,
+            kv_heads=text.num_key_value_heads,
+            head_dim=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
+            hidden=text.hidden_size,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
 
 from mha2mla_vlm.cache import bytes_per_token
 from mha2mla_vlm.calibration import LayerStats, collect_moments, collect_pair_scores
-from mha2mla_vlm.config import DECOUPLED, SHARED, ConversionConfig, MLAConfig
+from mha2mla_vlm.config import BLOCKS, DECOUPLED, SHARED, AttentionSizes, ConversionConfig, MLAConfig
 from mha2mla_vlm.data import Record, encode_with_labels
 from mha2mla_vlm.errors import InputError
 from mha2mla_vlm.evaluate import answer_log_probs, mean_kl
@@ -23,7 +23,6 @@ from mha2mla_vlm.modeling import decoder_layers, mla_classes
 from mha2mla_vlm.rope import fixed_pairs, split_dims, top_pairs
 
 logger = logging.getLogger(__name__)
-BLOCKS = ("split", "only-key", "only-value")
 
 
 def convert(
@@ -39,6 +38,7 @@ def convert(
     a model or sizes that cannot be converted, before any work.
     """
     mla = plan(model.config, config)
+    _log_plan(model.config, mla)
     calibration, held_out = encode_split(model, processor, records, config)
     original = [answer_log_probs(model, batch) for batch in held_out]
 
@@ -73,34 +73,31 @@ def plan(model_config: Any, config: ConversionConfig) -> MLAConfig:
         raise InputError(
             "sliding-window attention is not supported; supported is full attention in every layer"
         )
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    rope_dim = head_dim // 2 if config.rope_dim is None else config.rope_dim
-    rank = (head_dim // 4 if config.d_kv is None else config.d_kv) * text.num_key_value_heads
-    if config.factorization in ("only-key", "only-value"):
-        whole = head_dim if config.factorization == "only-key" else head_dim - rope_dim
-        rank += whole * text.num_key_value_heads  # d_kv is the rank of the factorised one
+    sizes = AttentionSizes.of(model_config)
+    rope_dim = sizes.head_dim // 2 if config.rope_dim is None else config.rope_dim
+    d_kv = sizes.head_dim // 4 if config.d_kv is None else config.d_kv
+    # of `only-key` and `only-value`, d_kv is the rank of the one that is factorised
+    whole = {"only-key": sizes.head_dim, "only-value": sizes.head_dim - rope_dim}.get(config.factorization, 0)
     mla = MLAConfig(
         qk_rope_head_dim=rope_dim,
-        kv_lora_rank=None if config.factorization == "none" else rank,
+        kv_lora_rank=None if config.factorization == "none" else sizes.kv_heads * (d_kv + whole),
         modalities=DECOUPLED if config.factorization == "md-svd" else SHARED,
         rope_selection=config.rope_selection,
         factorization=config.factorization,
     )
-    mla.check(
-        layers=text.num_hidden_layers,
-        head_dim=head_dim,
-        kv_heads=text.num_key_value_heads,
-        hidden=text.hidden_size,
-    )
-    before = bytes_per_token(model_config)
-    after = text.num_hidden_layers * 2 * (text.num_key_value_heads * rope_dim + (mla.kv_lora_rank or 0))
-    after = before if mla.kv_lora_rank is None else after
-    logger.info(
-        f"R = {rope_dim} of {head_dim} rope dims, d_kv = {rank // text.num_key_value_heads}, "
-        f"r = {mla.kv_lora_rank}: "
-        f"{before} to {after} cache bytes per token in 16 bits ({after / before:.1%})"
-    )
+    mla.check(sizes)
     return mla
+
+
+def _log_plan(original: Any, mla: MLAConfig) -> None:
+    """Say what was chosen, and what a token costs in the cache before and after (16 bits a number)."""
+    sizes, rank = AttentionSizes.of(original), mla.kv_lora_rank
+    before, after = bytes_per_token(original), bytes_per_token(converted_config(original, mla))
+    latent = f"kv_lora_rank r = {rank}" if rank else "keys and values whole"
+    logger.info(
+        f"R = {mla.qk_rope_head_dim} of {sizes.head_dim} rope dims, {latent}: "
+        f"{before} to {after} cache bytes per token ({after / before:.1%})"
+    )
 
 
 def encode_split(
@@ -120,15 +117,14 @@ def select_pairs(
     model: PreTrainedModel, batches: Sequence[BatchFeature], mla: MLAConfig, config: ConversionConfig
 ) -> list[torch.Tensor]:
     """The pairs that stay rotated, `[G, R/2]` a layer."""
-    layers = decoder_layers(model)
-    sizes = [mla.layer(index)[0] for index in range(len(layers))]
-    first = layers[0].self_attn
-    kv_heads = model.config.get_text_config(decoder=True).num_key_value_heads
+    sizes = AttentionSizes.of(model.config)
+    rope_dims = [mla.layer(index)[0] for index in range(sizes.layers)]
     if config.rope_selection in ("2-norm", "mkl"):
         scores = collect_pair_scores(model, batches, config.rope_selection)
-        return [top_pairs(score, size) for score, size in zip(scores, sizes, strict=True)]
+        return [top_pairs(score, size) for score, size in zip(scores, rope_dims, strict=True)]
     kind: Any = config.rope_selection
-    return [fixed_pairs(kind, kv_heads=kv_heads, head_dim=first.head_dim, rope_dim=size) for size in sizes]
+    head = {"kv_heads": sizes.kv_heads, "head_dim": sizes.head_dim}
+    return [fixed_pairs(kind, rope_dim=size, **head) for size in rope_dims]
 
 
 def with_partial_rope(model: PreTrainedModel, pairs: list[torch.Tensor], mla: MLAConfig) -> PreTrainedModel:
@@ -225,14 +221,21 @@ def set_mla(model: PreTrainedModel, mla: MLAConfig) -> None:
     model.config.mla = mla.to_dict()
 
 
+def converted_config(config: Any, mla: MLAConfig) -> Any:
+    """Config of the converted model, from that of an original or a converted one."""
+    config_class = mla_classes(config.model_type)[0]
+    values = config.to_dict() | {"model_type": config_class.model_type, "mla": mla.to_dict()}
+    made = config_class(**values)
+    made._attn_implementation = config._attn_implementation
+    return made
+
+
 def _rebuild(
     model: PreTrainedModel, mla: MLAConfig, weights: list[dict[str, torch.Tensor]]
 ) -> PreTrainedModel:
     """A converted model with `weights` in its attention layers and all else as in `model`."""
-    config_class, model_class = mla_classes(model.config.model_type)
-    values = model.config.to_dict() | {"model_type": config_class.model_type, "mla": mla.to_dict()}
-    config = config_class(**values)
-    config._attn_implementation = model.config._attn_implementation
+    config = converted_config(model.config, mla)
+    model_class = mla_classes(model.config.model_type)[1]
     state = dict(model.state_dict())
     names = {id(module): name for name, module in model.named_modules()}
     for layer, made in zip(decoder_layers(model), weights, strict=True):

@@ -14,6 +14,7 @@ from mha2mla_vlm.errors import InputError
 
 IGNORE_INDEX = -100  # label of a token that is not part of an answer
 ROLES = ("system", "user", "assistant")
+PARTS = ("text", "image")
 _LLAVA_ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
 
 
@@ -29,7 +30,7 @@ class Record:
     source: str = "record"
 
     def __post_init__(self) -> None:
-        _check_messages(self)
+        object.__setattr__(self, "messages", _checked_messages(self.messages, self.source))
         wanted = sum(part["type"] == "image" for message in self.messages for part in message["content"])
         if wanted != len(self.images):
             raise InputError(
@@ -57,20 +58,27 @@ def message_text(message: dict[str, Any]) -> str:
     return "".join(part.get("text", "") for part in message["content"] if part["type"] == "text")
 
 
-def _check_messages(record: Record) -> None:
-    if not isinstance(record.messages, list) or not record.messages:
-        raise InputError(f"{record.source}: no messages; give a list of role and content")
-    for message in record.messages:
+def _checked_messages(messages: Any, source: str) -> list[dict[str, Any]]:
+    """Messages with their content as a list of parts; raises `InputError` for what is not a chat."""
+    if not isinstance(messages, list) or not messages:
+        raise InputError(f"{source}: no messages; give a list of role and content")
+    checked = []
+    for message in messages:
         role = message.get("role") if isinstance(message, dict) else None
         if role not in ROLES:
-            raise InputError(f"{record.source}: unknown role {role!r}; known: {', '.join(ROLES)}")
-        if isinstance(message.get("content"), str):
-            message["content"] = [{"type": "text", "text": message["content"]}]
+            raise InputError(f"{source}: unknown role {role!r}; known: {', '.join(ROLES)}")
         content = message.get("content")
-        if not isinstance(content, list) or not all(
-            isinstance(part, dict) and "type" in part for part in content
-        ):
-            raise InputError(f"{record.source}: content must be a string or a list of typed parts")
+        if isinstance(content, str):
+            content = [{"type": "text", "text": content}]
+        if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
+            raise InputError(f"{source}: content must be a string or a list of typed parts")
+        for part in content:
+            if part.get("type") not in PARTS or (
+                part["type"] == "text" and not isinstance(part.get("text"), str)
+            ):
+                raise InputError(f"{source}: cannot use content {part!r}; known types: {', '.join(PARTS)}")
+        checked.append({**message, "content": content})
+    return checked
 
 
 def _open_image(image: Path | Image.Image, source: str) -> Image.Image:
@@ -112,7 +120,10 @@ def load_records(path: str | Path, *, limit: int | None = None) -> list[Record]:
 
 
 def _entries(path: Path) -> Iterator[tuple[str, Any]]:
-    text = path.read_text(encoding="utf-8")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 text: {error}") from None
     try:
         if text.lstrip().startswith("["):
             for number, entry in enumerate(json.loads(text), start=1):
@@ -120,7 +131,7 @@ def _entries(path: Path) -> Iterator[tuple[str, Any]]:
             return
     except json.JSONDecodeError as error:
         raise InputError(f"{path}: broken JSON: {error}") from None
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             source = f"{path} line {number}"
             try:
@@ -142,16 +153,21 @@ def _to_record(entry: Any, folder: Path, source: str) -> Record:
 
 
 def _from_llava(entry: dict[str, Any], source: str) -> tuple[list[dict[str, Any]], list[str]]:
+    turns = entry["conversations"]
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        raise InputError(f"{source}: `conversations` must be a list of objects with `from` and `value`")
     messages = []
-    for turn in entry["conversations"]:
-        role = _LLAVA_ROLES.get(turn.get("from"))
-        if role is None:
-            raise InputError(f"{source}: unknown role {turn.get('from')!r}; known: {', '.join(_LLAVA_ROLES)}")
+    for turn in turns:
+        speaker, value = turn.get("from"), turn.get("value")
+        if not isinstance(speaker, str) or speaker not in _LLAVA_ROLES:
+            raise InputError(f"{source}: unknown role {speaker!r}; known: {', '.join(_LLAVA_ROLES)}")
+        if not isinstance(value, str):
+            raise InputError(f"{source}: `value` must be text, not {value!r}")
         content: list[dict[str, str]] = []
-        for i, piece in enumerate(turn.get("value", "").split("<image>")):
+        for i, piece in enumerate(value.split("<image>")):
             content += [{"type": "image"}] * (i > 0)
             content += [{"type": "text", "text": piece.strip("\n")}] * bool(piece.strip("\n"))
-        messages.append({"role": role, "content": content})
+        messages.append({"role": _LLAVA_ROLES[speaker], "content": content})
     image = entry.get("image")
     return messages, image if isinstance(image, list) else [image] if image else []
 
@@ -168,7 +184,10 @@ def encode(
         for r in records
     ]
     images = [record.load_images() for record in records]
-    return _process(processor, texts, images)
+    try:
+        return _process(processor, texts, images)
+    except ValueError as error:  # such as an image placeholder within a text
+        raise InputError(f"{records[0].source}: the processor refuses the chat: {error}") from error
 
 
 def _process(processor: ProcessorMixin, texts: list[str], images: list[list[Image.Image]]) -> BatchFeature:

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from mha2mla_vlm.cache import bytes_per_token
 from mha2mla_vlm.checkpoint import load, load_processor, new_folder
-from mha2mla_vlm.config import ConversionConfig
+from mha2mla_vlm.config import AttentionSizes, ConversionConfig
 from mha2mla_vlm.convert import convert
 from mha2mla_vlm.data import Record
 from mha2mla_vlm.evaluate import evaluate
@@ -40,8 +40,7 @@ def run_demo(name: str, *, pictures: int = 100, output: Path | None = None) -> d
     processor = load_processor(f"zoo:{name}")
     calibration = zoo_records(name, split="train", count=CALIBRATION_CHATS, seed=1)
     held_out = zoo_records(name, split="test", count=pictures, seed=0)
-    text = model.config.get_text_config(decoder=True)
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    head_dim = AttentionSizes.of(model.config).head_dim
     converted = {
         f"R = D/{share}, d_kv = D/4": convert(
             model, processor, calibration, ConversionConfig(rope_dim=head_dim // share, d_kv=head_dim // 4)

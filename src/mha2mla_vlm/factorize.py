@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from mha2mla_vlm.config import block_ranks
+
 RIDGE = 1e-6  # of the mean variance, added to every input direction
 
 
@@ -45,13 +47,11 @@ def pca_factors(weight: torch.Tensor, moment: torch.Tensor, rank: int) -> Factor
 def block_factors(weight: torch.Tensor, is_key: torch.Tensor, rank: int, method: str) -> Factors:
     """Factors of keys and values apart, by the SVD of the weights: `split`, `only-key`, `only-value`.
 
-    `is_key [O]` marks key rows. `split` gives half of the rank to each; the others factorise one
-    with what rank the whole other leaves.
+    `is_key [O]` marks key rows; `config.block_ranks` says which rank each gets.
     """
-    keys, values = int(is_key.sum()), int((~is_key).sum())
-    key_rank = {"split": rank // 2, "only-key": rank - values, "only-value": keys}[method]
+    key_rank, value_rank = block_ranks(method, rank, int(is_key.sum()), int((~is_key).sum()))
     identity = torch.eye(weight.shape[1], dtype=torch.float64, device=weight.device)
-    blocks = [(is_key, key_rank), (~is_key, rank - key_rank)]
+    blocks = [(is_key, key_rank), (~is_key, value_rank)]
     down, up = [], torch.zeros(len(weight), rank, dtype=torch.float64, device=weight.device)
     start = 0
     for rows, part in blocks:

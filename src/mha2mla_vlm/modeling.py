@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, Cache, PreTrai
 
 from mha2mla_vlm.attention import MLAAttention
 from mha2mla_vlm.cache import LatentCache, track_modality
-from mha2mla_vlm.config import SHARED, MLAConfig
+from mha2mla_vlm.config import SHARED, AttentionSizes, MLAConfig
 from mha2mla_vlm.errors import InputError
 from mha2mla_vlm.families import FAMILIES, get_family
 from mha2mla_vlm.families.base import Family
@@ -47,6 +47,7 @@ class MLAMixin(_Model):
         if config.mla is None:
             raise InputError("the config has no `mla`; make one by converting a model")
         self.mla_config = MLAConfig.from_dict(config.mla)
+        self.mla_config.check(AttentionSizes.of(config))
         self.visual_token_ids = get_family(config.model_type).visual_token_ids(config)
         config.auto_map = {
             "AutoConfig": f"{REMOTE_MODULE}.{type(config).__name__}",

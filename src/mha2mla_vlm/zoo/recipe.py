@@ -40,7 +40,7 @@ class Recipe:
     minutes: float | None = None  # time for both phases together
     warmup_share: float = 0.07  # of the minutes
     warmup_pages: int = 32  # per step
-    tokens: int = 2600  # per step, about
+    tokens: int = 1300  # per step, about
     learning_rate: float = 1e-3
     weight_decay: float = 0.05
     evaluate_every: int = 250  # steps
@@ -275,7 +275,7 @@ def training_chats(name: str, rng: random.Random, progress: float, tokens: int) 
     turns = rng.randint(2, 6)
     multiple = PAGE_MULTIPLE[name]
     visual = {"qwen2_5_vl": 4 * sum(r * c for r, c in sides), "llava_next": 150 * pages, "llava": 144 * pages}
-    count = max(8, min(48, tokens // (visual[name] + 20 * turns)))
+    count = max(4, min(48, tokens // (visual[name] + 20 * turns)))
     return [
         make_chat(rng, split="train", multiple=multiple, sides=sides, turns=turns, augment=True)
         for _ in range(count)
