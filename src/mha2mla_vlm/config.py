@@ -75,13 +75,14 @@ class MLAConfig(_Strict):
         for rope, rank in map(self.layer, range(sizes.layers)):
             if rope % 2 or not 2 <= rope <= sizes.head_dim:
                 raise InputError(
-                    f"rope dims R = {rope} per head: give an even number from 2 to {sizes.head_dim}"
+                    f"rope dims R = {rope}: give an even number from 2 to the head dim {sizes.head_dim}"
                 )
             if rank is not None:
                 self._check_rank(rank, rope, sizes)
 
     def _check_rank(self, rank: int, rope: int, sizes: "AttentionSizes") -> None:
         keys, values = sizes.kv_heads * (sizes.head_dim - rope), sizes.kv_heads * sizes.head_dim
+        largest = min(sizes.hidden, keys + values)
         if self.factorization in BLOCKS:
             parts = block_ranks(self.factorization, rank, keys, values)
             if not (1 <= parts[0] <= keys and 1 <= parts[1] <= values):
@@ -89,7 +90,7 @@ class MLAConfig(_Strict):
                     f"factorization {self.factorization!r} gives keys rank {parts[0]} of {keys} and "
                     f"values {parts[1]} of {values} at R = {rope}; each needs at least 1 and at most all"
                 )
-        elif not 1 <= rank <= (largest := min(sizes.hidden, keys + values)):
+        elif not 1 <= rank <= largest:
             raise InputError(
                 f"kv_lora_rank {rank}: give 1 to {largest}, that is d_kv up to {largest // sizes.kv_heads} "
                 f"per KV head at R = {rope}"

@@ -95,7 +95,7 @@ def test_unknown_modalities_are_refused_with_the_known_ones(modalities):
 
 @pytest.mark.parametrize("rope", [1, 7, 63, 0, -2, 66, 128])
 def test_rope_dims_that_a_head_cannot_have_are_refused(rope):
-    words = (f"R = {rope} ", "even number", "2 to 64")
+    words = (f"R = {rope}:", "even number", "2 to the head dim 64")
     refused(lambda: MLAConfig(qk_rope_head_dim=rope).check(SIZES), *words)
     refused(lambda: MLAConfig(qk_rope_head_dim=[32, 32, rope]).check(SIZES), *words)
 
