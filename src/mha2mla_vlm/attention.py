@@ -15,7 +15,7 @@ from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from mha2mla_vlm.cache import Kind, Run, TokenModality
 from mha2mla_vlm.config import SHARED
-from mha2mla_vlm.rope import rotate
+from mha2mla_vlm.rope import one_table, rotate
 
 EXPAND_CHUNK = 4096  # cached tokens expanded at a time when many new ones meet them
 
@@ -123,7 +123,7 @@ class MLAAttention(nn.Module):
 
     def _pair_columns(self, table: torch.Tensor) -> torch.Tensor:
         """Columns of the kept pairs of `[B, T, D]`, per KV head: `[B, G, T, R/2]`."""
-        return table[..., self.rope_pairs].transpose(1, 2)
+        return one_table(table, self.config)[..., self.rope_pairs].transpose(1, 2)
 
     def _queries(
         self, hidden_states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor

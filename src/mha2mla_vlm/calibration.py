@@ -14,7 +14,7 @@ from transformers import BatchFeature, PreTrainedModel
 
 from mha2mla_vlm.modeling import decoder_layers
 from mha2mla_vlm.progress import track
-from mha2mla_vlm.rope import masking_kl_scores, rotate, two_norm_scores
+from mha2mla_vlm.rope import masking_kl_scores, one_table, rotate, two_norm_scores
 
 # observer(layer index, attention module, hidden states [B, T, hidden], (cos, sin))
 Observer = Callable[[int, nn.Module, torch.Tensor, tuple[torch.Tensor, torch.Tensor]], None]
@@ -101,7 +101,8 @@ def collect_pair_scores(
 
         queries, keys = heads(module.q_proj), heads(module.k_proj)
         if method == "mkl":
-            cos, sin = (table[0, :, : module.head_dim // 2].float() for table in tables)
+            half = module.head_dim // 2  # the other half of a table is the same
+            cos, sin = (one_table(table, module.config)[0, :, :half].float() for table in tables)
             score = masking_kl_scores(rotate(queries, cos, sin), rotate(keys, cos, sin), module.scaling)
         else:
             score = two_norm_scores(queries, keys)

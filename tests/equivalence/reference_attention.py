@@ -5,6 +5,8 @@ import cmath
 import torch
 from torch import nn
 
+from mha2mla_vlm.rope import one_table
+
 
 class ReferenceAttention(nn.Module):
     """Takes the weights of a layer's attention and the modality of every token, `[B, T]`.
@@ -44,7 +46,8 @@ class ReferenceAttention(nn.Module):
 
     def forward(self, hidden_states, position_embeddings, **kwargs):
         source, x = self.source, hidden_states.double()
-        cos, sin = (table.double().expand(len(x), -1, -1) for table in position_embeddings)
+        tables = (one_table(table, source.config) for table in position_embeddings)
+        cos, sin = (table.double().expand(len(x), -1, -1) for table in tables)
         batch, tokens, _ = x.shape
         out = torch.zeros(batch, tokens, source.heads, source.head_dim, dtype=torch.float64)
         for b in range(batch):

@@ -84,7 +84,8 @@ def test_assisted_decoding_gives_the_tokens_of_plain_decoding(family):
 
 def test_several_samples_per_prompt(family):
     model, processor = random_mla(family)
-    inputs = prompt_inputs(family, processor, BATCH)
+    # one picture a row at most: transformers 5.16 repeats pictures, not rows of pictures
+    inputs = prompt_inputs(family, processor, ["image", "text", "image"])
     output = model.generate(
         **inputs,
         do_sample=True,
