@@ -1,5 +1,6 @@
-"""Shared fixtures: every family by name, and one thread a test process where cores are few."""
+"""Shared fixtures: every family by name, and one thread a test process, as several share two cores."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -8,6 +9,14 @@ import pytest
 from mha2mla_vlm.families import FAMILIES
 
 sys.path.insert(0, str(Path(__file__).parent))
+
+
+def pytest_configure(config):
+    """Keep parallel workers from fighting over cores."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        import torch
+
+        torch.set_num_threads(1)
 
 
 @pytest.fixture(params=sorted(FAMILIES))

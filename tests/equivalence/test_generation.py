@@ -203,3 +203,24 @@ def test_pipeline_answers(family, tmp_path):
     pipe = pipeline("image-text-to-text", model=model, processor=processor)
     answer = pipe(text=chat, max_new_tokens=3, return_full_text=False)[0]["generated_text"]
     assert isinstance(answer, str)
+
+
+def test_video_tokens_are_visual_and_decode_alike():
+    model, processor = random_mla("qwen2_5_vl")
+    frames = torch.randint(
+        0, 256, (4, 3, 24, 48), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
+    content = [{"type": "video"}, {"type": "text", "text": "Read all digits."}]
+    text = processor.apply_chat_template(
+        [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+    )
+    inputs = dict(processor(text=[text], videos=[frames], do_sample_frames=False, return_tensors="pt"))
+    ids = inputs["input_ids"]
+    video = ids == model.config.video_token_id
+    assert int(video.sum()) == int(inputs["video_grid_thw"].prod()) // 4
+    output = model(**inputs, use_cache=True)
+    seen = output.past_key_values.token_modality.mask
+    marks = [model.config.vision_start_token_id, model.config.vision_end_token_id]
+    assert torch.equal(seen, video | torch.isin(ids, torch.tensor(marks)))
+    expected = generate(model, inputs, use_cache=False)
+    assert torch.equal(generate(set_attention(model, absorb_limit=10**6), inputs), expected)

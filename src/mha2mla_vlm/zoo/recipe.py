@@ -23,6 +23,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from mha2mla_vlm.data import IGNORE_INDEX, Record, encode_with_labels
 from mha2mla_vlm.families import get_family
+from mha2mla_vlm.progress import console
 from mha2mla_vlm.zoo.architectures import LAYERS, TILE, new_model
 from mha2mla_vlm.zoo.chats import MAX_SIDE, PAGE_MULTIPLE, Chat, Page, make_chat, make_page, sample_chats
 from mha2mla_vlm.zoo.digits import CELL, Split
@@ -148,7 +149,7 @@ class _Run:
             TimeElapsedColumn(),
             TextColumn("{task.fields[loss]}"),
         )
-        with Progress(*columns, console=stderr_console()) as bar:
+        with Progress(*columns, console=console()) as bar:
             task = bar.add_task(title, total=1.0, loss="")
             while clock.progress < 1:
                 for group in optimizer.param_groups:
@@ -184,13 +185,6 @@ class _Run:
             file.write(
                 json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}) + "\n"
             )
-
-
-def stderr_console() -> Any:
-    """A rich console on standard error, where progress and logs go."""
-    from rich.console import Console
-
-    return Console(stderr=True)
 
 
 def make_optimizer(modules: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:

@@ -1,0 +1,59 @@
+"""The recipe trains, can be interrupted, and goes on as if it had not been."""
+
+import json
+import random
+
+import pytest
+import torch
+from helpers import original
+
+from mha2mla_vlm import load
+from mha2mla_vlm.zoo import recipe as recipe_module
+from mha2mla_vlm.zoo.chats import PAGE_MULTIPLE, make_chat
+from mha2mla_vlm.zoo.recipe import Recipe, build, token_points, token_targets
+
+SHORT = Recipe(warmup_steps=2, steps=3, warmup_pages=2, tokens=300, evaluate_every=100, held_out=2)
+
+
+def test_an_interrupted_run_ends_as_an_unbroken_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(recipe_module, "SAVE_EVERY", 0.0)
+    build("llava_next", tmp_path / "whole", SHORT)
+    calls = []
+    true_loss = recipe_module.chat_loss
+
+    def interrupted(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return true_loss(*args)
+
+    monkeypatch.setattr(recipe_module, "chat_loss", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        build("llava_next", tmp_path / "broken", SHORT)
+    assert (tmp_path / "broken" / "state.pt").is_file()
+    monkeypatch.setattr(recipe_module, "chat_loss", true_loss)
+    build("llava_next", tmp_path / "broken", SHORT)
+    whole, broken = (load(tmp_path / name).state_dict() for name in ("whole", "broken"))
+    assert all(torch.equal(whole[key], broken[key]) for key in whole)
+    assert not (tmp_path / "broken" / "state.pt").exists()
+    rows = [json.loads(line) for line in (tmp_path / "whole" / "training_log.jsonl").read_text().splitlines()]
+    assert [row["phase"] for row in rows] == ["vision warm-up", "reading"]
+
+
+def test_targets_match_the_image_tokens(family):
+    """As many targets as placeholders, and the digit under the middle of each cell is the cell's."""
+    from mha2mla_vlm.data import Record, encode
+
+    _, processor = original(family)
+    rng = random.Random(0)
+    sides = [(3, 2), (1, 4)]
+    chat = make_chat(rng, split="test", multiple=PAGE_MULTIPLE[family], sides=sides, turns=2)
+    ids = encode(processor, [Record(messages=chat.messages, images=chat.images)])["input_ids"]
+    targets = token_targets(family, [chat])
+    assert len(targets) == int((ids == processor.image_token_id).sum())
+    for page, (rows, columns) in zip(chat.pages, sides, strict=True):
+        seen = {page.digit_at(*point) for point in token_points(family, page) if point} - {None}
+        assert {(row, column) for _, row, column in seen} == {
+            (r, c) for r in range(rows) for c in range(columns)
+        }
+        assert all(page.digits[row][column] == digit for digit, row, column in seen)

@@ -1,0 +1,104 @@
+"""The shipped models read, and keep reading when converted."""
+
+import functools
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import prompt_inputs, whole_logits
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from mha2mla_vlm import ConversionConfig, convert, evaluate, load, load_processor, zoo_path
+from mha2mla_vlm.cli import main
+from mha2mla_vlm.demo import zoo_records
+
+DOCS = Path(__file__).parents[2] / "docs" / "zoo.md"
+
+
+@functools.cache
+def shipped(family):
+    """A shipped model in float32 and its processor."""
+    return load(f"zoo:{family}", dtype=torch.float32), load_processor(f"zoo:{family}")
+
+
+@functools.cache
+def calibration(family):
+    """Chats about training scans."""
+    return zoo_records(family, split="train", count=48, seed=1)
+
+
+@functools.cache
+def accuracy(family):
+    """Accuracy of the original on a sample of the pictures that docs/zoo.md counts."""
+    model, processor = shipped(family)
+    return evaluate(model, processor, zoo_records(family, split="test", count=80, seed=0))
+
+
+def documented(family):
+    """Accuracies on all 500 pictures, from the table of docs/zoo.md."""
+    (row,) = re.findall(rf"^\| `zoo:{family}` \|(.*)\|$", DOCS.read_text(encoding="utf-8"), re.MULTILINE)
+    values = [float(cell.strip().removesuffix("%")) / 100 for cell in row.split("|")]
+    return dict(zip(("exact_match", "place", "count", "largest", "read"), values, strict=True))
+
+
+def test_accuracy_is_what_the_documentation_says(family):
+    measured, said = accuracy(family), documented(family)
+    spread = 3 * (said["exact_match"] * (1 - said["exact_match"]) / measured["answers"]) ** 0.5
+    assert abs(measured["exact_match"] - said["exact_match"]) < spread + 0.01
+    place = measured["by_kind"]["place"]
+    spread = 3 * (said["place"] * (1 - said["place"]) / place["answers"]) ** 0.5
+    assert abs(place["exact_match"] - said["place"]) < spread + 0.01
+
+
+def test_plain_transformers_loads_it_whole(family):
+    folder = zoo_path(family)
+    model, info = AutoModelForImageTextToText.from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert model.config.model_type == family
+    processor = AutoProcessor.from_pretrained(folder)
+    assert processor.chat_template
+    sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
+    assert sizes["model.safetensors"] <= 10 * 2**20
+    assert {"config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja"} <= sizes.keys()
+    inputs = prompt_inputs(family, processor, ["image"])
+    output = model.generate(**inputs)  # ends by itself: the generation config knows the end of an answer
+    text = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert re.fullmatch(r"\s*\d\s*", text)
+
+
+def test_full_rank_conversion_keeps_the_logits_and_the_accuracy(family):
+    model, processor = shipped(family)
+    converted = convert(model, processor, calibration(family)[:12], ConversionConfig(rope_dim=64, d_kv=64))
+    inputs = prompt_inputs(family, processor, ["two images"])
+    expected = whole_logits(model, inputs)
+    torch.testing.assert_close(whole_logits(converted, inputs), expected, atol=1e-3, rtol=1e-3)
+    measured = evaluate(converted, processor, zoo_records(family, split="test", count=80, seed=0))
+    assert abs(measured["exact_match"] - accuracy(family)["exact_match"]) < 0.01
+
+
+def test_md_svd_beats_weight_svd_at_low_rank(family):
+    model, processor = shipped(family)
+    kl = {}
+    for method in ("weight-svd", "md-svd"):
+        config = ConversionConfig(rope_dim=64, d_kv=12, factorization=method)
+        kl[method] = convert(model, processor, calibration(family), config).mla_config.kl["factorization"]
+    assert kl["md-svd"] < kl["weight-svd"]
+
+
+def test_demo_measures_the_cache(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr("sys.argv", ["mha2mla", "demo", "--pictures", "12", "-o", str(tmp_path / "demo")])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    output = capsys.readouterr()
+    assert ended.value.code == 0, output.err
+    result = json.loads(output.out.splitlines()[-1])
+    assert json.loads((tmp_path / "demo" / "demo.json").read_text()) == result
+    original, half, quarter = result["rows"]
+    for row, share in ((original, 1.0), (half, 0.375), (quarter, 0.25)):
+        assert row["bytes_per_token"] == share * original["bytes_per_token"]
+        assert row["cache_bytes"] == row["bytes_per_token"] * row["cached_tokens"]
+    assert half["exact_match"] > quarter["exact_match"]
+    assert half["kl"] < quarter["kl"]
