@@ -105,7 +105,6 @@ def convert(
     device: DeviceOption = "auto",
 ) -> None:
     """Convert a model without training; a fifth of the chats is held out to measure the loss."""
-    from mha2mla_vlm.cache import bytes_per_token
     from mha2mla_vlm.checkpoint import check_output, load_config, save
     from mha2mla_vlm.config import ConversionConfig
     from mha2mla_vlm.convert import convert as convert_model
@@ -125,19 +124,23 @@ def convert(
     original, processor = _load(model, dtype, device)
     converted = convert_model(original, processor, records, config)
     save(converted, processor, output)
-    mla = converted.mla_config
-    _finish(
-        {
-            "output": str(output),
-            "family": original.config.model_type,
-            "qk_rope_head_dim": mla.qk_rope_head_dim,
-            "kv_lora_rank": mla.kv_lora_rank,
-            "bytes_per_token": bytes_per_token(converted.config, itemsize=converted.dtype.itemsize),
-            "bytes_per_token_original": bytes_per_token(original.config, itemsize=converted.dtype.itemsize),
-            "kl": list(mla.kl.values())[-1],
-            "kl_by_step": mla.kl,
-        }
-    )
+    _finish({"output": str(output), **_conversion(original, converted)})
+
+
+def _conversion(original: Any, converted: Any) -> dict[str, Any]:
+    """What a conversion made of a model."""
+    from mha2mla_vlm.cache import bytes_per_token
+
+    mla, itemsize = converted.mla_config, converted.dtype.itemsize
+    return {
+        "family": original.config.model_type,
+        "qk_rope_head_dim": mla.qk_rope_head_dim,
+        "kv_lora_rank": mla.kv_lora_rank,
+        "bytes_per_token": bytes_per_token(converted.config, itemsize=itemsize),
+        "bytes_per_token_original": bytes_per_token(original.config, itemsize=itemsize),
+        "kl": list(mla.kl.values())[-1],
+        "kl_by_step": mla.kl,
+    }
 
 
 @app.command()
@@ -189,7 +192,7 @@ def generate(
 @app.command()
 def inspect(checkpoint: ModelArgument) -> None:
     """Layers, pairs, ranks and bytes per token of a converted model."""
-    from mha2mla_vlm.inspect import describe, print_layers
+    from mha2mla_vlm.describe import describe, print_layers
 
     description = describe(checkpoint)
     print_layers(description)

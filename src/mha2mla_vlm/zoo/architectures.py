@@ -180,15 +180,22 @@ def _qwen2_5_vl() -> tuple[PreTrainedModel, ProcessorMixin]:
         tokenizer=tokenizer,
         chat_template=template.jinja(),
     )
-    ids = {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in ("image_pad", "video_pad")}
-    config = Qwen2_5_VLConfig(
-        # A small theta: at 1e6 the width pairs would hardly turn over a page of eight tokens.
-        text_config=_text(kv_heads=2, rope_theta=100.0, mrope_section=[8, 12, 12])
-        | {
-            "bos_token_id": None,
-            "eos_token_id": tokenizer.eos_token_id,
-            "pad_token_id": tokenizer.pad_token_id,
-        },
+    model = Qwen2_5_VLForConditionalGeneration(_qwen2_5_vl_config(tokenizer))
+    return _with_generation(model, tokenizer), processor
+
+
+def _qwen2_5_vl_config(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLConfig:
+    names = ("image_pad", "video_pad", "vision_start", "vision_end")
+    image, video, start, end = (tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in names)
+    # A small theta: at 1e6 the width pairs would hardly turn over a page of eight tokens.
+    text = _text(kv_heads=2, rope_theta=100.0, mrope_section=[8, 12, 12])
+    text |= {
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    return Qwen2_5_VLConfig(
+        text_config=text,
         vision_config={
             "depth": VISION_LAYERS,
             "hidden_size": VISION_HIDDEN,
@@ -200,12 +207,11 @@ def _qwen2_5_vl() -> tuple[PreTrainedModel, ProcessorMixin]:
             "fullatt_block_indexes": [1, 3],
             "initializer_range": 0.04,
         },
-        image_token_id=ids["image_pad"],
-        video_token_id=ids["video_pad"],
-        vision_start_token_id=tokenizer.convert_tokens_to_ids("<|vision_start|>"),
-        vision_end_token_id=tokenizer.convert_tokens_to_ids("<|vision_end|>"),
+        image_token_id=image,
+        video_token_id=video,
+        vision_start_token_id=start,
+        vision_end_token_id=end,
     )
-    return _with_generation(Qwen2_5_VLForConditionalGeneration(config), tokenizer), processor
 
 
 def _model_files(model: models.BPE) -> dict[str, Any]:
