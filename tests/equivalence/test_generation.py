@@ -134,11 +134,17 @@ def only_second_image(model, inputs):
             marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="offloading needs a GPU"),
         ),
         pytest.param(
-            {"cache_implementation": "quantized", "cache_config": {"backend": "hqq", "nbits": 4}},
+            {
+                "cache_implementation": "quantized",
+                "cache_config": {"backend": "hqq", "nbits": 4, "q_group_size": 8},
+            },
             marks=pytest.mark.skipif(not is_hqq_available(), reason="hqq is not installed"),
         ),
         pytest.param(
-            {"cache_implementation": "quantized", "cache_config": {"backend": "quanto", "nbits": 4}},
+            {
+                "cache_implementation": "quantized",
+                "cache_config": {"backend": "quanto", "nbits": 4, "q_group_size": 8},
+            },
             marks=pytest.mark.skipif(not is_optimum_quanto_available(), reason="quanto is not installed"),
         ),
     ],

@@ -2,7 +2,7 @@
 
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,18 +77,20 @@ def make_chat(
     multiple: int,
     sides: list[tuple[int, int]],
     turns: int,
+    weights: Sequence[float] = (1, 1, 1, 1),
     augment: bool = False,
 ) -> Chat:
     """One chat, with a page for each (rows, columns) of `sides`.
 
     A page may come in a later turn than the first; a chat of several pages says which it asks
-    about. Reading the whole page comes last: earlier it would give the other answers away.
+    about. `weights` are the odds of `KINDS`. Reading the whole page comes last: earlier it would
+    give the other answers away.
     """
     pages = [
         make_page(rng, split=split, multiple=multiple, rows=rows, columns=columns, augment=augment)
         for rows, columns in sides
     ]
-    kinds = sorted((rng.choice(KINDS) for _ in range(turns)), key=lambda kind: kind == "read")
+    kinds = sorted(rng.choices(KINDS, weights, k=turns), key=lambda kind: kind == "read")
     if "read" in kinds:
         kinds = kinds[: kinds.index("read") + 1]
     messages: list[dict[str, Any]] = []

@@ -266,14 +266,12 @@ def training_chats(name: str, rng: random.Random, progress: float, tokens: int) 
     side = min(MAX_SIDE, 2 + int(10 * progress))  # 4 x 4 from a fifth of the way
     pages = 2 if rng.random() < 0.12 else 1
     sides = [(rng.randint(1, side), rng.randint(1, side)) for _ in range(pages)]
-    turns = rng.randint(2, 6)
-    multiple = PAGE_MULTIPLE[name]
+    turns = rng.randint(3, 9)
     visual = {"qwen2_5_vl": 4 * sum(r * c for r, c in sides), "llava_next": 150 * pages, "llava": 144 * pages}
     count = max(4, min(48, tokens // (visual[name] + 20 * turns)))
-    return [
-        make_chat(rng, split="train", multiple=multiple, sides=sides, turns=turns, augment=True)
-        for _ in range(count)
-    ]
+    weights = (1, 1 if progress < 0.5 else 3, 1, 1)  # counting is learned last
+    page: dict[str, Any] = {"split": "train", "multiple": PAGE_MULTIPLE[name], "augment": True}
+    return [make_chat(rng, sides=sides, turns=turns, weights=weights, **page) for _ in range(count)]
 
 
 def token_points(name: str, page: Page) -> list[tuple[float, float] | None]:
