@@ -10,10 +10,10 @@ if TYPE_CHECKING:
     from mha2mla_vlm.cache import LatentCache, bytes_per_token, cache_bytes
     from mha2mla_vlm.checkpoint import load, load_processor, save
     from mha2mla_vlm.config import ConversionConfig, MLAConfig
-    from mha2mla_vlm.convert import convert
+    from mha2mla_vlm.conversion import convert
     from mha2mla_vlm.data import Record, load_records
     from mha2mla_vlm.errors import InputError
-    from mha2mla_vlm.evaluate import evaluate
+    from mha2mla_vlm.evaluation import evaluate
     from mha2mla_vlm.zoo import zoo_path
 
 __version__ = "0.1.0"
@@ -27,11 +27,11 @@ _MODULES = {
     "save": "checkpoint",
     "ConversionConfig": "config",
     "MLAConfig": "config",
-    "convert": "convert",
+    "convert": "conversion",
     "Record": "data",
     "load_records": "data",
     "InputError": "errors",
-    "evaluate": "evaluate",
+    "evaluate": "evaluation",
     "zoo_path": "zoo",
 }
 

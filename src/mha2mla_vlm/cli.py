@@ -107,8 +107,8 @@ def convert(
     """Convert a model without training; a fifth of the chats is held out to measure the loss."""
     from mha2mla_vlm.checkpoint import check_output, load_config, save
     from mha2mla_vlm.config import ConversionConfig
-    from mha2mla_vlm.convert import convert as convert_model
-    from mha2mla_vlm.convert import plan
+    from mha2mla_vlm.conversion import convert as convert_model
+    from mha2mla_vlm.conversion import plan
     from mha2mla_vlm.data import load_records
 
     config = ConversionConfig(
@@ -157,7 +157,7 @@ def evaluate(
 ) -> None:
     """Exact match of greedy answers, their cross-entropy, and the divergence from a baseline."""
     from mha2mla_vlm.data import load_records
-    from mha2mla_vlm.evaluate import evaluate as evaluate_model
+    from mha2mla_vlm.evaluation import evaluate as evaluate_model
 
     records = load_records(data, limit=limit)
     model, processor = _load(checkpoint, dtype, device)
@@ -175,7 +175,7 @@ def generate(
     device: DeviceOption = "auto",
 ) -> None:
     """Answer a question about pictures, streamed to standard error; the result names the cache's bytes."""
-    from mha2mla_vlm.generate import answer, prompt_record
+    from mha2mla_vlm.generation import answer, prompt_record
 
     record = prompt_record(prompt, image or [])
     record.load_images()

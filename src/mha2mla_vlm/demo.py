@@ -11,10 +11,10 @@ from transformers import PreTrainedModel, ProcessorMixin
 from mha2mla_vlm.cache import bytes_per_token
 from mha2mla_vlm.checkpoint import load, load_processor, new_folder
 from mha2mla_vlm.config import AttentionSizes, ConversionConfig
-from mha2mla_vlm.convert import convert
+from mha2mla_vlm.conversion import convert
 from mha2mla_vlm.data import Record
-from mha2mla_vlm.evaluate import evaluate
-from mha2mla_vlm.generate import answer
+from mha2mla_vlm.evaluation import evaluate
+from mha2mla_vlm.generation import answer
 from mha2mla_vlm.progress import console
 from mha2mla_vlm.zoo import check_name
 from mha2mla_vlm.zoo.chats import sample_chats

@@ -21,7 +21,7 @@ from transformers import DynamicCache
 
 from mha2mla_vlm.cache import LatentCache
 from mha2mla_vlm.config import ConversionConfig
-from mha2mla_vlm.convert import convert
+from mha2mla_vlm.conversion import convert
 from mha2mla_vlm.data import Record
 from mha2mla_vlm.modeling import decoder_layers
 

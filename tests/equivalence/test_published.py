@@ -16,7 +16,7 @@ from transformers import AutoModelForImageTextToText, BatchFeature
 
 from mha2mla_vlm.calibration import collect_moments
 from mha2mla_vlm.config import DECOUPLED, MLAConfig
-from mha2mla_vlm.convert import with_factors, with_partial_rope
+from mha2mla_vlm.conversion import with_factors, with_partial_rope
 from mha2mla_vlm.families import FAMILIES
 from mha2mla_vlm.modeling import decoder_layers
 

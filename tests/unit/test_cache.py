@@ -19,7 +19,7 @@ from mha2mla_vlm.cache import (
 )
 from mha2mla_vlm.calibration import LayerStats
 from mha2mla_vlm.config import MLAConfig
-from mha2mla_vlm.convert import with_factors, with_partial_rope
+from mha2mla_vlm.conversion import with_factors, with_partial_rope
 from mha2mla_vlm.errors import InputError
 from mha2mla_vlm.families import FAMILIES
 from mha2mla_vlm.modeling import decoder_layers

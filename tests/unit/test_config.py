@@ -16,7 +16,7 @@ from mha2mla_vlm.config import (
     ConversionConfig,
     MLAConfig,
 )
-from mha2mla_vlm.convert import plan
+from mha2mla_vlm.conversion import plan
 from mha2mla_vlm.errors import InputError
 from mha2mla_vlm.factorize import block_factors
 from mha2mla_vlm.families import FAMILIES

@@ -7,7 +7,7 @@ import torch
 
 from mha2mla_vlm.calibration import LayerStats
 from mha2mla_vlm.config import DECOUPLED, SHARED, MLAConfig
-from mha2mla_vlm.convert import layer_factors
+from mha2mla_vlm.conversion import layer_factors
 from mha2mla_vlm.factorize import block_factors, pca_factors
 
 O, HIDDEN = 20, 12  # noqa: E741 - outputs of the weight, named as in the package

@@ -16,7 +16,7 @@ from mha2mla_vlm.calibration import LayerStats, collect_moments, collect_pair_sc
 from mha2mla_vlm.config import BLOCKS, DECOUPLED, SHARED, AttentionSizes, ConversionConfig, MLAConfig
 from mha2mla_vlm.data import Record, encode_with_labels
 from mha2mla_vlm.errors import InputError
-from mha2mla_vlm.evaluate import answer_log_probs, mean_kl
+from mha2mla_vlm.evaluation import answer_log_probs, mean_kl
 from mha2mla_vlm.factorize import Factors, block_factors, pca_factors
 from mha2mla_vlm.families import get_family
 from mha2mla_vlm.modeling import decoder_layers, mla_classes
