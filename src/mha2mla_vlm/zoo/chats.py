@@ -11,7 +11,7 @@ from PIL import Image
 
 from mha2mla_vlm.zoo.digits import CELL, Split, draw_page, scans_by_digit
 
-KINDS = ("place", "count", "largest", "read")
+KINDS = ("place", "find", "count", "largest", "read")
 MAX_SIDE = 4
 PAGE_MULTIPLE = {"qwen2_5_vl": 24, "llava_next": 48, "llava": 96}  # pixels; see `draw_page`
 
@@ -65,6 +65,11 @@ def ask(kind: str, digits: list[list[int]], rng: random.Random) -> tuple[str, st
         # half of the time a digit that is there, or nearly all answers would be 0 or 1
         wanted = rng.choice(flat) if rng.random() < 0.5 else rng.randrange(10)
         return f"How many digits are {wanted}?", str(flat.count(wanted))
+    if kind == "find":
+        column = rng.randrange(len(digits[0]))
+        wanted = digits[row][column]
+        row = next(i for i, line in enumerate(digits) if wanted in line)
+        return f"Where is the first {wanted}?", f"row {row + 1}, column {digits[row].index(wanted) + 1}"
     if kind == "largest":
         return f"Which digit is the largest in row {row + 1}?", str(max(digits[row]))
     return "Read all digits.", " ".join("".join(map(str, line)) for line in digits)
@@ -77,7 +82,7 @@ def make_chat(
     multiple: int,
     sides: list[tuple[int, int]],
     turns: int,
-    weights: Sequence[float] = (1, 1, 1, 1),
+    weights: Sequence[float] = (1, 1, 1, 1, 1),
     augment: bool = False,
 ) -> Chat:
     """One chat, with a page for each (rows, columns) of `sides`.

@@ -38,8 +38,10 @@ class Recipe:
     seed: int = 0
     warmup_steps: int = 1500
     steps: int = 6000
-    minutes: float | None = None  # time for both phases together
+    counting_steps: int = 3000
+    minutes: float | None = None  # time for all phases together
     warmup_share: float = 0.07  # of the minutes
+    counting_share: float = 0.3
     warmup_pages: int = 32  # per step
     tokens: int = 1300  # per step, about
     learning_rate: float = 1e-3
@@ -91,8 +93,14 @@ def build(name: str, output: Path, recipe: Recipe) -> dict[str, Any]:
     )
     run.phase(
         "reading",
-        Clock(recipe.steps, seconds * (1 - recipe.warmup_share)),
+        Clock(recipe.steps, seconds * (1 - recipe.warmup_share - recipe.counting_share)),
         lambda rng, progress: chat_loss(name, model, processor, locator, rng, progress, recipe.tokens),
+        lambda: answer_accuracy(name, model, processor, count=60, seed=1),
+    )
+    run.phase(
+        "counting",
+        Clock(recipe.counting_steps, seconds * recipe.counting_share),
+        lambda rng, progress: chat_loss(name, model, processor, None, rng, progress, recipe.tokens),
         lambda: answer_accuracy(name, model, processor, count=60, seed=1),
     )
     model.to(torch.bfloat16).save_pretrained(output)
@@ -261,15 +269,20 @@ def digit_accuracy(name: str, model: PreTrainedModel, processor: ProcessorMixin,
     return (named == torch.tensor([page.digits for page in pages])).float().mean().item()
 
 
-def training_chats(name: str, rng: random.Random, progress: float, tokens: int) -> list[Chat]:
-    """Chats of one step: all with pages of the same sizes, so that nothing is padded."""
-    side = min(MAX_SIDE, 2 + int(10 * progress))  # 4 x 4 from a fifth of the way
+def training_chats(
+    name: str, rng: random.Random, progress: float, tokens: int, *, counting: bool
+) -> list[Chat]:
+    """Chats of one step: all with pages of the same sizes, so that nothing is padded.
+
+    Pages grow to 4 x 4 over the first fifth, when `counting` over the first half.
+    """
+    side = min(MAX_SIDE, 2 + int((4 if counting else 10) * progress))
     pages = 2 if rng.random() < 0.12 else 1
     sides = [(rng.randint(1, side), rng.randint(1, side)) for _ in range(pages)]
     turns = rng.randint(3, 9)
     visual = {"qwen2_5_vl": 4 * sum(r * c for r, c in sides), "llava_next": 150 * pages, "llava": 144 * pages}
     count = max(4, min(48, tokens // (visual[name] + 20 * turns)))
-    weights = (1, 1 if progress < 0.5 else 3, 1, 1)  # counting is learned last
+    weights = (1, 3, 4, 1, 1) if counting else (1, 1, 1, 1, 1)
     page: dict[str, Any] = {"split": "train", "multiple": PAGE_MULTIPLE[name], "augment": True}
     return [make_chat(rng, sides=sides, turns=turns, weights=weights, **page) for _ in range(count)]
 
@@ -309,19 +322,23 @@ def chat_loss(
     name: str,
     model: PreTrainedModel,
     processor: ProcessorMixin,
-    locator: nn.Module,
+    locator: nn.Module | None,
     rng: random.Random,
     progress: float,
     tokens: int,
 ) -> torch.Tensor:
-    """Cross-entropy of the answers' tokens of one step's chats, and early on of token targets."""
+    """Cross-entropy of the answers' tokens of one step's chats; with a `locator` also of token targets.
+
+    The locator's part fades out between two and three fifths of the phase. Without one the phase is
+    the one for counting.
+    """
     visual = get_family(name).visual_token_ids(model.config)
-    chats = training_chats(name, rng, progress, tokens)
+    chats = training_chats(name, rng, progress, tokens, counting=locator is None)
     records = [Record(messages=chat.messages, images=chat.images) for chat in chats]
     batch = encode_with_labels(processor, records, visual)
-    share = min(1.0, max(0.0, 3 - 5 * progress))  # 1 to two fifths of the way, 0 from three fifths
+    share = min(1.0, max(0.0, 3 - 5 * progress)) if locator else 0.0
     output = model(**batch, use_cache=False, output_hidden_states=share > 0)
-    if not share:
+    if locator is None or not share:
         return output.loss
     is_image = batch["input_ids"] == model.config.image_token_id
     found = locator(output.hidden_states[LAYERS // 2][is_image]).float()
