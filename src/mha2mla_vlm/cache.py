@@ -114,10 +114,10 @@ class LatentLayer(DynamicLayer):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The buffers if the tokens so far lie in them and the new ones fit, else larger copies."""
         if self._buffers is not None and start:
-            same = (
-                self._buffers[0].data_ptr() == self.keys.data_ptr()
-            )  # else replaced by reordering or selection
-            if same and stop <= self._buffers[0].shape[2] and latent.shape[0] == self._buffers[0].shape[0]:
+            buffer = self._buffers[0]
+            same = buffer.data_ptr() == self.keys.data_ptr() and len(buffer) == len(latent)
+            writable = torch.is_inference_mode_enabled() or not buffer.is_inference()
+            if same and writable and stop <= buffer.shape[2]:
                 return self._buffers
         capacity = -(-stop // GROWTH) * GROWTH if start else stop  # a prompt fits exactly
         grown = tuple(new.new_empty(*new.shape[:2], capacity, new.shape[-1]) for new in (latent, rope))
@@ -129,6 +129,26 @@ class LatentLayer(DynamicLayer):
     def reset(self) -> None:
         """Forget all tokens."""
         super().reset()
+        self._buffers = None
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Take the rows `beam_idx`, in this order."""
+        super().reorder_cache(beam_idx)
+        self._buffers = None
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep the rows `indices`."""
+        super().batch_select_indices(indices)
+        self._buffers = None
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row."""
+        super().batch_repeat_interleave(repeats)
+        self._buffers = None
+
+    def offload(self) -> None:
+        """Move to the CPU, buffers included."""
+        super().offload()
         self._buffers = None
 
 
@@ -161,8 +181,9 @@ def track_modality(cache: Cache | None, new_mask: torch.Tensor) -> TokenModality
     """Modality of all tokens, the cached and the new ones of `new_mask [B, T]`, and remember it.
 
     It is kept on the cache, whatever class that has, and cut to the cache's length first: cropping
-    and beam search only ever remove or repeat generated tokens, which are text. Raises `InputError`
-    for a cache whose rows or tokens were not filled through this model.
+    and beam search only ever remove or repeat generated tokens, which are text. Selecting rows that
+    differ needs a `LatentCache`, whose modality follows. Raises `InputError` for a cache whose rows
+    or tokens were not filled through this model.
     """
     new = TokenModality.from_mask(new_mask)
     if cache is None:
@@ -197,7 +218,7 @@ def bytes_per_token(config: Any, *, itemsize: int = 2) -> int:
     """Bytes that a token adds to the cache, over all layers, for `itemsize` bytes an element.
 
     `config` is that of an original model, `2 * G * D` elements a layer, or of a converted one,
-    `G * R + r` elements (REFERENCE section 5); without factorisation r is `G * (2 * D - R)`.
+    `G * R + r` elements; without factorisation r is `G * (2 * D - R)`.
     """
     sizes = AttentionSizes.of(config)
     values = getattr(config, "mla", None)

@@ -3,6 +3,7 @@
 Shapes: G KV heads, D head dim, R rope dims kept, N = D - R, O = G * (N + D), r latent dims.
 """
 
+import copy
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
@@ -20,6 +21,7 @@ from mha2mla_vlm.evaluation import answer_log_probs, mean_kl
 from mha2mla_vlm.factorize import Factors, block_factors, pca_factors
 from mha2mla_vlm.families import get_family
 from mha2mla_vlm.modeling import decoder_layers, mla_classes
+from mha2mla_vlm.progress import console
 from mha2mla_vlm.rope import fixed_pairs, split_dims, top_pairs
 
 logger = logging.getLogger(__name__)
@@ -37,23 +39,32 @@ def convert(
     KL divergence to the original on held-out answers after each transform. Raises `InputError` for
     a model or sizes that cannot be converted, before any work.
     """
+    _check_placement(model)
     mla = plan(model.config, config)
-    _log_plan(model.config, mla)
+    _print_plan(model.config, mla)
     calibration, held_out = encode_split(model, processor, records, config)
     original = [answer_log_probs(model, batch) for batch in held_out]
 
     pairs = select_pairs(model, calibration, mla, config)
     converted = with_partial_rope(model, pairs, mla)
     kl = {"partial_rope": mean_kl(converted, held_out, original)}
-    logger.info(f"partial RoPE ({config.rope_selection}): KL {kl['partial_rope']:.4f}")
+    console().print(f"partial RoPE ({config.rope_selection}): KL {kl['partial_rope']:.4f}")
 
     if config.factorization != "none":
         stats = collect_moments(converted, calibration, converted.visual_token_ids)
         converted = with_factors(converted, stats, mla)
         kl["factorization"] = mean_kl(converted, held_out, original)
-        logger.info(f"factorization ({config.factorization}): KL {kl['factorization']:.4f}")
+        console().print(f"factorization ({config.factorization}): KL {kl['factorization']:.4f}")
     set_mla(converted, replace(cast(MLAConfig, converted.mla_config), kl=kl))
     return converted
+
+
+def _check_placement(model: PreTrainedModel) -> None:
+    devices = {parameter.device for parameter in model.parameters()}
+    if len(devices) > 1 or torch.device("meta") in devices:
+        raise InputError(
+            f"the model lies on {', '.join(map(str, devices))}; load it on one device to convert it"
+        )
 
 
 def plan(model_config: Any, config: ConversionConfig) -> MLAConfig:
@@ -89,12 +100,14 @@ def plan(model_config: Any, config: ConversionConfig) -> MLAConfig:
     return mla
 
 
-def _log_plan(original: Any, mla: MLAConfig) -> None:
+def _print_plan(original: Any, mla: MLAConfig) -> None:
     """Say what was chosen, and what a token costs in the cache before and after (16 bits a number)."""
     sizes, rank = AttentionSizes.of(original), mla.kv_lora_rank
     before, after = bytes_per_token(original), bytes_per_token(converted_config(original, mla))
-    latent = f"kv_lora_rank r = {rank}" if rank else "keys and values whole"
-    logger.info(
+    latent = "keys and values whole"
+    if isinstance(rank, int):
+        latent = f"d_kv = {rank / sizes.kv_heads:g} latent dims per KV head (r = {rank} a token)"
+    console().print(
         f"R = {mla.qk_rope_head_dim} of {sizes.head_dim} rope dims, {latent}: "
         f"{before} to {after} cache bytes per token ({after / before:.1%})"
     )
@@ -234,9 +247,11 @@ def _rebuild(
     model: PreTrainedModel, mla: MLAConfig, weights: list[dict[str, torch.Tensor]]
 ) -> PreTrainedModel:
     """A converted model with `weights` in its attention layers and all else as in `model`."""
+    first = getattr(model.config, "mla", None) is None
     config = converted_config(model.config, mla)
     model_class = mla_classes(model.config.model_type)[1]
-    state = dict(model.state_dict())
+    # A first conversion copies, for the original must stay as it is; later ones take the weights over.
+    state = {key: value.clone() if first else value for key, value in model.state_dict().items()}
     names = {id(module): name for name, module in model.named_modules()}
     for layer, made in zip(decoder_layers(model), weights, strict=True):
         prefix = names[id(layer.self_attn)] + "."
@@ -249,5 +264,5 @@ def _rebuild(
             del state[key]
         state |= {prefix + key: value for key, value in made.items()}
     made_model = model_class.from_pretrained(None, config=config, state_dict=state, dtype=model.dtype)
-    made_model.generation_config = model.generation_config
+    made_model.generation_config = copy.deepcopy(model.generation_config)
     return made_model.to(model.device).eval()

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from PIL import Image, UnidentifiedImageError
 from transformers import BatchFeature, ProcessorMixin
 
@@ -77,6 +78,8 @@ def _checked_messages(messages: Any, source: str) -> list[dict[str, Any]]:
                 part["type"] == "text" and not isinstance(part.get("text"), str)
             ):
                 raise InputError(f"{source}: cannot use content {part!r}; known types: {', '.join(PARTS)}")
+        if not isinstance(message.get("kind", ""), str):
+            raise InputError(f"{source}: `kind` must be text, not {message['kind']!r}")
         checked.append({**message, "content": content})
     return checked
 
@@ -179,23 +182,30 @@ def encode(
 
     With `generation_prompt` each chat ends where the assistant's next answer begins.
     """
-    texts = [
-        processor.apply_chat_template(r.messages, tokenize=False, add_generation_prompt=generation_prompt)
-        for r in records
-    ]
     images = [record.load_images() for record in records]
     try:
+        texts = [_render(processor, record.messages, prompt=generation_prompt) for record in records]
         return _process(processor, texts, images)
-    except ValueError as error:  # such as an image placeholder within a text
+    except (ValueError, TemplateError) as error:  # no template, or an image placeholder within a text
         raise InputError(f"{records[0].source}: the processor refuses the chat: {error}") from error
 
 
+def _render(processor: ProcessorMixin, messages: list[dict[str, Any]], *, prompt: bool = False) -> str:
+    return processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+
+
+def _special(processor: ProcessorMixin, text: str) -> dict[str, bool]:
+    """Let the tokenizer add its first token unless the template has written it."""
+    first = processor.tokenizer.bos_token
+    return {"add_special_tokens": first is None or not text.startswith(first)}
+
+
 def _process(processor: ProcessorMixin, texts: list[str], images: list[list[Image.Image]]) -> BatchFeature:
-    kwargs: dict[str, Any] = {}
+    kwargs: dict[str, Any] = _special(processor, texts[0])
     if any(images):
         # a chat without pictures must not reach the processor as an empty list
         kwargs["images"] = images if all(images) else [image for chat in images for image in chat]
-    return processor(text=texts, **kwargs, padding=True, add_special_tokens=False, return_tensors="pt")
+    return processor(text=texts, **kwargs, padding=True, return_tensors="pt")
 
 
 def encode_with_labels(
@@ -203,8 +213,8 @@ def encode_with_labels(
 ) -> BatchFeature:
     """`encode` plus `labels [B, T]`: the ids of the answers (and what closes them), else `IGNORE_INDEX`.
 
-    The answers are found by rendering each chat up to and through every answer, in tokens before the
-    processor repeats the image placeholders; the tokens other than placeholders then match one to one.
+    The answers are found by rendering each chat up to and through every answer, in the text before the
+    processor repeats the image placeholders; tokens other than placeholders then match one to one.
     """
     batch = encode(processor, records)
     visual = torch.tensor(list(visual_token_ids))
@@ -222,18 +232,17 @@ def encode_with_labels(
 
 
 def _answer_tokens(processor: ProcessorMixin, record: Record) -> tuple[torch.Tensor, torch.Tensor]:
-    def tokens(messages: list[dict[str, Any]], prompt: bool = False) -> list[int]:
-        text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
-        return processor.tokenizer(text, add_special_tokens=False)["input_ids"]
-
-    ids = tokens(record.messages)
-    is_answer = torch.zeros(len(ids), dtype=torch.bool)
+    """Ids of a chat before placeholders are repeated, and which of them lie within an answer."""
+    text = _render(processor, record.messages)
+    encoded = processor.tokenizer(text, return_offsets_mapping=True, **_special(processor, text))
+    offsets = torch.tensor(encoded["offset_mapping"])
+    is_answer = torch.zeros(len(offsets), dtype=torch.bool)
     for index in record.answers():
-        start = tokens(record.messages[:index], prompt=True)
-        through = tokens(record.messages[: index + 1])
-        if ids[: len(start)] != start or ids[: len(through)] != through:
+        start = _render(processor, record.messages[:index], prompt=True)
+        through = _render(processor, record.messages[: index + 1])
+        if not text.startswith(start) or not text.startswith(through):
             raise InputError(
                 f"{record.source}: the chat template rewrites earlier turns; cannot label answers"
             )
-        is_answer[len(start) : len(through)] = True
-    return torch.tensor(ids), is_answer
+        is_answer |= (offsets[:, 0] >= len(start)) & (offsets[:, 1] <= len(through))
+    return torch.tensor(encoded["input_ids"]), is_answer

@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForImageTextToText, Cache, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    Cache,
+    PreTrainedConfig,
+    PreTrainedModel,
+    StaticCache,
+)
 
 from mha2mla_vlm.attention import MLAAttention
 from mha2mla_vlm.cache import LatentCache, track_modality
@@ -48,7 +56,8 @@ class MLAMixin(_Model):
             raise InputError("the config has no `mla`; make one by converting a model")
         self.mla_config = MLAConfig.from_dict(config.mla)
         self.mla_config.check(AttentionSizes.of(config))
-        self.visual_token_ids = get_family(config.model_type).visual_token_ids(config)
+        self.family = get_family(config.model_type)
+        self.visual_token_ids = self.family.visual_token_ids(config)
         config.auto_map = {
             "AutoConfig": f"{REMOTE_MODULE}.{type(config).__name__}",
             "AutoModelForImageTextToText": f"{REMOTE_MODULE}.{type(self).__name__}",
@@ -66,6 +75,10 @@ class MLAMixin(_Model):
             inputs["use_cache"] = self.config.get_text_config(decoder=True).use_cache and not self.training
         if inputs["use_cache"] and cache is None:
             cache = inputs["past_key_values"] = LatentCache()
+        if isinstance(cache, StaticCache):
+            raise InputError(
+                "a static cache does not hold latents; leave the cache out, or give a DynamicCache"
+            )
         if self.mla_config.modalities != SHARED:
             names = ("input_ids", "inputs_embeds", "mm_token_type_ids")
             visual = self._visual_mask(*(inputs.get(name) for name in names))
@@ -80,9 +93,12 @@ class MLAMixin(_Model):
     ) -> torch.Tensor:
         """Which of the new tokens are visual, `[B, T]`."""
         if input_ids is not None:
-            return torch.isin(input_ids, torch.tensor(self.visual_token_ids, device=input_ids.device))
+            return torch.stack([input_ids == token for token in self.visual_token_ids]).any(0)
         if inputs_embeds is not None and mm_token_type_ids is not None:
-            return mm_token_type_ids[:, -inputs_embeds.shape[1] :] > 0
+            visual = mm_token_type_ids[:, -inputs_embeds.shape[1] :] > 0
+            if self.family.marked:
+                visual = visual | visual.roll(1, dims=1) | visual.roll(-1, dims=1)
+            return visual
         raise InputError(
             "inputs_embeds alone do not tell visual from text tokens; give mm_token_type_ids [B, T] too"
         )
@@ -106,10 +122,11 @@ class MLAMixin(_Model):
 
     def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
         """As transformers does, plus the module that loads the folder with `trust_remote_code=True`."""
+        code = _REMOTE_CODE.format(config=type(self.config).__name__, model=type(self).__name__)
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        Path(save_directory, f"{REMOTE_MODULE}.py").write_text(code, encoding="utf-8")
         # weights under the names of the modules, not of the family's checkpoints before transformers 5
         super().save_pretrained(save_directory, **{"save_original_format": False, **kwargs})
-        code = _REMOTE_CODE.format(config=type(self.config).__name__, model=type(self).__name__)
-        Path(save_directory, f"{REMOTE_MODULE}.py").write_text(code, encoding="utf-8")
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
@@ -149,7 +166,8 @@ def mla_classes(model_type: str) -> tuple[type[PreTrainedConfig], type[PreTraine
         "mla": None,
     }
     config_class = type(config_name, (MLAConfigMixin, base_config), config_body)
-    parameters = tuple(inspect.signature(base_model.forward).parameters)[1:]
+    signature = inspect.signature(base_model.forward)
+    parameters = tuple(signature.parameters)[1:]
 
     @functools.wraps(base_model.forward)  # keeps the signature, which generate and trainers read
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -157,6 +175,11 @@ def mla_classes(model_type: str) -> tuple[type[PreTrainedConfig], type[PreTraine
         if "mm_token_type_ids" not in parameters:
             inputs.pop("mm_token_type_ids", None)
         return base_model.forward(self, **inputs)
+
+    if "mm_token_type_ids" not in parameters:  # taken by all converted models, beside inputs_embeds
+        *named, rest = signature.parameters.values()
+        types = inspect.Parameter("mm_token_type_ids", inspect.Parameter.KEYWORD_ONLY, default=None)
+        forward.__signature__ = signature.replace(parameters=[*named, types, rest])
 
     model_body = {
         "__module__": __name__,
@@ -167,6 +190,7 @@ def mla_classes(model_type: str) -> tuple[type[PreTrainedConfig], type[PreTraine
     model_class = type(model_name, (MLAMixin, base_model), model_body)
     AutoConfig.register(family.mla_model_type, config_class, exist_ok=True)
     AutoModelForImageTextToText.register(config_class, model_class, exist_ok=True)
+    AutoProcessor.register(config_class, getattr(transformers, family.processor_class), exist_ok=True)
     return config_class, model_class
 
 

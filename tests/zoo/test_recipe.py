@@ -12,7 +12,7 @@ from mha2mla_vlm.zoo import recipe as recipe_module
 from mha2mla_vlm.zoo.chats import PAGE_MULTIPLE, make_chat
 from mha2mla_vlm.zoo.recipe import Recipe, build, token_points, token_targets
 
-SHORT = Recipe(warmup_steps=2, steps=3, counting_steps=1, warmup_pages=2, tokens=300, evaluate_every=100, held_out=2)
+SHORT = Recipe(warmup_steps=2, steps=3, warmup_pages=2, tokens=300, evaluate_every=100, held_out=2)
 
 
 def test_an_interrupted_run_ends_as_an_unbroken_one(tmp_path, monkeypatch):
@@ -37,7 +37,7 @@ def test_an_interrupted_run_ends_as_an_unbroken_one(tmp_path, monkeypatch):
     assert all(torch.equal(whole[key], broken[key]) for key in whole)
     assert not (tmp_path / "broken" / "state.pt").exists()
     rows = [json.loads(line) for line in (tmp_path / "whole" / "training_log.jsonl").read_text().splitlines()]
-    assert [row["phase"] for row in rows] == ["vision warm-up", "reading", "counting"]
+    assert [row["phase"] for row in rows] == ["vision warm-up", "reading"]
 
 
 def test_targets_match_the_image_tokens(family):

@@ -15,8 +15,10 @@ class Family:
     model_type: str  # `config.model_type` of the original model
     model_class: str  # class in `transformers`
     config_class: str  # class in `transformers`
+    processor_class: str  # class in `transformers`
     text_model_types: tuple[str, ...]  # language models whose attention is plain q, k, v, o with RoPE
     visual_tokens: tuple[str, ...]
+    marked: bool = False  # each visual run stands between a start and an end token, visual too
 
     @property
     def mla_model_type(self) -> str:

@@ -6,6 +6,7 @@ FAMILY = Family(
     model_type="llava",
     model_class="LlavaForConditionalGeneration",
     config_class="LlavaConfig",
+    processor_class="LlavaProcessor",
     text_model_types=("llama", "mistral", "qwen2"),
     visual_tokens=("image_token_id",),
 )

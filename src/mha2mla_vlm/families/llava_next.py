@@ -6,6 +6,7 @@ FAMILY = Family(
     model_type="llava_next",
     model_class="LlavaNextForConditionalGeneration",
     config_class="LlavaNextConfig",
+    processor_class="LlavaNextProcessor",
     text_model_types=("llama", "mistral", "qwen2"),
     visual_tokens=("image_token_id",),
 )

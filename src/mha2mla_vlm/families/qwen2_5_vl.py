@@ -6,6 +6,8 @@ FAMILY = Family(
     model_type="qwen2_5_vl",
     model_class="Qwen2_5_VLForConditionalGeneration",
     config_class="Qwen2_5_VLConfig",
+    processor_class="Qwen2_5_VLProcessor",
     text_model_types=("qwen2_5_vl_text",),
     visual_tokens=("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"),
+    marked=True,
 )

@@ -11,8 +11,9 @@ from PIL import Image
 
 from mha2mla_vlm.zoo.digits import CELL, Split, draw_page, scans_by_digit
 
-KINDS = ("place", "find", "count", "largest", "read")
+KINDS = ("place", "count", "largest", "read")
 MAX_SIDE = 4
+Cell = tuple[int, int]  # row, column
 PAGE_MULTIPLE = {"qwen2_5_vl": 24, "llava_next": 48, "llava": 96}  # pixels; see `draw_page`
 
 
@@ -33,10 +34,15 @@ class Page:
 
 @dataclass(frozen=True, kw_only=True)
 class Chat:
-    """Messages as transformers takes them, and the pages that they show, in order."""
+    """Messages as transformers takes them, and the pages that they show, in order.
+
+    `sources` says for each digit of the answers, in order, which page it is about and which cells
+    of it tell.
+    """
 
     messages: list[dict[str, Any]]
     pages: list[Page]
+    sources: list[tuple[int, list[Cell]]]
 
     @property
     def images(self) -> list[Image.Image]:
@@ -54,25 +60,32 @@ def make_page(
     return Page(digits=digits, image=draw_page(scans, rng, multiple=multiple, augment=augment))
 
 
-def ask(kind: str, digits: list[list[int]], rng: random.Random) -> tuple[str, str]:
-    """A question of a kind about a grid of digits, and its answer."""
+def ask(kind: str, digits: list[list[int]], rng: random.Random) -> tuple[str, str, list[list[Cell]]]:
+    """A question of a kind about a grid of digits, its answer, and for each digit of the answer the
+    cells (row, column) that it is read from.
+    """
     row = rng.randrange(len(digits))
+    cells = [(i, j) for i, line in enumerate(digits) for j in range(len(line))]
     if kind == "place":
         column = rng.randrange(len(digits[0]))
-        return f"Which digit is in row {row + 1}, column {column + 1}?", str(digits[row][column])
+        question = f"Which digit is in row {row + 1}, column {column + 1}?"
+        return question, str(digits[row][column]), [[(row, column)]]
     if kind == "count":
-        flat = [digit for line in digits for digit in line]
         # half of the time a digit that is there, or nearly all answers would be 0 or 1
-        wanted = rng.choice(flat) if rng.random() < 0.5 else rng.randrange(10)
-        return f"How many digits are {wanted}?", str(flat.count(wanted))
-    if kind == "find":
-        column = rng.randrange(len(digits[0]))
-        wanted = digits[row][column]
-        row = next(i for i, line in enumerate(digits) if wanted in line)
-        return f"Where is the first {wanted}?", f"row {row + 1}, column {digits[row].index(wanted) + 1}"
+        i, j = rng.choice(cells)
+        wanted = digits[i][j] if rng.random() < 0.5 else rng.randrange(10)
+        found = [(i, j) for i, j in cells if digits[i][j] == wanted]
+        answer = str(len(found))
+        return f"How many digits are {wanted}?", answer, [found] * len(answer)
     if kind == "largest":
-        return f"Which digit is the largest in row {row + 1}?", str(max(digits[row]))
-    return "Read all digits.", " ".join("".join(map(str, line)) for line in digits)
+        largest = max(digits[row])
+        found = [(row, j) for j, digit in enumerate(digits[row]) if digit == largest]
+        return f"Which digit is the largest in row {row + 1}?", str(largest), [found]
+    return (
+        "Read all digits.",
+        " ".join("".join(map(str, line)) for line in digits),
+        [[cell] for cell in cells],
+    )
 
 
 def make_chat(
@@ -82,7 +95,7 @@ def make_chat(
     multiple: int,
     sides: list[tuple[int, int]],
     turns: int,
-    weights: Sequence[float] = (1, 1, 1, 1, 1),
+    weights: Sequence[float] = (1, 1, 1, 1),
     augment: bool = False,
 ) -> Chat:
     """One chat, with a page for each (rows, columns) of `sides`.
@@ -99,19 +112,21 @@ def make_chat(
     if "read" in kinds:
         kinds = kinds[: kinds.index("read") + 1]
     messages: list[dict[str, Any]] = []
+    sources: list[tuple[int, list[Cell]]] = []
     shown = 0
     for turn, kind in enumerate(kinds):
         new = 1 if not shown or (shown < len(pages) and rng.random() < 0.5) else 0
         new = len(pages) - shown if turn + 1 == len(kinds) else new
         shown += new
         which = rng.randrange(shown)
-        question, answer = ask(kind, pages[which].digits, rng)
+        question, answer, looks = ask(kind, pages[which].digits, rng)
+        sources += [(which, cells) for cells in looks]
         if len(pages) > 1:
             question = f"Picture {which + 1}: {question}"
         content: list[dict[str, str]] = [{"type": "image"}] * new + [{"type": "text", "text": question}]
         messages.append({"role": "user", "content": content})
         messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}], "kind": kind})
-    return Chat(messages=messages, pages=pages)
+    return Chat(messages=messages, pages=pages, sources=sources)
 
 
 def sample_chats(name: str, *, split: Split, count: int, seed: int) -> Iterator[Chat]:

@@ -38,10 +38,8 @@ class Recipe:
     seed: int = 0
     warmup_steps: int = 1500
     steps: int = 6000
-    counting_steps: int = 3000
-    minutes: float | None = None  # time for all phases together
+    minutes: float | None = None  # time for both phases together
     warmup_share: float = 0.07  # of the minutes
-    counting_share: float = 0.3
     warmup_pages: int = 32  # per step
     tokens: int = 1300  # per step, about
     learning_rate: float = 1e-3
@@ -93,14 +91,8 @@ def build(name: str, output: Path, recipe: Recipe) -> dict[str, Any]:
     )
     run.phase(
         "reading",
-        Clock(recipe.steps, seconds * (1 - recipe.warmup_share - recipe.counting_share)),
+        Clock(recipe.steps, seconds * (1 - recipe.warmup_share)),
         lambda rng, progress: chat_loss(name, model, processor, locator, rng, progress, recipe.tokens),
-        lambda: answer_accuracy(name, model, processor, count=60, seed=1),
-    )
-    run.phase(
-        "counting",
-        Clock(recipe.counting_steps, seconds * recipe.counting_share),
-        lambda rng, progress: chat_loss(name, model, processor, None, rng, progress, recipe.tokens),
         lambda: answer_accuracy(name, model, processor, count=60, seed=1),
     )
     model.to(torch.bfloat16).save_pretrained(output)
@@ -269,20 +261,15 @@ def digit_accuracy(name: str, model: PreTrainedModel, processor: ProcessorMixin,
     return (named == torch.tensor([page.digits for page in pages])).float().mean().item()
 
 
-def training_chats(
-    name: str, rng: random.Random, progress: float, tokens: int, *, counting: bool
-) -> list[Chat]:
-    """Chats of one step: all with pages of the same sizes, so that nothing is padded.
-
-    Pages grow to 4 x 4 over the first fifth, when `counting` over the first half.
-    """
-    side = min(MAX_SIDE, 2 + int((4 if counting else 10) * progress))
+def training_chats(name: str, rng: random.Random, progress: float, tokens: int) -> list[Chat]:
+    """Chats of one step: all with pages of the same sizes, so that nothing is padded."""
+    side = min(MAX_SIDE, 2 + int(10 * progress))  # 4 x 4 from a fifth of the way
     pages = 2 if rng.random() < 0.12 else 1
     sides = [(rng.randint(1, side), rng.randint(1, side)) for _ in range(pages)]
     turns = rng.randint(3, 9)
     visual = {"qwen2_5_vl": 4 * sum(r * c for r, c in sides), "llava_next": 150 * pages, "llava": 144 * pages}
     count = max(4, min(48, tokens // (visual[name] + 20 * turns)))
-    weights = (1, 3, 4, 1, 1) if counting else (1, 1, 1, 1, 1)
+    weights = (1, 2, 1, 1)  # counting is the hardest
     page: dict[str, Any] = {"split": "train", "multiple": PAGE_MULTIPLE[name], "augment": True}
     return [make_chat(rng, sides=sides, turns=turns, weights=weights, **page) for _ in range(count)]
 
@@ -318,34 +305,71 @@ def token_targets(name: str, chats: list[Chat]) -> torch.Tensor:
     return torch.tensor(targets)
 
 
+def answer_sources(
+    name: str, chats: list[Chat], is_image: torch.Tensor, labels: torch.Tensor, digits: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Where each digit of the answers is predicted, and which tokens of the prompt tell it.
+
+    `is_image` and `labels` are `[B, T]`, `digits` the ids of the ten digits. Returns rows and
+    positions `[n]`, and a mask `[n, T]`; digits that no cell tells (a count of none) are left out.
+    """
+    rows, positions, masks = [], [], []
+    for row, chat in enumerate(chats):
+        places = is_image[row].nonzero()[:, 0].tolist()
+        tokens: dict[tuple[int, int, int], list[int]] = {}
+        for number, page in enumerate(chat.pages):
+            points = token_points(name, page)
+            mine, places = places[: len(points)], places[len(points) :]
+            first = (TILE // 8) ** 2 if name == "llava_next" else 0  # its view of the whole page is coarse
+            for place, point in list(zip(mine, points, strict=True))[first:]:
+                found = page.digit_at(*point) if point else None
+                if found:
+                    tokens.setdefault((number, *found[1:]), []).append(place)
+        told = torch.isin(labels[row, 1:], digits).nonzero()[:, 0].tolist()
+        for position, (number, cells) in zip(told, chat.sources, strict=True):
+            if cells:
+                mask = torch.zeros(labels.shape[1])
+                mask[[place for cell in cells for place in tokens[number, *cell]]] = 1
+                rows.append(row)
+                positions.append(position)
+                masks.append(mask)
+    return torch.tensor(rows), torch.tensor(positions), torch.stack(masks)
+
+
 def chat_loss(
     name: str,
     model: PreTrainedModel,
     processor: ProcessorMixin,
-    locator: nn.Module | None,
+    locator: nn.Module,
     rng: random.Random,
     progress: float,
     tokens: int,
 ) -> torch.Tensor:
-    """Cross-entropy of the answers' tokens of one step's chats; with a `locator` also of token targets.
+    """Cross-entropy of the answers' tokens of one step's chats, and early on two guides.
 
-    The locator's part fades out between two and three fifths of the phase. Without one the phase is
-    the one for counting.
+    The guides fade out between two and three fifths of the phase: the middle layer has to tell
+    digit, row and column under each image token, and one head of the next layer to look at the
+    tokens that tell an answer's digit.
     """
     visual = get_family(name).visual_token_ids(model.config)
-    chats = training_chats(name, rng, progress, tokens, counting=locator is None)
+    chats = training_chats(name, rng, progress, tokens)
     records = [Record(messages=chat.messages, images=chat.images) for chat in chats]
     batch = encode_with_labels(processor, records, visual)
-    share = min(1.0, max(0.0, 3 - 5 * progress)) if locator else 0.0
-    output = model(**batch, use_cache=False, output_hidden_states=share > 0)
-    if locator is None or not share:
+    share = min(1.0, max(0.0, 3 - 5 * progress))
+    output = model(**batch, use_cache=False, output_hidden_states=share > 0, output_attentions=share > 0)
+    if not share:
         return output.loss
     is_image = batch["input_ids"] == model.config.image_token_id
     found = locator(output.hidden_states[LAYERS // 2][is_image]).float()
-    targets = token_targets(name, chats)
-    parts = zip(found.split([10, MAX_SIDE, MAX_SIDE], dim=-1), targets.unbind(-1), strict=True)
+    parts = zip(
+        found.split([10, MAX_SIDE, MAX_SIDE], dim=-1), token_targets(name, chats).unbind(-1), strict=True
+    )
     located = sum(nn.functional.cross_entropy(part, target, ignore_index=-1) for part, target in parts)
-    return output.loss + share * located
+    digits = torch.tensor(processor.tokenizer.convert_tokens_to_ids(list("0123456789")))
+    rows, positions, mask = answer_sources(name, chats, is_image, batch["labels"], digits)
+    looks = output.attentions[LAYERS // 2][rows, 0, positions].float()
+    looked = -((looks * mask).sum(-1) + 1e-4).log().mean()
+    return output.loss + share * (located + 0.5 * looked)
 
 
 @torch.no_grad()
