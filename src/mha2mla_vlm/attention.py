@@ -17,34 +17,37 @@ from mha2mla_vlm.cache import Kind, Run, TokenModality
 from mha2mla_vlm.config import SHARED
 from mha2mla_vlm.rope import one_table, rotate
 
-EXPAND_CHUNK = 4096  # cached tokens expanded at a time when many new ones meet them
+EXPAND_CHUNK = 1024  # cached tokens expanded at a time when many new ones meet four times as many
+QUERY_BLOCK = 256  # new tokens that meet them at a time
 
 
-def additive_mask(mask: torch.Tensor | None, new: int, total: int, like: torch.Tensor) -> torch.Tensor | None:
-    """Any mask that transformers gives to attention as one to add to scores `[.., T, S]`, or None.
+def dense_mask(mask: torch.Tensor | None, new: int, total: int, device: torch.device) -> torch.Tensor | None:
+    """Any mask that transformers gives to attention, as one over scores `[.., T, S]`; None hides nothing.
 
     None means causal; `[B, S]` is padding alone, to which causality is added; `[B, 1, T, S]` is
     complete, as bool (True is kept) or to be added.
     """
     if mask is not None and mask.ndim == 4:
-        mask = mask[..., :total]
-        if mask.dtype != torch.bool:
-            return mask
-        keep = mask
-    elif mask is None and new == 1:
+        return mask[..., :total]
+    if mask is None and new == 1:
         return None
-    else:
-        keep = torch.ones(new, total, dtype=torch.bool, device=like.device).tril(total - new)
-        if mask is not None:
-            keep = keep & mask[:, None, None, :total].bool()
-    lowest = torch.finfo(like.dtype).min
-    return torch.zeros(keep.shape, dtype=like.dtype, device=like.device).masked_fill(~keep, lowest)
+    causal = torch.ones(new, total, dtype=torch.bool, device=device).tril(total - new)
+    return causal if mask is None else causal & mask[:, None, None, :total].bool()
+
+
+def masked(scores: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Scores with a `dense_mask` applied."""
+    if mask is None:
+        return scores
+    if mask.dtype == torch.bool:
+        return scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    return scores + mask
 
 
 class MLAAttention(nn.Module):
     """Takes the place of a decoder layer's `self_attn`; caches `G * R + r` numbers a token.
 
-    Parameters are named in DESIGN section 4. `source` is the attention module that it replaces and
+    `source` is the attention module that it replaces and
     gives sizes and biases; its `o_proj` is kept. `rank` None leaves keys and values unfactorised:
     `kv_a_proj` then computes them and `kv_b_proj` is the identity.
 
@@ -109,10 +112,10 @@ class MLAAttention(nn.Module):
             latent = latent[:, 0]
         cached = latent.shape[1] > new and not self.training
         if cached and self._can_absorb(new, attention_mask):
-            mask = additive_mask(attention_mask, new, latent.shape[1], latent)
+            mask = dense_mask(attention_mask, new, latent.shape[1], latent.device)
             output, weights = self._absorbed(q_rope, q_nope, latent, k_rope, token_modality, mask)
-        elif cached and latent.shape[1] > self.expand_chunk and _is_dense(attention_mask):
-            mask = additive_mask(attention_mask, new, latent.shape[1], latent)
+        elif cached and latent.shape[1] > 4 * self.expand_chunk and _is_dense(attention_mask):
+            mask = dense_mask(attention_mask, new, latent.shape[1], latent.device)
             queries = torch.cat([q_rope, q_nope], dim=-1)
             output, weights = self._chunked(queries, latent, k_rope, token_modality, mask), None
         else:
@@ -130,11 +133,11 @@ class MLAAttention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Rotated and other query parts, `[B, H, T, R]` and `[B, H, T, N]`."""
         batch, new, _ = hidden_states.shape
-        queries = self.q_proj(hidden_states).view(batch, new, self.heads, self.head_dim).transpose(1, 2)
+        groups = (self.kv_heads, self.num_key_value_groups)
+        queries = self.q_proj(hidden_states).view(batch, new, *groups, self.head_dim).permute(0, 2, 3, 1, 4)
         rope, nope = queries.split([self.rope_dim, self.nope_dim], dim=-1)
-        groups = self.num_key_value_groups
-        cos, sin = cos.repeat_interleave(groups, dim=1), sin.repeat_interleave(groups, dim=1)
-        return rotate(rope, cos, sin), nope
+        rope = rotate(rope, cos[:, :, None], sin[:, :, None])
+        return rope.flatten(1, 2), nope.flatten(1, 2)
 
     def _down(self, hidden_states: torch.Tensor, modality: TokenModality | None) -> torch.Tensor:
         """Latents of the new tokens, `[B, T, r]`."""
@@ -221,10 +224,7 @@ class MLAAttention(nn.Module):
         )
         nope = q_nope.reshape(*grouped, self.nope_dim)
         scores = scores + self._latent_scores(nope, latent, modality).view(batch, heads, new, total)
-        scores = scores * self.scaling
-        if mask is not None:
-            scores = scores + mask
-        weights = scores.softmax(dim=-1, dtype=torch.float32).to(latent.dtype)
+        weights = masked(scores * self.scaling, mask).softmax(dim=-1, dtype=torch.float32).to(latent.dtype)
         output = self._latent_values(weights.view(batch, heads * new, total), latent, modality)
         return output.view(batch, heads, new, self.head_dim).transpose(1, 2), weights
 
@@ -304,22 +304,34 @@ class MLAAttention(nn.Module):
 
         Softmax over chunks is accumulated as in online softmax; returns `[B, T, H, D]`.
         """
-        batch, heads, new, dim = queries.shape
-        grouped = queries.reshape(batch, self.kv_heads, -1, dim)
-        top = queries.new_full((batch, heads, new, 1), -torch.inf, dtype=torch.float32)
+        top = queries.new_full((*queries.shape[:3], 1), -torch.inf, dtype=torch.float32)
         mass, output = torch.zeros_like(top), torch.zeros(queries.shape, device=queries.device)
         for start in range(0, latent.shape[1], self.expand_chunk):
             stop = min(start + self.expand_chunk, latent.shape[1])
             keys, values = self._expand(latent[:, start:stop], k_rope[:, :, start:stop], modality, start)
-            scores = (grouped @ keys.transpose(-1, -2)).view(batch, heads, new, -1).float() * self.scaling
-            if mask is not None:
-                scores = scores + mask[..., start:stop].float()
-            new_top = torch.maximum(top, scores.amax(-1, keepdim=True))
-            weights, decay = (scores - new_top).exp(), (top - new_top).exp()
-            part = weights.to(values.dtype).view(batch, self.kv_heads, -1, stop - start) @ values
-            output = output * decay + part.view(batch, heads, new, dim)
-            mass, top = mass * decay + weights.sum(-1, keepdim=True), new_top
+            for first in range(0, queries.shape[2], QUERY_BLOCK):
+                rows = slice(first, first + QUERY_BLOCK)
+                seen = None if mask is None else mask[..., rows, start:stop]
+                part, part_mass, part_top = self._softmax_part(queries[:, :, rows], keys, values, seen)
+                new_top = torch.maximum(top[:, :, rows], part_top)
+                old, fresh = (top[:, :, rows] - new_top).exp(), (part_top - new_top).exp()
+                output[:, :, rows] = output[:, :, rows] * old + part * fresh
+                mass[:, :, rows] = mass[:, :, rows] * old + part_mass * fresh
+                top[:, :, rows] = new_top
         return (output / mass).to(queries.dtype).transpose(1, 2)
+
+    def _softmax_part(
+        self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Values summed under unnormalised weights `[B, H, T, D]`, and sum and maximum `[B, H, T, 1]`."""
+        batch, heads, new, dim = queries.shape
+        grouped = (batch, self.kv_heads, self.num_key_value_groups * new)
+        scores = queries.reshape(*grouped, dim) @ keys.transpose(-1, -2)
+        scores = masked(scores.view(batch, heads, new, -1).float() * self.scaling, mask)
+        top = scores.amax(-1, keepdim=True)
+        weights = (scores - top).exp()
+        output = weights.to(values.dtype).view(*grouped, -1) @ values
+        return output.view(batch, heads, new, dim).float(), weights.sum(-1, keepdim=True), top
 
 
 def _is_dense(mask: Any) -> bool:

@@ -1,12 +1,15 @@
 """Folders of models: strict load, and a write that is whole or not there."""
 
 import contextlib
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -17,6 +20,7 @@ from transformers import (
     ProcessorMixin,
 )
 
+from mha2mla_vlm.config import AttentionSizes, MLAConfig
 from mha2mla_vlm.errors import InputError
 from mha2mla_vlm.families import get_family
 from mha2mla_vlm.modeling import register
@@ -29,15 +33,21 @@ def resolve(name: str | Path) -> str:
     return str(zoo_path(text)) if text.startswith(ZOO_PREFIX) else text
 
 
-def load_config(name: str | Path) -> PreTrainedConfig:
-    """Config of an original or a converted model; raises `InputError` if it is not of a supported family."""
+def load_config(name: str | Path, **kwargs: Any) -> PreTrainedConfig:
+    """Config of an original or a converted model; raises `InputError` if it is not a sound one of a
+    supported family. Keyword arguments go to `from_pretrained`.
+    """
     register()
     source = resolve(name)
     try:
-        config = AutoConfig.from_pretrained(source)
-    except (OSError, ValueError) as error:
+        config = AutoConfig.from_pretrained(source, **kwargs)
+    except InputError:
+        raise
+    except (OSError, ValueError, TypeError, KeyError, StrictDataclassError) as error:
         raise InputError(f"cannot read a model config from {source!r}: {_first_line(error)}") from None
     get_family(config.model_type)
+    if getattr(config, "mla", None) is not None:
+        MLAConfig.from_dict(config.mla).check(AttentionSizes.of(config))
     return config
 
 
@@ -45,17 +55,35 @@ def load(name: str | Path, **kwargs: Any) -> PreTrainedModel:
     """Load an original or a converted model from a folder, a hub id or `zoo:NAME`.
 
     Keyword arguments go to `from_pretrained`; `dtype` is by default the one stored. Raises
-    `InputError` for an unsupported family, and for weights that are broken or do not match.
+    `InputError` for an unsupported family, and for weights that are broken, missing or misshaped.
     """
-    load_config(name)
+    hub = ("token", "revision", "cache_dir", "local_files_only", "force_download", "subfolder")
+    load_config(name, **{key: kwargs[key] for key in hub if key in kwargs})
     source = resolve(name)
+    options = {"dtype": "auto", **kwargs, "output_loading_info": True}
     try:
-        model = AutoModelForImageTextToText.from_pretrained(source, **{"dtype": "auto", **kwargs})
+        model, info = AutoModelForImageTextToText.from_pretrained(source, **options)
     except InputError:
         raise
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise InputError(f"cannot load the weights of {source!r}: {_first_line(error)}") from error
+    if missing := sorted(info["missing_keys"]):
+        raise InputError(f"the weights of {source!r} are not whole; missing keys: {', '.join(missing[:5])}")
     return model.eval()
+
+
+def pick_device(name: str) -> torch.device:
+    """A device by its name, `auto` for a GPU if there is one; raises `InputError` if it is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise InputError(
+            f"device {name!r} is not available here; give auto, cpu, cuda or cuda:INDEX"
+        ) from None
+    return device
 
 
 def load_processor(name: str | Path) -> ProcessorMixin:
@@ -75,10 +103,16 @@ def _first_line(error: Exception) -> str:
 
 
 def check_output(output: str | Path) -> Path:
-    """Raise `InputError` if a result cannot go to `output`: it must be a new or an empty folder."""
-    path = Path(output)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise InputError(f"output {path} exists and is not an empty folder; choose another or remove it")
+    """Raise `InputError` if a result cannot go to `output`: it must be a new or an empty folder.
+
+    Returns it resolved. The working folder itself cannot be replaced.
+    """
+    path = Path(output).resolve()
+    if path == Path.cwd() or (path.exists() and (not path.is_dir() or any(path.iterdir()))):
+        raise InputError(f"output {output} exists and is not an empty folder; choose another or remove it")
+    existing = next(parent for parent in path.parents if parent.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise InputError(f"output {output} cannot be made: {existing} is not a folder that can be written to")
     return path
 
 

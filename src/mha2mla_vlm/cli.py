@@ -52,18 +52,9 @@ DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto ta
 
 
 def _load(name: str, dtype: DType, device: str) -> tuple[Any, Any]:
-    import torch
+    from mha2mla_vlm.checkpoint import load, load_processor, pick_device
 
-    from mha2mla_vlm.checkpoint import load, load_processor
-
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        target = torch.device(device)
-    except RuntimeError:
-        raise InputError(f"unknown device {device!r}; give auto, cpu, cuda or cuda:INDEX") from None
-    if target.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"device {device!r} is not available here; give cpu")
+    target = pick_device(device)
     return load(name, dtype=dtype.value).to(target), load_processor(name)
 
 
@@ -72,6 +63,7 @@ def demo(
     model: Annotated[str, typer.Option(help="Name of a zoo model.")] = "qwen2_5_vl",
     pictures: Annotated[int, typer.Option(min=1, help="Held-out pictures to evaluate on.")] = 100,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for the figures.")] = None,
+    device: DeviceOption = "auto",
 ) -> None:
     """Convert a shipped model, compare it with the original, and measure both caches."""
     from mha2mla_vlm.checkpoint import check_output
@@ -79,7 +71,7 @@ def demo(
 
     if output is not None:
         check_output(output)
-    result = run_demo(model, pictures=pictures, output=output)
+    result = run_demo(model, pictures=pictures, output=output, device=device)
     print_table(result)
     _finish(result)
 

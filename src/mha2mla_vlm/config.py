@@ -23,6 +23,8 @@ class _Strict:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
         """Read from a mapping; raises `InputError` for unknown and for missing keys."""
+        if not isinstance(values, dict):
+            raise InputError(f"{cls.__name__} must be an object, not {values!r}")
         known = {f.name for f in fields(cls)}
         if unknown := sorted(set(values) - known):
             raise InputError(
@@ -55,6 +57,12 @@ class MLAConfig(_Strict):
     kl: dict[str, float] | None = None
 
     def __post_init__(self) -> None:
+        for name, value in (("qk_rope_head_dim", self.qk_rope_head_dim), ("kv_lora_rank", self.kv_lora_rank)):
+            numbers = value if isinstance(value, list) else [value]
+            if not all(type(number) is int for number in numbers) and not (
+                name == "kv_lora_rank" and value is None
+            ):
+                raise InputError(f"{name} = {value!r}: give a whole number, or a list of one for each layer")
         object.__setattr__(self, "modalities", tuple(self.modalities))
         if self.modalities not in (SHARED, DECOUPLED):
             raise InputError(f"modalities {self.modalities} are not known; known: {SHARED}, {DECOUPLED}")

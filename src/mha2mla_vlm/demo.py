@@ -9,7 +9,7 @@ from rich.table import Table
 from transformers import PreTrainedModel, ProcessorMixin
 
 from mha2mla_vlm.cache import bytes_per_token
-from mha2mla_vlm.checkpoint import load, load_processor, new_folder
+from mha2mla_vlm.checkpoint import load, load_processor, new_folder, pick_device
 from mha2mla_vlm.config import AttentionSizes, ConversionConfig
 from mha2mla_vlm.conversion import convert
 from mha2mla_vlm.data import Record
@@ -29,14 +29,16 @@ def zoo_records(name: str, *, split: Split, count: int, seed: int) -> list[Recor
     return [Record(messages=chat.messages, images=chat.images) for chat in chats]
 
 
-def run_demo(name: str, *, pictures: int = 100, output: Path | None = None) -> dict[str, Any]:
+def run_demo(
+    name: str, *, pictures: int = 100, output: Path | None = None, device: str = "auto"
+) -> dict[str, Any]:
     """Convert a zoo model at two sizes and compare; returns the rows of the table.
 
     `exact_match` counts answers about held-out pictures, `kl` is the mean divergence from the
     original on their tokens, `cache_bytes` the tensors of a real cache after one answer.
     """
     name = check_name(name)
-    model = load(f"zoo:{name}", dtype=torch.float32)
+    model = load(f"zoo:{name}", dtype=torch.float32).to(pick_device(device))
     processor = load_processor(f"zoo:{name}")
     calibration = zoo_records(name, split="train", count=CALIBRATION_CHATS, seed=1)
     held_out = zoo_records(name, split="test", count=pictures, seed=0)
@@ -70,7 +72,9 @@ def _row(
     return {
         "name": title,
         "bytes_per_token": bytes_per_token(model.config, itemsize=itemsize),
+        "answer": once.text,
         "cache_bytes": once.cache_bytes,
+        "allocated_bytes": once.allocated_bytes,
         "cached_tokens": once.cached_tokens,
         "exact_match": measured["exact_match"],
         "kl": measured.get("kl", 0.0),
@@ -82,7 +86,15 @@ def print_table(result: dict[str, Any]) -> None:
     """The table of a demo, on standard error."""
     first = result["rows"][0]
     table = Table(title=f"zoo:{result['model']}, {result['pictures']} held-out pictures, before any training")
-    for column in ("", "bytes per token", "measured cache", "of the original", "exact match", "KL"):
+    for column in (
+        "",
+        "bytes per token",
+        "measured cache",
+        "of the original",
+        "exact match",
+        "KL",
+        "one answer",
+    ):
         table.add_column(column, justify="left" if not column else "right")
     for row in result["rows"]:
         ratio = (row["cache_bytes"] / row["cached_tokens"]) / (first["cache_bytes"] / first["cached_tokens"])
@@ -93,5 +105,6 @@ def print_table(result: dict[str, Any]) -> None:
             f"{ratio:.1%}",
             f"{row['exact_match']:.1%}",
             f"{row['kl']:.4f}",
+            row["answer"],
         )
     console().print(table)

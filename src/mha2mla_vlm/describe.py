@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.table import Table
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from mha2mla_vlm.cache import bytes_per_token
 from mha2mla_vlm.checkpoint import load_config, resolve
@@ -43,11 +43,18 @@ def describe(name: str) -> dict[str, Any]:
 def _pairs(folder: Path) -> list[list[list[int]]]:
     found: dict[int, list[list[int]]] = {}
     for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
+        with _opened(path) as file:
             for key in file.keys():  # noqa: SIM118 (not a dict)
                 if key.endswith("self_attn.rope_pairs"):
                     found[int(key.split(".layers.")[1].split(".")[0])] = file.get_tensor(key).tolist()
     return [found[layer] for layer in sorted(found)]
+
+
+def _opened(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise InputError(f"cannot read the weights in {path}: {error}") from None
 
 
 def print_layers(description: dict[str, Any]) -> None:

@@ -82,12 +82,15 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measure a model on every answer of `records`, each given the chat before it.
 
-    Returns the keys of DESIGN section 7: `records`, `answers`, `exact_match`, `cross_entropy` (nats
-    per answer token), `by_kind`, and with a `baseline` also `kl`, `agreement`, `baseline_exact_match`.
+    Returns `records`, `answers`, `exact_match`, `cross_entropy` (nats per answer token), `by_kind`,
+    and with a `baseline` also `kl` (nats per answer token), `agreement` (share of answers that are
+    the baseline's), `baseline_exact_match`.
     """
     asked = [(record, index) for record in records for index in record.answers()]
     if not asked:
         raise InputError("the records hold no assistant messages; there is nothing to evaluate")
+    if baseline is not None:
+        check_comparable(model, baseline)
     expected = [message_text(record.messages[index]).strip() for record, index in asked]
     kinds = [record.messages[index].get("kind", DEFAULT_KIND) for record, index in asked]
     prompts = [record.before(index) for record, index in asked]
@@ -111,6 +114,18 @@ def evaluate(
             theirs
         )
     return result
+
+
+def check_comparable(model: PreTrainedModel, baseline: PreTrainedModel) -> None:
+    """Raise `InputError` unless both models are of one family and one vocabulary."""
+    sides = [
+        (get_family(m.config.model_type).model_type, m.config.get_text_config(decoder=True).vocab_size)
+        for m in (model, baseline)
+    ]
+    if sides[0] != sides[1]:
+        raise InputError(
+            f"the baseline is {sides[1]}, the model {sides[0]}; compare within family and vocabulary"
+        )
 
 
 def _by_kind(kinds: Sequence[str], right: Sequence[bool]) -> dict[str, dict[str, float]]:

@@ -15,13 +15,17 @@ from mha2mla_vlm.data import Record, encode
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """An answer, and the cache behind it: `cache_bytes` hold `cached_tokens` tokens."""
+    """An answer, and the cache behind it: `cache_bytes` hold `cached_tokens` tokens.
+
+    `allocated_bytes` is the storage of the cache's tensors, with the room they have left to grow.
+    """
 
     text: str
     prompt_tokens: int
     new_tokens: int
     cached_tokens: int
     cache_bytes: int
+    allocated_bytes: int
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -72,4 +76,5 @@ def answer(
         new_tokens=len(new),
         cached_tokens=output.past_key_values.get_seq_length(),
         cache_bytes=cache_bytes(output.past_key_values),
+        allocated_bytes=cache_bytes(output.past_key_values, allocated=True),
     )

@@ -179,7 +179,8 @@ def mla_classes(model_type: str) -> tuple[type[PreTrainedConfig], type[PreTraine
     if "mm_token_type_ids" not in parameters:  # taken by all converted models, beside inputs_embeds
         *named, rest = signature.parameters.values()
         types = inspect.Parameter("mm_token_type_ids", inspect.Parameter.KEYWORD_ONLY, default=None)
-        forward.__signature__ = signature.replace(parameters=[*named, types, rest])
+        wrapped: Any = forward
+        wrapped.__signature__ = signature.replace(parameters=[*named, types, rest])
 
     model_body = {
         "__module__": __name__,

@@ -4,7 +4,7 @@ import json
 import sys
 
 import pytest
-from helpers import original
+from helpers import original, random_mla
 from PIL import Image
 
 from mha2mla_vlm.checkpoint import save
@@ -172,3 +172,41 @@ def test_usage_errors_exit_with_2(monkeypatch, capsys):
     assert code == 2
     assert out == ""
     assert "--no-such-option" in err
+
+
+def test_outputs_that_cannot_be_made_are_refused_before_work(monkeypatch, capsys, workspace, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    for output in (".", "file", "file/sub"):
+        command = ["convert", workspace / "model", "--data", workspace / "data", "-o", output]
+        refused(*run(monkeypatch, capsys, *command), output)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_baseline_of_another_family_is_refused(monkeypatch, capsys, workspace, tmp_path):
+    model, processor = original("llava")
+    save(model, processor, tmp_path / "llava")
+    command = [
+        "evaluate",
+        workspace / "model",
+        "--data",
+        workspace / "data",
+        "--baseline",
+        tmp_path / "llava",
+    ]
+    refused(*run(monkeypatch, capsys, *command), "baseline")
+
+
+@pytest.mark.parametrize("mla", [[], {"qk_rope_head_dim": "8"}, {"qk_rope_head_dim": [8]}], ids=str)
+def test_a_config_that_no_conversion_wrote_is_refused(monkeypatch, capsys, workspace, tmp_path, mla):
+    config = json.loads((workspace / "model" / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "qwen2_5_vl_mla", "mla": mla}))
+    refused(*run(monkeypatch, capsys, "inspect", tmp_path), "")
+
+
+def test_inspecting_truncated_weights_is_refused(monkeypatch, capsys, tmp_path):
+    model, processor = random_mla("llava")
+    folder = save(model, processor, tmp_path / "torn")
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-500])
+    refused(*run(monkeypatch, capsys, "inspect", folder), "model.safetensors")

@@ -90,7 +90,7 @@ def test_cached_is_uncached(family, prompt, cache, path):
     limits = {
         "absorbed": {"absorb_limit": 10**6},
         "expanded": {"absorb_limit": 0},
-        "chunked": {"absorb_limit": 0, "expand_chunk": 7},
+        "chunked": {"absorb_limit": 0, "expand_chunk": 5},
     }[path]
     set_attention(model, **limits)
     for cuts in piece_cuts(model, inputs):
@@ -187,3 +187,10 @@ def test_gradients_reach_every_factor(family):
         for name, parameter in layer.self_attn.named_parameters():
             assert parameter.grad is not None, name
             assert parameter.grad.abs().max() > 0, name
+
+
+def test_training_the_conversion_leaves_the_original_alone(converted_whole, family):
+    model, converted, _ = converted_whole(family)
+    mine = {parameter.data_ptr() for parameter in model.parameters()}
+    assert not mine & {parameter.data_ptr() for parameter in converted.parameters()}
+    assert converted.generation_config is not model.generation_config

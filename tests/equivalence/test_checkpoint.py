@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from helpers import prompt_inputs, random_mla, whole_logits
+from helpers import original, prompt_inputs, random_mla, whole_logits
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -121,3 +121,16 @@ def test_nothing_is_left_of_a_write_that_fails(family, tmp_path):
     with pytest.raises(OSError, match="disk full"):
         save(model, Broken(), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_original_with_a_missing_weight_is_refused(family, tmp_path):
+    model, processor = original(family)
+    folder = save(model, processor, tmp_path / "original")
+    weights = load_file(folder / "model.safetensors")
+    (key, *_) = (
+        key for key in weights if key.endswith("layers.0.self_attn.k_proj.weight") and "vis" not in key
+    )
+    del weights[key]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match="missing keys"):
+        load(folder)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from helpers import original, prompt_inputs, random_mla, record, set_attention, with_positions
-from transformers import DynamicCache, pipeline
+from transformers import DynamicCache, StaticCache, pipeline
 from transformers.utils import is_hqq_available, is_optimum_quanto_available
 
 from mha2mla_vlm.cache import LatentCache, LatentLayer, bytes_per_token, cache_bytes
@@ -102,7 +102,7 @@ def test_several_samples_per_prompt(family):
 @pytest.mark.parametrize("limit", [0, 10**6], ids=["expanded", "absorbed"])
 def test_second_turn_with_an_image_over_the_cache_is_the_whole_chat(family, limit):
     model, processor = random_mla(family)
-    set_attention(model, absorb_limit=limit, expand_chunk=16)
+    set_attention(model, absorb_limit=limit, expand_chunk=5)
     chat = record(family, "two images")
     first = dict(encode(processor, [chat.before(1)], generation_prompt=True))
     cache = LatentCache()
@@ -230,3 +230,45 @@ def test_video_tokens_are_visual_and_decode_alike():
     assert torch.equal(seen, video | torch.isin(ids, torch.tensor(marks)))
     expected = generate(model, inputs, use_cache=False)
     assert torch.equal(generate(set_attention(model, absorb_limit=10**6), inputs), expected)
+
+
+def test_static_cache_object_is_refused(family):
+    model, processor = random_mla(family)
+    inputs = prompt_inputs(family, processor, ["text"])
+    cache = StaticCache(config=model.config.get_text_config(), max_cache_len=64)
+    with pytest.raises(InputError, match="static"):
+        model(**inputs, past_key_values=cache, use_cache=True)
+
+
+def test_embeddings_with_token_types_are_the_ids(family):
+    """Image features in `inputs_embeds`, as captioning and prompt-tuning code passes them."""
+    model, processor = random_mla(family)
+    inputs = prompt_inputs(family, processor, ["image"])
+    seen = {}
+    hook = model.model.language_model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.update(kwargs), with_kwargs=True
+    )
+    expected = model(**with_positions(model, inputs), use_cache=False).logits
+    hook.remove()
+    types = (inputs["input_ids"] == model.config.image_token_id).long()
+    positions = with_positions(model, inputs)["position_ids"]
+    embeddings = seen["inputs_embeds"].detach()
+    got = model(inputs_embeds=embeddings, mm_token_type_ids=types, position_ids=positions, use_cache=False)
+    torch.testing.assert_close(got.logits, expected)
+    output = model.generate(inputs_embeds=embeddings, mm_token_type_ids=types, max_new_tokens=2)
+    assert output.shape == (1, 2)
+
+
+def test_a_cache_may_leave_inference_mode(family):
+    model, processor = random_mla(family)
+    inputs = prompt_inputs(family, processor, ["text"])
+    token = inputs["input_ids"][:, -1:]
+    logits = []
+    for first in (torch.inference_mode, torch.no_grad):
+        cache = LatentCache()
+        with first():
+            model(**inputs, past_key_values=cache, use_cache=True)
+            model(input_ids=token, past_key_values=cache, use_cache=True)
+        with torch.no_grad():
+            logits.append(model(input_ids=token, past_key_values=cache, use_cache=True).logits)
+    assert torch.equal(*logits)

@@ -1,11 +1,13 @@
 """Chats: what is read, what is refused and how, and which tokens carry labels."""
 
+import copy
 import functools
 import json
 
 import pytest
 import torch
 from PIL import Image
+from tokenizers.processors import TemplateProcessing
 
 from mha2mla_vlm.data import IGNORE_INDEX, Record, encode, encode_with_labels, load_records, message_text
 from mha2mla_vlm.errors import InputError
@@ -323,3 +325,46 @@ def test_a_chat_without_an_answer_has_no_labels(name):
     processor, visual, _ = parts_of(name)
     record = Record(messages=[user(IMAGE, "What?")], images=[picture()])
     assert bool((encode_with_labels(processor, [record], visual)["labels"] == IGNORE_INDEX).all())
+
+
+@pytest.fixture(scope="module")
+def vicuna():
+    """The shipped LLaVA-1.5 way: no BOS in the template, a tokenizer that adds it, a space after answers."""
+    processor = copy.deepcopy(new_model("llava")[1])
+    tokenizer = processor.tokenizer
+    bos = (tokenizer.bos_token, tokenizer.bos_token_id)
+    tokenizer._tokenizer.post_processor = TemplateProcessing(single=f"{bos[0]} $A", special_tokens=[bos])
+    processor.chat_template = (
+        "{% for message in messages %}"
+        "{{ 'USER: ' if message['role'] == 'user' else 'ASSISTANT: ' }}"
+        "{% for part in message['content'] %}"
+        "{{ '<image>\n' if part['type'] == 'image' else part['text'] + ' ' }}{% endfor %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+    )
+    return processor
+
+
+def test_a_first_token_that_the_template_leaves_out_is_added(vicuna):
+    record = Record(messages=[user("Read."), answer("7")])
+    ids = encode(vicuna, [record])["input_ids"][0]
+    assert (ids == vicuna.tokenizer.bos_token_id).nonzero()[:, 0].tolist() == [0]
+
+
+def test_answers_are_found_where_their_end_merges_with_the_next_turn(vicuna):
+    record = Record(messages=[user("Read."), answer("7"), user("Again."), answer("35")])
+    batch = encode_with_labels(vicuna, [record], [vicuna.image_token_id])
+    labels = batch["labels"][0]
+    text = vicuna.tokenizer.decode(labels[labels != IGNORE_INDEX])
+    assert text.split() == ["7", "35"]
+
+
+def test_a_template_that_raises_is_bad_input(vicuna):
+    refusing = copy.deepcopy(vicuna)
+    refusing.chat_template = "{{ raise_exception('no such chat') }}"
+    with pytest.raises(InputError, match="no such chat"):
+        encode(refusing, [Record(messages=[user("Read.")])])
+
+
+def test_a_kind_that_is_not_text_is_refused():
+    with pytest.raises(InputError, match="kind"):
+        Record(messages=[user("Read."), {**answer("7"), "kind": None}])

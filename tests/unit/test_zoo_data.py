@@ -80,8 +80,12 @@ def test_answers_follow_from_the_digits_and_the_question(kind):
     for _ in range(60):
         rows, columns = rng.randint(1, MAX_SIDE), rng.randint(1, MAX_SIDE)
         digits = [[rng.randrange(10) for _ in range(columns)] for _ in range(rows)]
-        question, answer = ask(kind, digits, rng)
+        question, answer, cells = ask(kind, digits, rng)
         assert check_answer(question, answer, digits) == kind
+        assert len(cells) == sum(character.isdigit() for character in answer)
+        if kind != "count":  # each digit of the answer stands in the cells that are said to tell it
+            told = [{digits[row][column] for row, column in group} for group in cells]
+            assert told == [{int(character)} for character in answer if character.isdigit()]
 
 
 def test_questions_reach_every_place_of_a_grid():

@@ -8,9 +8,10 @@ import torch
 from helpers import original
 
 from mha2mla_vlm import load
+from mha2mla_vlm.data import Record, encode, encode_with_labels
 from mha2mla_vlm.zoo import recipe as recipe_module
 from mha2mla_vlm.zoo.chats import PAGE_MULTIPLE, make_chat
-from mha2mla_vlm.zoo.recipe import Recipe, build, token_points, token_targets
+from mha2mla_vlm.zoo.recipe import Recipe, answer_sources, build, token_points, token_targets
 
 SHORT = Recipe(warmup_steps=2, steps=3, warmup_pages=2, tokens=300, evaluate_every=100, held_out=2)
 
@@ -42,8 +43,6 @@ def test_an_interrupted_run_ends_as_an_unbroken_one(tmp_path, monkeypatch):
 
 def test_targets_match_the_image_tokens(family):
     """As many targets as placeholders, and the digit under the middle of each cell is the cell's."""
-    from mha2mla_vlm.data import Record, encode
-
     _, processor = original(family)
     rng = random.Random(0)
     sides = [(3, 2), (1, 4)]
@@ -57,3 +56,32 @@ def test_targets_match_the_image_tokens(family):
             (r, c) for r in range(rows) for c in range(columns)
         }
         assert all(page.digits[row][column] == digit for digit, row, column in seen)
+
+
+def test_answers_are_told_by_the_tokens_of_their_cells(family):
+    """The cells that attention is guided to hold the digits of the answers."""
+    _, processor = original(family)
+    rng = random.Random(3)
+    chat = make_chat(rng, split="test", multiple=PAGE_MULTIPLE[family], sides=[(4, 4), (2, 3)], turns=6)
+    batch = encode_with_labels(
+        processor, [Record(messages=chat.messages, images=chat.images)], [processor.image_token_id]
+    )
+    is_image = batch["input_ids"] == processor.image_token_id
+    digits = torch.tensor(processor.tokenizer.convert_tokens_to_ids(list("0123456789")))
+    rows, positions, masks = answer_sources(family, [chat], is_image, batch["labels"], digits)
+    assert len(rows) == len(positions) == len(masks) == sum(bool(cells) for _, cells in chat.sources)
+    targets = torch.full(is_image.shape, -1)
+    targets[is_image] = token_targets(family, [chat])[:, 0]
+    answers = processor.tokenizer.batch_decode(batch["labels"][0, positions + 1].unsqueeze(-1))
+    asked = [
+        message["kind"]
+        for message in chat.messages
+        if message["role"] == "assistant"
+        for character in message["content"][0]["text"]
+        if character.isdigit()
+    ]
+    told = [kind for kind, (_, cells) in zip(asked, chat.sources, strict=True) if cells]
+    for kind, character, mask in zip(told, answers, masks, strict=True):
+        seen = set(targets[0, mask.bool()].tolist())
+        assert len(seen) == 1
+        assert kind == "count" or seen == {int(character)}

@@ -21,6 +21,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import nn
 from transformers import PreTrainedModel, ProcessorMixin
 
+from mha2mla_vlm.checkpoint import pick_device
 from mha2mla_vlm.data import IGNORE_INDEX, Record, encode_with_labels
 from mha2mla_vlm.families import get_family
 from mha2mla_vlm.progress import console
@@ -82,7 +83,8 @@ def build(name: str, output: Path, recipe: Recipe) -> dict[str, Any]:
     locator = nn.Linear(hidden, 10 + 2 * MAX_SIDE)
     seconds = math.inf if recipe.minutes is None else 60 * recipe.minutes
     output.mkdir(parents=True, exist_ok=True)
-    run = _Run(output, nn.ModuleDict({"model": model, "head": head, "locator": locator}), recipe)
+    modules = nn.ModuleDict({"model": model, "head": head, "locator": locator}).to(pick_device("auto"))
+    run = _Run(output, modules, recipe)
     run.phase(
         "vision warm-up",
         Clock(recipe.warmup_steps, seconds * recipe.warmup_share),
@@ -97,11 +99,9 @@ def build(name: str, output: Path, recipe: Recipe) -> dict[str, Any]:
     )
     model.to(torch.bfloat16).save_pretrained(output)
     processor.save_pretrained(output)
+    accuracy = answer_accuracy(name, model, processor, count=recipe.held_out, seed=0)
     (output / "state.pt").unlink(missing_ok=True)
-    return {
-        "parameters": model.num_parameters(),
-        **answer_accuracy(name, model, processor, count=recipe.held_out, seed=0),
-    }
+    return {"parameters": model.num_parameters(), **accuracy}
 
 
 class _Run:
@@ -155,7 +155,7 @@ class _Run:
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate(self.recipe.learning_rate, clock.progress)
                 rng = random.Random(f"{title}/{self.recipe.seed}/{clock.step}")
-                with torch.autocast("cpu", torch.bfloat16):
+                with torch.autocast(self.modules["model"].device.type, torch.bfloat16):
                     loss = loss_of(rng, clock.progress)
                 loss.backward()
                 nn.utils.clip_grad_norm_(self.modules.parameters(), 1.0)
@@ -202,7 +202,7 @@ def page_features(
     name: str, model: PreTrainedModel, processor: ProcessorMixin, pages: list[Page]
 ) -> torch.Tensor:
     """Visual tokens of pages of one size as the language model gets them, `[B, rows, columns, C]`."""
-    inputs = processor.image_processor([page.image for page in pages], return_tensors="pt")
+    inputs = processor.image_processor([page.image for page in pages], return_tensors="pt").to(model.device)
     inner = model.model
     if name == "qwen2_5_vl":
         grid = inputs["image_grid_thw"]
@@ -249,7 +249,11 @@ def warmup_loss(
     count = count if name != "llava" else max(1, count // 4)  # its pages hold four times the digits
     pages = _warmup_pages(name, rng, split="train", count=count, augment=True)
     logits = digit_logits(name, model, processor, head, pages)
-    target = torch.tensor([page.digits for page in pages]).unsqueeze(-1).expand(logits.shape[:-1])
+    target = (
+        torch.tensor([page.digits for page in pages], device=logits.device)
+        .unsqueeze(-1)
+        .expand(logits.shape[:-1])
+    )
     return nn.functional.cross_entropy(logits.flatten(0, -2), target.flatten())
 
 
@@ -258,7 +262,7 @@ def digit_accuracy(name: str, model: PreTrainedModel, processor: ProcessorMixin,
     """Share of held-out digits whose tokens together name them right."""
     pages = _warmup_pages(name, random.Random("accuracy"), split="test", count=128, augment=False)
     named = digit_logits(name, model, processor, head, pages).log_softmax(-1).mean(-2).argmax(-1)
-    return (named == torch.tensor([page.digits for page in pages])).float().mean().item()
+    return (named.cpu() == torch.tensor([page.digits for page in pages])).float().mean().item()
 
 
 def training_chats(name: str, rng: random.Random, progress: float, tokens: int) -> list[Chat]:
@@ -325,7 +329,7 @@ def answer_sources(
                 found = page.digit_at(*point) if point else None
                 if found:
                     tokens.setdefault((number, *found[1:]), []).append(place)
-        told = torch.isin(labels[row, 1:], digits).nonzero()[:, 0].tolist()
+        told = torch.isin(labels[row, 1:].cpu(), digits).nonzero()[:, 0].tolist()
         for position, (number, cells) in zip(told, chat.sources, strict=True):
             if cells:
                 mask = torch.zeros(labels.shape[1])
@@ -354,21 +358,20 @@ def chat_loss(
     visual = get_family(name).visual_token_ids(model.config)
     chats = training_chats(name, rng, progress, tokens)
     records = [Record(messages=chat.messages, images=chat.images) for chat in chats]
-    batch = encode_with_labels(processor, records, visual)
+    batch = encode_with_labels(processor, records, visual).to(model.device)
     share = min(1.0, max(0.0, 3 - 5 * progress))
     output = model(**batch, use_cache=False, output_hidden_states=share > 0, output_attentions=share > 0)
     if not share:
         return output.loss
     is_image = batch["input_ids"] == model.config.image_token_id
     found = locator(output.hidden_states[LAYERS // 2][is_image]).float()
-    parts = zip(
-        found.split([10, MAX_SIDE, MAX_SIDE], dim=-1), token_targets(name, chats).unbind(-1), strict=True
-    )
+    targets = token_targets(name, chats).to(model.device)
+    parts = zip(found.split([10, MAX_SIDE, MAX_SIDE], dim=-1), targets.unbind(-1), strict=True)
     located = sum(nn.functional.cross_entropy(part, target, ignore_index=-1) for part, target in parts)
     digits = torch.tensor(processor.tokenizer.convert_tokens_to_ids(list("0123456789")))
     rows, positions, mask = answer_sources(name, chats, is_image, batch["labels"], digits)
     looks = output.attentions[LAYERS // 2][rows, 0, positions].float()
-    looked = -((looks * mask).sum(-1) + 1e-4).log().mean()
+    looked = -((looks * mask.to(looks.device)).sum(-1) + 1e-4).log().mean()
     return output.loss + share * (located + 0.5 * looked)
 
 
@@ -386,9 +389,9 @@ def answer_accuracy(
     model.eval()
     for chat in sample_chats(name, split="test", count=count, seed=seed):
         record = Record(messages=chat.messages, images=chat.images)
-        batch = encode_with_labels(processor, [record], visual)
+        batch = encode_with_labels(processor, [record], visual).to(model.device)
         labels = batch.pop("labels")[0, 1:]
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(model.device.type, torch.bfloat16):
             wrong = model(**batch).logits[0, :-1].argmax(-1) != labels
         in_answer = labels != IGNORE_INDEX
         number = (in_answer & ~nn.functional.pad(in_answer, (1, 0))[:-1]).cumsum(0) - 1
