@@ -44,7 +44,7 @@ def run_demo(
     held_out = zoo_records(name, split="test", count=pictures, seed=0)
     head_dim = AttentionSizes.of(model.config).head_dim
     converted = {
-        f"R = D/{share}, d_kv = D/4": convert(
+        f"R=D/{share}, d_kv=D/4": convert(
             model, processor, calibration, ConversionConfig(rope_dim=head_dim // share, d_kv=head_dim // 4)
         )
         for share in (2, 4)
@@ -95,16 +95,16 @@ def print_table(result: dict[str, Any]) -> None:
         "KL",
         "one answer",
     ):
-        table.add_column(column, justify="left" if not column else "right")
+        table.add_column(column, no_wrap=True, justify="left" if not column else "right")
     for row in result["rows"]:
         ratio = (row["cache_bytes"] / row["cached_tokens"]) / (first["cache_bytes"] / first["cached_tokens"])
         table.add_row(
             row["name"],
             f"{row['bytes_per_token']:,}",
-            f"{row['cache_bytes']:,} B / {row['cached_tokens']} tokens",
+            f"{row['cache_bytes']:,} B",
             f"{ratio:.1%}",
             f"{row['exact_match']:.1%}",
             f"{row['kl']:.4f}",
-            row["answer"],
+            row["answer"][:10],
         )
     console().print(table)
