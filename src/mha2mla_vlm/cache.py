@@ -15,7 +15,7 @@ from transformers.cache_utils import DynamicLayer
 from mha2mla_vlm.config import AttentionSizes, MLAConfig
 from mha2mla_vlm.errors import InputError
 
-GROWTH = 256  # tokens by which buffers grow
+GROWTH = 32  # tokens by which buffers grow
 MAX_RUNS = 32  # more runs than this cost more in launches than they save in arithmetic
 
 
