@@ -87,7 +87,7 @@ def convert(
     d_kv: Annotated[
         int | None, typer.Option(help="Latent dims per KV head.  [default: a quarter of the head dim]")
     ] = None,
-    rope_selection: Annotated[str, typer.Option(help="high, low, uniform, 2-norm or mkl.")] = "2-norm",
+    rope_selection: Annotated[str, typer.Option(help="high, low, uniform, 2-norm or mkl.")] = "mkl",
     factorization: Annotated[
         str,
         typer.Option(help="none, weight-svd, activation-svd, md-svd, split, only-key or only-value."),

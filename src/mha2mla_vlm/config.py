@@ -141,15 +141,13 @@ class AttentionSizes:
 class ConversionConfig(_Strict):
     """How to convert a model without training. Defaults keep 37.5% of the cache.
 
-    The default selection is `2-norm`, which loses less than the paper's `mkl` (docs/method.md).
-
     `rope_dim` (R) and `d_kv` are per KV head; left out they are a half and a quarter of the head
     dim. A share of the records is held out to measure the loss on.
     """
 
     rope_dim: int | None = None
     d_kv: int | None = None
-    rope_selection: str = "2-norm"
+    rope_selection: str = "mkl"
     factorization: str = "md-svd"
     samples: int = 128
     held_out: float = 0.2

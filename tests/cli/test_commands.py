@@ -49,7 +49,7 @@ def test_convert_inspect_evaluate_generate(monkeypatch, capsys, family, workspac
     seen = run(monkeypatch, capsys, "inspect", out)
     assert seen["layers"] == 4
     assert seen["modalities"] == ["text", "vision"]
-    assert (seen["rope_selection"], seen["factorization"]) == ("2-norm", "md-svd")
+    assert (seen["rope_selection"], seen["factorization"]) == ("mkl", "md-svd")
     assert seen["bytes_per_token"] / seen["bytes_per_token_original"] == 0.25
     assert [[len(head) for head in layer] for layer in seen["pairs"]] == [[8] * kv_heads] * 4
 
@@ -70,9 +70,9 @@ def test_convert_inspect_evaluate_generate(monkeypatch, capsys, family, workspac
 
 
 @pytest.mark.parametrize("factorization", ["none", "weight-svd", "activation-svd", "split", "only-key"])
-@pytest.mark.parametrize("selection", ["high", "low", "uniform", "mkl"])
+@pytest.mark.parametrize("selection", ["high", "low", "uniform", "2-norm"])
 def test_every_published_method_converts(monkeypatch, capsys, workspace, family, factorization, selection):
-    if family != "llava" and selection != "mkl":
+    if family != "llava" and selection != "2-norm":
         pytest.skip("one family shows the selections that do not look at data")
     command = ["convert", workspace / "model", "--data", workspace / "data", "-o", workspace / "out"]
     command += ["--rope-selection", selection, "--factorization", factorization, "--samples", 4]
