@@ -38,8 +38,9 @@ def accuracy(family):
 
 def documented(family):
     """Accuracies on all 500 pictures, from the table of docs/zoo.md."""
-    (row,) = re.findall(rf"^\| `zoo:{family}` \|(.*)\|$", DOCS.read_text(encoding="utf-8"), re.MULTILINE)
-    values = [float(cell.strip().removesuffix("%")) / 100 for cell in row.split("|")]
+    text = DOCS.read_text(encoding="utf-8")
+    (row,) = re.findall(rf"^\| `zoo:{family}` \|((?: [\d.]+% \|)+)$", text, re.MULTILINE)
+    values = [float(cell) / 100 for cell in re.findall(r"[\d.]+", row)]
     return dict(zip(("exact_match", "place", "count", "largest", "read"), values, strict=True))
 
 
