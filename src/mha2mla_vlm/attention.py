@@ -47,9 +47,9 @@ def masked(scores: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
 class MLAAttention(nn.Module):
     """Takes the place of a decoder layer's `self_attn`; caches `G * R + r` numbers a token.
 
-    `source` is the attention module that it replaces and
-    gives sizes and biases; its `o_proj` is kept. `rank` None leaves keys and values unfactorised:
-    `kv_a_proj` then computes them and `kv_b_proj` is the identity.
+    `source` is the attention module that it replaces; it gives sizes and biases, and its `o_proj` is
+    kept. `rank` None leaves keys and values unfactorised: `kv_a_proj` then computes them and
+    `kv_b_proj` is the identity.
 
     Two paths give the same result. The expanded one builds keys and values of all tokens from their
     latents and calls the model's attention backend. The absorbed one moves the up projections to

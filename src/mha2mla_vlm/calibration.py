@@ -96,6 +96,8 @@ def collect_pair_scores(
     def observe(
         index: int, module: Any, hidden: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor]
     ) -> None:
+        """Add one chat's scores of a layer."""
+
         def heads(projection: nn.Module) -> torch.Tensor:
             return projection(hidden)[0].float().unflatten(-1, (-1, module.head_dim)).transpose(0, 1)
 

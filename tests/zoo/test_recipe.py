@@ -11,7 +11,8 @@ from mha2mla_vlm import load
 from mha2mla_vlm.data import Record, encode, encode_with_labels
 from mha2mla_vlm.zoo import recipe as recipe_module
 from mha2mla_vlm.zoo.chats import PAGE_MULTIPLE, make_chat
-from mha2mla_vlm.zoo.recipe import Recipe, answer_sources, build, token_points, token_targets
+from mha2mla_vlm.zoo.guides import answer_sources, token_points, token_targets
+from mha2mla_vlm.zoo.recipe import Recipe, build
 
 SHORT = Recipe(warmup_steps=2, steps=3, warmup_pages=2, tokens=300, evaluate_every=100, held_out=2)
 

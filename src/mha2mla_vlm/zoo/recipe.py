@@ -2,8 +2,8 @@
 
 A language model that starts together with an untrained tower never learns to look, so a warm-up
 names the digit under each visual token. Then everything trains together on chats whose pages grow
-to 4 x 4 digits. Answers alone teach slowly where on the page a token lies: over the first half, the
-language model's middle layer also has to tell digit, row and column under each visual token.
+to 4 x 4 digits. Answers alone teach slowly where to look, so over the first three fifths two guides
+help: what lies under each image token, and which tokens tell an answer (`zoo.guides`).
 """
 
 import json
@@ -25,9 +25,10 @@ from mha2mla_vlm.checkpoint import pick_device
 from mha2mla_vlm.data import IGNORE_INDEX, Record, encode_with_labels
 from mha2mla_vlm.families import get_family
 from mha2mla_vlm.progress import console
-from mha2mla_vlm.zoo.architectures import LAYERS, TILE, new_model
+from mha2mla_vlm.zoo.architectures import LAYERS, new_model
 from mha2mla_vlm.zoo.chats import MAX_SIDE, PAGE_MULTIPLE, Chat, Page, make_chat, make_page, sample_chats
 from mha2mla_vlm.zoo.digits import CELL, Split
+from mha2mla_vlm.zoo.guides import answer_sources, token_targets
 
 SAVE_EVERY = 120.0  # seconds between resumable states
 
@@ -121,6 +122,7 @@ class _Run:
         loss_of: Callable[[random.Random, float], torch.Tensor],
         evaluate: Callable[[], dict[str, Any]],
     ) -> None:
+        """Train until `clock` is at its end, from where an interrupted run of the phase stopped."""
         done: list[str] = self.state.setdefault("done", [])
         if title in done:
             return
@@ -210,9 +212,8 @@ def page_features(
         rows, columns = (int(n) // 2 for n in grid[0, 1:])
         return tokens.view(len(pages), rows, columns, -1)
     pixels = inputs["pixel_values"]
-    pixels = (
-        pixels[:, -1] if pixels.ndim == 5 else pixels
-    )  # of LLaVA-NeXT's tiles the last, a whole page of one
+    if pixels.ndim == 5:  # LLaVA-NeXT: the page is one tile, after its view of the whole
+        pixels = pixels[:, -1]
     hidden = inner.vision_tower(pixels, output_hidden_states=True).hidden_states[-1]
     tokens = inner.multi_modal_projector(hidden[:, 1:])
     side = math.isqrt(tokens.shape[1])
@@ -276,68 +277,6 @@ def training_chats(name: str, rng: random.Random, progress: float, tokens: int) 
     weights = (1, 2, 1, 1)  # counting is the hardest
     page: dict[str, Any] = {"split": "train", "multiple": PAGE_MULTIPLE[name], "augment": True}
     return [make_chat(rng, sides=sides, turns=turns, weights=weights, **page) for _ in range(count)]
-
-
-def token_points(name: str, page: Page) -> list[tuple[float, float] | None]:
-    """Centre (y, x in pixels) of the patch of the page behind each image token; None for separators."""
-    width, height = page.image.size
-
-    def raster(size: float) -> list[tuple[float, float] | None]:
-        rows, columns = int(height // size), int(width // size)
-        return [((i + 0.5) * size, (j + 0.5) * size) for i in range(rows) for j in range(columns)]
-
-    if name == "qwen2_5_vl":
-        return raster(12)
-    points = raster(8)
-    if name == "llava":
-        return points
-    side, columns = TILE // 8, width // 8
-    whole: list[tuple[float, float] | None] = [
-        ((i + 0.5) * height / side, (j + 0.5) * width / side) for i in range(side) for j in range(side)
-    ]
-    for row in range(height // 8):
-        whole += [*points[row * columns : (row + 1) * columns], None]
-    return whole
-
-
-def token_targets(name: str, chats: list[Chat]) -> torch.Tensor:
-    """Digit, row and column under each image token of chats, in order: `[tokens, 3]`, -1 for none."""
-    targets = []
-    for page in (page for chat in chats for page in chat.pages):
-        for point in token_points(name, page):
-            targets.append((page.digit_at(*point) if point else None) or (-1, -1, -1))
-    return torch.tensor(targets)
-
-
-def answer_sources(
-    name: str, chats: list[Chat], is_image: torch.Tensor, labels: torch.Tensor, digits: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Where each digit of the answers is predicted, and which tokens of the prompt tell it.
-
-    `is_image` and `labels` are `[B, T]`, `digits` the ids of the ten digits. Returns rows and
-    positions `[n]`, and a mask `[n, T]`; digits that no cell tells (a count of none) are left out.
-    """
-    rows, positions, masks = [], [], []
-    for row, chat in enumerate(chats):
-        places = is_image[row].nonzero()[:, 0].tolist()
-        tokens: dict[tuple[int, int, int], list[int]] = {}
-        for number, page in enumerate(chat.pages):
-            points = token_points(name, page)
-            mine, places = places[: len(points)], places[len(points) :]
-            first = (TILE // 8) ** 2 if name == "llava_next" else 0  # its view of the whole page is coarse
-            for place, point in list(zip(mine, points, strict=True))[first:]:
-                found = page.digit_at(*point) if point else None
-                if found:
-                    tokens.setdefault((number, *found[1:]), []).append(place)
-        told = torch.isin(labels[row, 1:].cpu(), digits).nonzero()[:, 0].tolist()
-        for position, (number, cells) in zip(told, chat.sources, strict=True):
-            if cells:
-                mask = torch.zeros(labels.shape[1])
-                mask[[place for cell in cells for place in tokens[number, *cell]]] = 1
-                rows.append(row)
-                positions.append(position)
-                masks.append(mask)
-    return torch.tensor(rows), torch.tensor(positions), torch.stack(masks)
 
 
 def chat_loss(

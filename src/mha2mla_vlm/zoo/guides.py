@@ -1,0 +1,68 @@
+"""What guides training: where on its page each image token lies, and which tokens tell an answer."""
+
+import torch
+
+from mha2mla_vlm.zoo.architectures import TILE
+from mha2mla_vlm.zoo.chats import Chat, Page
+
+
+def token_points(name: str, page: Page) -> list[tuple[float, float] | None]:
+    """Centre (y, x in pixels) of the patch of the page behind each image token; None for separators."""
+    width, height = page.image.size
+
+    def raster(size: float) -> list[tuple[float, float] | None]:
+        rows, columns = int(height // size), int(width // size)
+        return [((i + 0.5) * size, (j + 0.5) * size) for i in range(rows) for j in range(columns)]
+
+    if name == "qwen2_5_vl":
+        return raster(12)
+    points = raster(8)
+    if name == "llava":
+        return points
+    side, columns = TILE // 8, width // 8
+    whole: list[tuple[float, float] | None] = [
+        ((i + 0.5) * height / side, (j + 0.5) * width / side) for i in range(side) for j in range(side)
+    ]
+    for row in range(height // 8):
+        whole += [*points[row * columns : (row + 1) * columns], None]
+    return whole
+
+
+def token_targets(name: str, chats: list[Chat]) -> torch.Tensor:
+    """Digit, row and column under each image token of chats, in order: `[tokens, 3]`, -1 for none."""
+    targets = []
+    for page in (page for chat in chats for page in chat.pages):
+        for point in token_points(name, page):
+            targets.append((page.digit_at(*point) if point else None) or (-1, -1, -1))
+    return torch.tensor(targets)
+
+
+def answer_sources(
+    name: str, chats: list[Chat], is_image: torch.Tensor, labels: torch.Tensor, digits: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Where each digit of the answers is predicted, and which tokens of the prompt tell it.
+
+    `is_image` and `labels` are `[B, T]`, `digits` the ids of the ten digits. Returns rows and
+    positions `[n]`, and a mask `[n, T]`; digits that no cell tells (a count of none) are left out.
+    """
+    rows, positions, masks = [], [], []
+    for row, chat in enumerate(chats):
+        places = is_image[row].nonzero()[:, 0].tolist()
+        tokens: dict[tuple[int, int, int], list[int]] = {}
+        for number, page in enumerate(chat.pages):
+            points = token_points(name, page)
+            mine, places = places[: len(points)], places[len(points) :]
+            first = (TILE // 8) ** 2 if name == "llava_next" else 0  # its view of the whole page is coarse
+            for place, point in list(zip(mine, points, strict=True))[first:]:
+                found = page.digit_at(*point) if point else None
+                if found:
+                    tokens.setdefault((number, *found[1:]), []).append(place)
+        told = torch.isin(labels[row, 1:].cpu(), digits).nonzero()[:, 0].tolist()
+        for position, (number, cells) in zip(told, chat.sources, strict=True):
+            if cells:
+                mask = torch.zeros(labels.shape[1])
+                mask[[place for cell in cells for place in tokens[number, *cell]]] = 1
+                rows.append(row)
+                positions.append(position)
+                masks.append(mask)
+    return torch.tensor(rows), torch.tensor(positions), torch.stack(masks)
