@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from mha2mla_vlm.cache import LatentCache, bytes_per_token, cache_bytes
     from mha2mla_vlm.checkpoint import load, load_processor, save
     from mha2mla_vlm.config import ConversionConfig, MLAConfig
-    from mha2mla_vlm.conversion import convert
+    from mha2mla_vlm.conversion import convert, make_profile
     from mha2mla_vlm.data import Record, load_records
     from mha2mla_vlm.errors import InputError
     from mha2mla_vlm.evaluation import evaluate
@@ -28,6 +28,7 @@ _MODULES = {
     "ConversionConfig": "config",
     "MLAConfig": "config",
     "convert": "conversion",
+    "make_profile": "conversion",
     "Record": "data",
     "load_records": "data",
     "InputError": "errors",
@@ -48,6 +49,7 @@ __all__ = [
     "load",
     "load_processor",
     "load_records",
+    "make_profile",
     "save",
     "zoo_path",
 ]

@@ -49,7 +49,7 @@ class MLAAttention(nn.Module):
 
     `source` is the attention module that it replaces; it gives sizes and biases, and its `o_proj` is
     kept. `rank` None leaves keys and values unfactorised: `kv_a_proj` then computes them and
-    `kv_b_proj` is the identity.
+    `kv_b_proj` is the identity. With `kv_bias` the up projections have a bias in any case.
 
     Two paths give the same result. The expanded one builds keys and values of all tokens from their
     latents and calls the model's attention backend. The absorbed one moves the up projections to
@@ -57,7 +57,13 @@ class MLAAttention(nn.Module):
     """
 
     def __init__(
-        self, source: nn.Module, *, rope_dim: int, rank: int | None, modalities: tuple[str, ...]
+        self,
+        source: nn.Module,
+        *,
+        rope_dim: int,
+        rank: int | None,
+        modalities: tuple[str, ...],
+        kv_bias: bool = False,
     ) -> None:
         super().__init__()
         self.config = source.config
@@ -83,7 +89,10 @@ class MLAAttention(nn.Module):
             {m: nn.Linear(hidden, rank or outputs, bias=bias and rank is None, **new) for m in modalities}
         )
         self.kv_b_proj = nn.ModuleDict(
-            {m: nn.Linear(rank, outputs, bias=bias, **new) if rank else nn.Identity() for m in modalities}
+            {
+                m: nn.Linear(rank, outputs, bias=bias or kv_bias, **new) if rank else nn.Identity()
+                for m in modalities
+            }
         )
         self.o_proj = source.o_proj
         pairs = torch.arange(rope_dim // 2, device=new["device"]).repeat(self.kv_heads, 1)

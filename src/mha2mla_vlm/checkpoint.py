@@ -133,9 +133,10 @@ def new_folder(output: str | Path) -> Iterator[Path]:
         raise
 
 
-def save(model: PreTrainedModel, processor: ProcessorMixin, output: str | Path) -> Path:
-    """Write a model and its processor as one transformers folder, whole or not at all."""
+def save(model: PreTrainedModel, processor: ProcessorMixin | None, output: str | Path) -> Path:
+    """Write a model and, if there is one, its processor as one transformers folder, whole or not at all."""
     with new_folder(output) as folder:
         model.save_pretrained(folder)
-        processor.save_pretrained(folder)
+        if processor is not None:
+            processor.save_pretrained(folder)
     return Path(output)

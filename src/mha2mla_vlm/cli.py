@@ -81,17 +81,29 @@ def convert(
     model: ModelArgument,
     data: DataOption,
     output: OutputOption,
+    budget: Annotated[
+        float | None,
+        typer.Option(help="Share of the cache to keep, allotted over layers.  [default: 0.375]"),
+    ] = None,
     rope_dim: Annotated[
-        int | None, typer.Option(help="R, rope dims kept per head.  [default: half of the head dim]")
+        int | None, typer.Option(help="R, rope dims kept per head, instead the same in every layer.")
     ] = None,
     d_kv: Annotated[
-        int | None, typer.Option(help="Latent dims per KV head.  [default: a quarter of the head dim]")
+        int | None, typer.Option(help="Latent dims per KV head, instead the same in every layer.")
     ] = None,
-    rope_selection: Annotated[str, typer.Option(help="high, low, uniform, 2-norm or mkl.")] = "mkl",
+    rope_selection: Annotated[
+        str, typer.Option(help="high, low, uniform, 2-norm, mkl, rotation-kl or residual.")
+    ] = "residual",
+    fold: Annotated[
+        bool, typer.Option(help="Move the mean rotation of dropped pairs into the weights.")
+    ] = True,
     factorization: Annotated[
         str,
-        typer.Option(help="none, weight-svd, activation-svd, md-svd, split, only-key or only-value."),
-    ] = "md-svd",
+        typer.Option(
+            help="none, weight-svd, activation-svd, md-svd, centered, output-weighted, "
+            "output-weighted-centered, split, only-key or only-value."
+        ),
+    ] = "output-weighted",
     samples: Annotated[int, typer.Option(help="Chats to calibrate and measure on, at most.")] = 128,
     dtype: DTypeOption = DType.auto,
     device: DeviceOption = "auto",
@@ -104,9 +116,11 @@ def convert(
     from mha2mla_vlm.data import load_records
 
     config = ConversionConfig(
+        budget=budget,
         rope_dim=rope_dim,
         d_kv=d_kv,
         rope_selection=rope_selection,
+        fold=fold,
         factorization=factorization,
         samples=samples,
     )
@@ -132,6 +146,7 @@ def _conversion(original: Any, converted: Any) -> dict[str, Any]:
         "bytes_per_token_original": bytes_per_token(original.config, itemsize=itemsize),
         "kl": list(mla.kl.values())[-1],
         "kl_by_step": mla.kl,
+        "predicted_kl": mla.predicted_kl,
     }
 
 
@@ -189,6 +204,40 @@ def inspect(checkpoint: ModelArgument) -> None:
     description = describe(checkpoint)
     print_layers(description)
     _finish(description)
+
+
+@app.command("import-published")
+def import_published(
+    checkpoint: Annotated[
+        Path, typer.Argument(help="A published stage 1 or stage 2 folder.", show_default=False)
+    ],
+    ranks: Annotated[Path, typer.Option(help="Its file of pair ranks, .pth.", show_default=False)],
+    output: OutputOption,
+    processor: Annotated[
+        str | None, typer.Option(help="Model to take the processor from.  [default: the checkpoint's own]")
+    ] = None,
+) -> None:
+    """Convert a checkpoint of the published MHA2MLA-VLM code into one of ours, without loss."""
+    from mha2mla_vlm.cache import bytes_per_token
+    from mha2mla_vlm.checkpoint import check_output, load_processor, save
+    from mha2mla_vlm.interop.published import has_processor, import_published
+
+    check_output(output)
+    source = processor or (str(checkpoint) if has_processor(checkpoint) else None)
+    loaded = None if source is None else load_processor(source)
+    model = import_published(checkpoint, ranks)
+    save(model, loaded, output)
+    mla = model.mla_config
+    _finish(
+        {
+            "output": str(output),
+            "family": model.config.model_type.removesuffix("_mla"),
+            "qk_rope_head_dim": mla.qk_rope_head_dim,
+            "kv_lora_rank": mla.kv_lora_rank,
+            "bytes_per_token": bytes_per_token(model.config, itemsize=model.dtype.itemsize),
+            "processor": source,
+        }
+    )
 
 
 @zoo_app.command("list")

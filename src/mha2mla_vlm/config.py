@@ -5,13 +5,26 @@ from typing import Any, Literal, Self, get_args
 
 from mha2mla_vlm.errors import InputError
 
-RopeSelectionName = Literal["high", "low", "uniform", "2-norm", "mkl"]
+RopeSelectionName = Literal["high", "low", "uniform", "2-norm", "mkl", "rotation-kl", "residual"]
 FactorizationName = Literal[
-    "none", "weight-svd", "activation-svd", "md-svd", "split", "only-key", "only-value"
+    "none",
+    "weight-svd",
+    "activation-svd",
+    "md-svd",
+    "centered",
+    "output-weighted",
+    "output-weighted-centered",
+    "split",
+    "only-key",
+    "only-value",
 ]
 ROPE_SELECTIONS: tuple[str, ...] = get_args(RopeSelectionName)
 FACTORIZATIONS: tuple[str, ...] = get_args(FactorizationName)
 BLOCKS = ("split", "only-key", "only-value")  # keys and values factorised apart
+PER_MODALITY = ("md-svd", "centered", "output-weighted", "output-weighted-centered")
+OUTPUT_WEIGHTED = ("output-weighted", "output-weighted-centered")
+CENTERED = ("centered", "output-weighted-centered")
+DEFAULT_BUDGET = 0.375
 SHARED: tuple[str, ...] = ("shared",)
 DECOUPLED: tuple[str, ...] = ("text", "vision")
 
@@ -45,8 +58,10 @@ class MLAConfig(_Strict):
     """What of its attention a converted model changes; stored as `mla` in its `config.json`.
 
     `qk_rope_head_dim` (R) and `kv_lora_rank` (r) hold for all layers or list one value a layer.
-    `kv_lora_rank` None means keys and values are not factorised. `kl` holds what conversion
-    measured after each transform, against the original, on held-out chats.
+    `kv_lora_rank` None means keys and values are not factorised. `kv_bias` tells that up projections
+    have a bias even if the original has none. `folded` tells that the mean rotation of dropped pairs
+    is in the weights. `kl` holds what conversion measured after each transform, against the
+    original, on held-out chats; `predicted_kl`, for each layer, what converting it alone costs.
     """
 
     qk_rope_head_dim: int | list[int]
@@ -54,7 +69,10 @@ class MLAConfig(_Strict):
     modalities: tuple[str, ...] = SHARED
     rope_selection: str | None = None
     factorization: str | None = None
+    folded: bool = False
+    kv_bias: bool = False
     kl: dict[str, float] | None = None
+    predicted_kl: list[float] | None = None
 
     def __post_init__(self) -> None:
         for name, value in (("qk_rope_head_dim", self.qk_rope_head_dim), ("kv_lora_rank", self.kv_lora_rank)):
@@ -139,16 +157,22 @@ class AttentionSizes:
 
 @dataclass(frozen=True, kw_only=True)
 class ConversionConfig(_Strict):
-    """How to convert a model without training. Defaults keep 37.5% of the cache.
+    """How to convert a model without training.
 
-    `rope_dim` (R) and `d_kv` are per KV head; left out they are a half and a quarter of the head
-    dim. A share of the records is held out to measure the loss on.
+    `budget` is the share of the original cache to keep, allotted over layers and over rope and
+    latent dims by the loss that each is measured to cost. `rope_dim` (R) and `d_kv`, per KV head,
+    are instead the same in every layer; given one of them and a budget, the other is allotted;
+    given one of them alone, the other is a half (R) or a quarter (d_kv) of the head dim.
+    With none of the three the budget is 37.5%. A share of the records is held out to measure the
+    loss on.
     """
 
+    budget: float | None = None
     rope_dim: int | None = None
     d_kv: int | None = None
-    rope_selection: str = "mkl"
-    factorization: str = "md-svd"
+    rope_selection: str = "residual"
+    fold: bool = True
+    factorization: str = "output-weighted"
     samples: int = 128
     held_out: float = 0.2
 
@@ -167,3 +191,26 @@ class ConversionConfig(_Strict):
             raise InputError(
                 f"d_kv = {self.d_kv} has no meaning with factorization 'none'; leave one of them out"
             )
+        self._check_budget()
+
+    def _check_budget(self) -> None:
+        if self.budget is None:
+            return
+        if not 0 < self.budget <= 1:
+            raise InputError(
+                f"budget = {self.budget}: give a share of the original cache, above 0 and up to 1"
+            )
+        if self.rope_dim is not None and self.d_kv is not None:
+            raise InputError("budget, rope_dim and d_kv together say too much; leave one of them out")
+        if self.factorization in ("none", *BLOCKS):
+            raise InputError(
+                f"factorization {self.factorization!r} has no ranks to allot; give rope_dim and d_kv instead"
+            )
+
+    @property
+    def share(self) -> float | None:
+        """The share of the cache to allot over layers, or None if all have the same sizes."""
+        fixed = self.rope_dim is not None or self.d_kv is not None
+        if self.budget is None and not fixed and self.factorization not in ("none", *BLOCKS):
+            return DEFAULT_BUDGET
+        return self.budget

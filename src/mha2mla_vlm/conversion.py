@@ -1,10 +1,8 @@
 """The conversion, without training: partial RoPE, then factors of keys and values.
 
-Shapes: G KV heads, D head dim, R rope dims kept, N = D - R, O = G * (N + D), r latent dims.
+Shapes: G KV heads, R rope dims kept, r latent dims.
 """
 
-import copy
-import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, cast
@@ -12,19 +10,26 @@ from typing import Any, cast
 import torch
 from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
 
+from mha2mla_vlm.allotment import unit_dims
 from mha2mla_vlm.cache import bytes_per_token
-from mha2mla_vlm.calibration import LayerStats, collect_moments, collect_pair_scores
-from mha2mla_vlm.config import BLOCKS, DECOUPLED, SHARED, AttentionSizes, ConversionConfig, MLAConfig
+from mha2mla_vlm.calibration import collect_moments
+from mha2mla_vlm.config import (
+    CENTERED,
+    DECOUPLED,
+    OUTPUT_WEIGHTED,
+    PER_MODALITY,
+    SHARED,
+    AttentionSizes,
+    ConversionConfig,
+    MLAConfig,
+)
 from mha2mla_vlm.data import Record, encode_with_labels
 from mha2mla_vlm.errors import InputError
 from mha2mla_vlm.evaluation import answer_log_probs, mean_kl
-from mha2mla_vlm.factorize import Factors, block_factors, pca_factors
 from mha2mla_vlm.families import get_family
-from mha2mla_vlm.modeling import decoder_layers, mla_classes
+from mha2mla_vlm.profile import Profile, budget_units
 from mha2mla_vlm.progress import console
-from mha2mla_vlm.rope import fixed_pairs, split_dims, top_pairs
-
-logger = logging.getLogger(__name__)
+from mha2mla_vlm.surgery import converted_config, set_mla, with_factors, with_partial_rope
 
 
 def convert(
@@ -32,31 +37,50 @@ def convert(
     processor: ProcessorMixin,
     records: Sequence[Record],
     config: ConversionConfig = ConversionConfig(),
+    *,
+    profile: Profile | None = None,
 ) -> PreTrainedModel:
     """Convert an original model to latent attention, training-free; the original is left as it is.
 
     `records` calibrate, a share of them measures the loss: `converted.mla_config.kl` holds the mean
-    KL divergence to the original on held-out answers after each transform. Raises `InputError` for
-    a model or sizes that cannot be converted, before any work.
+    KL divergence to the original on held-out answers after each transform. A `profile` from an
+    earlier call (`make_profile`) saves measuring again. Raises `InputError` for a model or sizes that
+    cannot be converted, before any work.
     """
     _check_placement(model)
     mla = plan(model.config, config)
-    _print_plan(model.config, mla)
     calibration, held_out = encode_split(model, processor, records, config)
     original = [answer_log_probs(model, batch) for batch in held_out]
 
-    pairs = select_pairs(model, calibration, mla, config)
-    converted = with_partial_rope(model, pairs, mla)
+    profile = profile or Profile(model, calibration, config)
+    profile.check(config)
+    mla = mla if config.share is None else profile.allot(mla, config)
+    _print_plan(model.config, mla)
+
+    converted = with_partial_rope(model, profile.selections(mla), mla)
     kl = {"partial_rope": mean_kl(converted, held_out, original)}
     console().print(f"partial RoPE ({config.rope_selection}): KL {kl['partial_rope']:.4f}")
 
     if config.factorization != "none":
-        stats = collect_moments(converted, calibration, converted.visual_token_ids)
+        weighted = config.factorization in OUTPUT_WEIGHTED
+        stats = profile.stats if weighted else collect_moments(converted, calibration, profile.visual)
         converted = with_factors(converted, stats, mla)
         kl["factorization"] = mean_kl(converted, held_out, original)
         console().print(f"factorization ({config.factorization}): KL {kl['factorization']:.4f}")
     set_mla(converted, replace(cast(MLAConfig, converted.mla_config), kl=kl))
     return converted
+
+
+def make_profile(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    records: Sequence[Record],
+    config: ConversionConfig = ConversionConfig(),
+) -> Profile:
+    """What calibration tells, for several calls of `convert` with the same records and methods."""
+    _check_placement(model)
+    plan(model.config, config)
+    return Profile(model, encode_split(model, processor, records, config)[0], config)
 
 
 def _check_placement(model: PreTrainedModel) -> None:
@@ -92,25 +116,50 @@ def plan(model_config: Any, config: ConversionConfig) -> MLAConfig:
     mla = MLAConfig(
         qk_rope_head_dim=rope_dim,
         kv_lora_rank=None if config.factorization == "none" else sizes.kv_heads * (d_kv + whole),
-        modalities=DECOUPLED if config.factorization == "md-svd" else SHARED,
+        modalities=DECOUPLED if config.factorization in PER_MODALITY else SHARED,
         rope_selection=config.rope_selection,
         factorization=config.factorization,
+        folded=config.fold,
+        kv_bias=config.factorization in CENTERED,
     )
     mla.check(sizes)
+    if config.share is not None:
+        _check_budget(sizes, config)
     return mla
+
+
+def _check_budget(sizes: AttentionSizes, config: ConversionConfig) -> None:
+    """Raise `InputError` if the least sizes of a layer, or those given, are over the budget."""
+    unit = unit_dims(sizes.head_dim)
+    for name, value in (("rope_dim", config.rope_dim), ("d_kv", config.d_kv)):
+        if value is not None and value % unit:
+            raise InputError(f"{name} = {value}: with a budget give a multiple of {unit}")
+    least = sizes.layers * ((config.rope_dim or unit) + (config.d_kv or unit)) // unit
+    if budget_units(sizes, config) < least:
+        share = least * unit / (2 * sizes.head_dim * sizes.layers)
+        raise InputError(f"budget = {config.share}: the least for these sizes is {share:g}")
 
 
 def _print_plan(original: Any, mla: MLAConfig) -> None:
     """Say what was chosen, and what a token costs in the cache before and after (16 bits a number)."""
-    sizes, rank = AttentionSizes.of(original), mla.kv_lora_rank
+    sizes = AttentionSizes.of(original)
     before, after = bytes_per_token(original), bytes_per_token(converted_config(original, mla))
+    layers = [mla.layer(index) for index in range(sizes.layers)]
+    rope = _few([str(rope) for rope, _ in layers])
     latent = "keys and values whole"
-    if isinstance(rank, int):
-        latent = f"d_kv = {rank / sizes.kv_heads:g} latent dims per KV head (r = {rank} a token)"
+    if mla.kv_lora_rank is not None:
+        ranks = [cast(int, rank) for _, rank in layers]
+        per_head = _few([f"{rank / sizes.kv_heads:g}" for rank in ranks])
+        latent = f"d_kv = {per_head} latent dims per KV head (r = {_few(list(map(str, ranks)))} a token)"
     console().print(
-        f"R = {mla.qk_rope_head_dim} of {sizes.head_dim} rope dims, {latent}: "
+        f"R = {rope} of {sizes.head_dim} rope dims, {latent}: "
         f"{before} to {after} cache bytes per token ({after / before:.1%})"
     )
+
+
+def _few(values: list[str]) -> str:
+    """One value that all layers have, or all of them."""
+    return values[0] if len(set(values)) == 1 else "/".join(values)
 
 
 def encode_split(
@@ -124,145 +173,3 @@ def encode_split(
     batches = [encode_with_labels(processor, [record], visual).to(model.device) for record in records]
     count = min(len(batches) - 1, max(1, round(config.held_out * len(batches))))
     return batches[:-count], batches[-count:]
-
-
-def select_pairs(
-    model: PreTrainedModel, batches: Sequence[BatchFeature], mla: MLAConfig, config: ConversionConfig
-) -> list[torch.Tensor]:
-    """The pairs that stay rotated, `[G, R/2]` a layer."""
-    sizes = AttentionSizes.of(model.config)
-    rope_dims = [mla.layer(index)[0] for index in range(sizes.layers)]
-    if config.rope_selection in ("2-norm", "mkl"):
-        scores = collect_pair_scores(model, batches, config.rope_selection)
-        return [top_pairs(score, size) for score, size in zip(scores, rope_dims, strict=True)]
-    kind: Any = config.rope_selection
-    head = {"kv_heads": sizes.kv_heads, "head_dim": sizes.head_dim}
-    return [fixed_pairs(kind, rope_dim=size, **head) for size in rope_dims]
-
-
-def with_partial_rope(model: PreTrainedModel, pairs: list[torch.Tensor], mla: MLAConfig) -> PreTrainedModel:
-    """The model with only `pairs` rotated, and keys and values not yet factorised."""
-    scale = float(getattr(model.model.language_model.rotary_emb, "attention_scaling", 1.0)) ** 2
-    weights = [
-        partial_rope_weights(layer.self_attn, chosen, scale)
-        for layer, chosen in zip(decoder_layers(model), pairs, strict=True)
-    ]
-    return _rebuild(model, replace(mla, kv_lora_rank=None, modalities=SHARED), weights)
-
-
-def partial_rope_weights(attention: Any, pairs: torch.Tensor, scale: float = 1.0) -> dict[str, torch.Tensor]:
-    """Parameters of `MLAAttention` for one layer: rows of q, k and v regrouped, none changed.
-
-    `scale` is what the rotary tables multiply rotated logits by (longer-context variants of RoPE);
-    logits of pairs that are not rotated any more get it through the query.
-    """
-    rope, others = split_dims(pairs.to(attention.k_proj.weight.device), attention.head_dim)
-    kv_heads, rope_dim = rope.shape
-    groups = attention.q_proj.out_features // attention.head_dim // kv_heads
-    weights = {"rope_pairs": pairs}
-    for kind in ("weight", "bias"):
-        q, k, v = (getattr(getattr(attention, f"{x}_proj"), kind) for x in "qkv")
-        if q is not None:
-            q = q.detach().unflatten(0, (kv_heads, groups, attention.head_dim))
-            order = torch.cat([rope, others], dim=1)
-            q = torch.stack([head[:, rows] for head, rows in zip(q, order, strict=True)])
-            factor = torch.full((attention.head_dim,), scale, dtype=q.dtype, device=q.device)
-            factor[:rope_dim] = 1.0
-            weights[f"q_proj.{kind}"] = (q * factor.view(-1, *[1] * (q.ndim - 3))).flatten(0, 2)
-        if k is not None:
-            k, v = (x.detach().unflatten(0, (kv_heads, attention.head_dim)) for x in (k, v))
-            weights[f"k_rope_proj.{kind}"] = torch.cat(
-                [head[rows] for head, rows in zip(k, rope, strict=True)]
-            )
-            both = [torch.cat([kh[rows], vh]) for kh, vh, rows in zip(k, v, others, strict=True)]
-            weights[f"kv_a_proj.shared.{kind}"] = torch.cat(both)
-    return weights
-
-
-def with_factors(model: PreTrainedModel, stats: list[LayerStats], mla: MLAConfig) -> PreTrainedModel:
-    """The model after partial RoPE with its keys and values factorised as `mla` says."""
-    weights = []
-    for index, layer in enumerate(decoder_layers(model)):
-        attention: Any = layer.self_attn
-        source = attention.kv_a_proj["shared"]
-        is_key = (
-            torch.arange(source.out_features) % (attention.nope_dim + attention.head_dim) < attention.nope_dim
-        )
-        factors = layer_factors(source.weight.detach(), is_key, stats[index], mla, index)
-        made = {}
-        for modality, factor in factors.items():
-            made[f"kv_a_proj.{modality}.weight"] = factor.down.to(source.weight.dtype)
-            made[f"kv_b_proj.{modality}.weight"] = factor.up.to(source.weight.dtype)
-            if source.bias is not None:
-                made[f"kv_b_proj.{modality}.bias"] = source.bias.detach().clone()
-        weights.append(made)
-    return _rebuild(model, mla, weights)
-
-
-def layer_factors(
-    weight: torch.Tensor, is_key: torch.Tensor, stats: LayerStats, mla: MLAConfig, layer: int
-) -> dict[str, Factors]:
-    """Factors of one layer's `weight [O, hidden]` by modality.
-
-    A modality with fewer calibration tokens than input dims has no moment of full rank of its own:
-    it gets the pooled one, with a warning.
-    """
-    rank = cast(int, mla.layer(layer)[1])
-    if mla.factorization in BLOCKS:
-        return {"shared": block_factors(weight, is_key.to(weight.device), rank, mla.factorization)}
-    if mla.factorization == "weight-svd":
-        return {"shared": pca_factors(weight, torch.eye(weight.shape[1], device=weight.device), rank)}
-    if mla.factorization == "activation-svd":
-        return {"shared": pca_factors(weight, stats.pooled(), rank)}
-    factors = {}
-    for modality in mla.modalities:
-        count, hidden = stats.counts.get(modality, 0), weight.shape[1]
-        moment = stats.moments.get(modality)
-        if moment is None or count < hidden:
-            logger.warning(
-                "layer %d: %d %s tokens in calibration for %d input dims; using the statistics of all tokens",
-                layer, count, modality, hidden,
-            )  # fmt: skip
-            moment = stats.pooled()
-        factors[modality] = pca_factors(weight, moment, rank)
-    return factors
-
-
-def set_mla(model: PreTrainedModel, mla: MLAConfig) -> None:
-    """Record `mla` on a converted model."""
-    model.mla_config = mla
-    model.config.mla = mla.to_dict()
-
-
-def converted_config(config: Any, mla: MLAConfig) -> Any:
-    """Config of the converted model, from that of an original or a converted one."""
-    config_class = mla_classes(config.model_type)[0]
-    values = config.to_dict() | {"model_type": config_class.model_type, "mla": mla.to_dict()}
-    made = config_class(**values)
-    made._attn_implementation = config._attn_implementation
-    return made
-
-
-def _rebuild(
-    model: PreTrainedModel, mla: MLAConfig, weights: list[dict[str, torch.Tensor]]
-) -> PreTrainedModel:
-    """A converted model with `weights` in its attention layers and all else as in `model`."""
-    first = getattr(model.config, "mla", None) is None
-    config = converted_config(model.config, mla)
-    model_class = mla_classes(model.config.model_type)[1]
-    # A first conversion copies, for the original must stay as it is; later ones take the weights over.
-    state = {key: value.clone() if first else value for key, value in model.state_dict().items()}
-    names = {id(module): name for name, module in model.named_modules()}
-    for layer, made in zip(decoder_layers(model), weights, strict=True):
-        prefix = names[id(layer.self_attn)] + "."
-        replaced = (
-            ("q_proj", "k_proj", "v_proj", "kv_a_proj", "kv_b_proj")
-            if "q_proj.weight" in made
-            else ("kv_a_proj",)
-        )
-        for key in [key for key in state if key.startswith(tuple(prefix + part for part in replaced))]:
-            del state[key]
-        state |= {prefix + key: value for key, value in made.items()}
-    made_model = model_class.from_pretrained(None, config=config, state_dict=state, dtype=model.dtype)
-    made_model.generation_config = copy.deepcopy(model.generation_config)
-    return made_model.to(model.device).eval()

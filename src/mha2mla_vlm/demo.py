@@ -10,8 +10,8 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from mha2mla_vlm.cache import bytes_per_token
 from mha2mla_vlm.checkpoint import load, load_processor, new_folder, pick_device
-from mha2mla_vlm.config import AttentionSizes, ConversionConfig
-from mha2mla_vlm.conversion import convert
+from mha2mla_vlm.config import ConversionConfig
+from mha2mla_vlm.conversion import convert, make_profile
 from mha2mla_vlm.data import Record
 from mha2mla_vlm.evaluation import evaluate
 from mha2mla_vlm.generation import answer
@@ -21,6 +21,7 @@ from mha2mla_vlm.zoo.chats import sample_chats
 from mha2mla_vlm.zoo.digits import Split
 
 CALIBRATION_CHATS = 128
+BUDGETS = (0.375, 0.25)
 
 
 def zoo_records(name: str, *, split: Split, count: int, seed: int) -> list[Record]:
@@ -42,12 +43,12 @@ def run_demo(
     processor = load_processor(f"zoo:{name}")
     calibration = zoo_records(name, split="train", count=CALIBRATION_CHATS, seed=1)
     held_out = zoo_records(name, split="test", count=pictures, seed=0)
-    head_dim = AttentionSizes.of(model.config).head_dim
+    profile = make_profile(model, processor, calibration)
     converted = {
-        f"R=D/{share}, d_kv=D/4": convert(
-            model, processor, calibration, ConversionConfig(rope_dim=head_dim // share, d_kv=head_dim // 4)
+        f"{budget:.4g} of the cache": convert(
+            model, processor, calibration, ConversionConfig(budget=budget), profile=profile
         )
-        for share in (2, 4)
+        for budget in BUDGETS
     }
     rows = [_row("original", model, processor, held_out, None)]
     rows += [_row(title, small, processor, held_out, model) for title, small in converted.items()]

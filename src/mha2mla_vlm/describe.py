@@ -17,7 +17,8 @@ def describe(name: str) -> dict[str, Any]:
     """Layers, sizes, kept pairs and bytes per token (16 bits an element) of a converted checkpoint.
 
     `pairs` lists, for each layer and KV head, the frequency pairs that stay rotated; they are read
-    where the checkpoint is a folder.
+    where the checkpoint is a folder. `predicted_kl` is, for each layer, what converting it alone was
+    measured to cost, by which sizes were allotted.
     """
     config = load_config(name)
     if getattr(config, "mla", None) is None:
@@ -35,7 +36,9 @@ def describe(name: str) -> dict[str, Any]:
         "bytes_per_token_original": bytes_per_token(plain),
         "rope_selection": mla.rope_selection,
         "factorization": mla.factorization,
+        "folded": mla.folded,
         "kl": mla.kl,
+        "predicted_kl": mla.predicted_kl,
         "pairs": _pairs(Path(resolve(name))),
     }
 
@@ -63,8 +66,9 @@ def print_layers(description: dict[str, Any]) -> None:
     size = description["bytes_per_token"]
     title = f"{description['family']}: {size} cache bytes per token, {ratio:.1%} of the original"
     table = Table(title=title)
-    for column in ("layer", "R", "r", "pairs that stay rotated, by KV head"):
+    for column in ("layer", "R", "r", "KL alone", "pairs that stay rotated, by KV head"):
         table.add_column(column)
+    alone = description["predicted_kl"] or []
     mla = MLAConfig(
         qk_rope_head_dim=description["qk_rope_head_dim"], kv_lora_rank=description["kv_lora_rank"]
     )
@@ -72,5 +76,6 @@ def print_layers(description: dict[str, Any]) -> None:
         rope, rank = mla.layer(layer)
         pairs = description["pairs"][layer] if description["pairs"] else []
         shown = "\n".join(" ".join(map(str, head)) for head in pairs)
-        table.add_row(str(layer), str(rope), "-" if rank is None else str(rank), shown)
+        cost = f"{alone[layer]:.4f}" if alone else "-"
+        table.add_row(str(layer), str(rope), "-" if rank is None else str(rank), cost, shown)
     console().print(table)

@@ -24,12 +24,25 @@ def answer_log_probs(model: PreTrainedModel, batch: BatchFeature) -> torch.Tenso
     """Log probabilities of answer tokens, `[A, V]` in float32; of all tokens if there is no answer."""
     inputs = {k: v for k, v in batch.items() if k != "labels"}
     logits = model(**inputs, use_cache=False).logits[:, :-1]
-    return logits[_predicted(batch)].float().log_softmax(-1)
+    return logits[predicted(batch)].float().log_softmax(-1)
 
 
-def _predicted(batch: BatchFeature) -> torch.Tensor:
+def predicted(batch: BatchFeature) -> torch.Tensor:
     answers = batch["labels"][:, 1:] != IGNORE_INDEX
     return answers if bool(answers.any()) else batch["attention_mask"][:, 1:].bool()
+
+
+def answers_right(guesses: torch.Tensor, batch: BatchFeature) -> list[bool]:
+    """Which answers of one chat `guesses [A]`, the likeliest tokens, get exactly right.
+
+    Greedy decoding follows a right answer up to its first error, so one pass over the right answers
+    tells what decoding would give.
+    """
+    inside = predicted(batch)[0]
+    first = inside & ~nn.functional.pad(inside, (1, 0))[:-1]
+    number = first.cumsum(0)[inside]
+    wrong = guesses != batch["labels"][0, 1:][inside]
+    return [not bool(wrong[number == i].any()) for i in range(1, int(first.sum()) + 1)]
 
 
 def mean_kl(
@@ -152,7 +165,7 @@ def _losses(
             continue
         batch = encode_with_labels(processor, [record], visual).to(model.device)
         log_probs = answer_log_probs(model, batch)
-        targets = batch["labels"][:, 1:][_predicted(batch)]
+        targets = batch["labels"][:, 1:][predicted(batch)]
         loss += float(nn.functional.nll_loss(log_probs, targets, reduction="sum"))
         if baseline is not None:
             divergence += _kl_sum(log_probs, answer_log_probs(baseline, batch))

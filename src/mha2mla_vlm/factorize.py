@@ -10,14 +10,19 @@ import torch
 from mha2mla_vlm.config import block_ranks
 
 RIDGE = 1e-6  # of the mean variance, added to every input direction
+METRIC_RIDGE = 1e-3  # of a direction's own and of the mean weight, added to every output direction
 
 
 @dataclass(frozen=True, kw_only=True)
 class Factors:
-    """`up @ down` stands for a weight: `down [r, hidden]`, `up [O, r]`."""
+    """`up @ down` stands for a weight: `down [r, hidden]`, `up [O, r]`.
+
+    `shift [O]`, what the mean input loses, is to be added to the outputs; 0 where none was taken out.
+    """
 
     down: torch.Tensor
     up: torch.Tensor
+    shift: torch.Tensor
 
 
 def damped(moment: torch.Tensor) -> torch.Tensor:
@@ -31,17 +36,40 @@ def damped(moment: torch.Tensor) -> torch.Tensor:
     return moment + ridge * torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
 
 
-def pca_factors(weight: torch.Tensor, moment: torch.Tensor, rank: int) -> Factors:
+def pca_factors(
+    weight: torch.Tensor, moment: torch.Tensor, rank: int, root: torch.Tensor | None = None
+) -> Factors:
     """Best rank-`rank` factors of `weight [O, hidden]` for inputs of second moment `[hidden, hidden]`.
 
     With P the top eigenvectors of `W S W^T`, `up = P` and `down = P^T W` minimise the squared error
     of the outputs `W x` summed over inputs. This is the whitened SVD of the paper (arXiv 2601.11464,
     section 3.2) without its inverse: any rank up to O works, whatever the rank of S.
+
+    Given a triangular `root [O, O]` an error e counts as the square of `root^T e`: the same PCA of
+    `root^T W`, taken back on the up side.
     """
     weight = weight.double()
-    _, vectors = torch.linalg.eigh(weight @ damped(moment) @ weight.T)
+    seen = weight if root is None else root.T @ weight
+    _, vectors = torch.linalg.eigh(seen @ damped(moment) @ seen.T)
     top = vectors[:, -rank:].flip(-1)
-    return Factors(down=top.T @ weight, up=top)
+    up = top if root is None else torch.linalg.solve_triangular(root.T, top, upper=True)
+    return Factors(down=top.T @ seen, up=up, shift=weight.new_zeros(len(weight)))
+
+
+def metric_root(metric: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """Lower triangular root of a metric of errors, `[O, O]`, damped so that no error counts nothing.
+
+    `metric [2, G, D, D]` is of plain keys and of values (`weighting.attention_usage`), `others
+    [G, N]` the key dims that are factorised.
+    """
+    heads = zip(metric[0], metric[1], others, strict=True)
+    blocks = [block for keys, values, dims in heads for block in (keys[dims][:, dims], values)]
+    scale = torch.cat([block.diagonal() for block in blocks]).mean()
+    roots = []
+    for block in blocks:
+        ridge = METRIC_RIDGE * (block.diagonal() + scale)
+        roots.append(torch.linalg.cholesky(block + torch.diag(ridge)))
+    return torch.block_diag(*roots)
 
 
 def block_factors(weight: torch.Tensor, is_key: torch.Tensor, rank: int, method: str) -> Factors:
@@ -59,4 +87,4 @@ def block_factors(weight: torch.Tensor, is_key: torch.Tensor, rank: int, method:
         up[rows, start : start + part] = factors.up
         down.append(factors.down)
         start += part
-    return Factors(down=torch.cat(down), up=up)
+    return Factors(down=torch.cat(down), up=up, shift=up.new_zeros(len(weight)))

@@ -65,7 +65,11 @@ class MLAMixin(_Model):
         for layer in decoder_layers(self):
             rope_dim, rank = self.mla_config.layer(layer.self_attn.layer_idx)
             layer.self_attn = MLAAttention(
-                layer.self_attn, rope_dim=rope_dim, rank=rank, modalities=self.mla_config.modalities
+                layer.self_attn,
+                rope_dim=rope_dim,
+                rank=rank,
+                modalities=self.mla_config.modalities,
+                kv_bias=self.mla_config.kv_bias,
             )
 
     def _with_modality(self, inputs: dict[str, Any]) -> dict[str, Any]:

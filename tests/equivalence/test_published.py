@@ -16,9 +16,9 @@ from transformers import AutoModelForImageTextToText, BatchFeature
 
 from mha2mla_vlm.calibration import collect_moments
 from mha2mla_vlm.config import DECOUPLED, MLAConfig
-from mha2mla_vlm.conversion import with_factors, with_partial_rope
 from mha2mla_vlm.families import FAMILIES
 from mha2mla_vlm.modeling import decoder_layers
+from mha2mla_vlm.surgery import RopeSelection, with_factors, with_partial_rope
 
 FOLDER = Path(__file__).parents[1] / "fixtures" / "published"
 HEAD_DIM, ROPE_DIM, D_KV, LAYERS = 16, 8, 4, 3
@@ -78,9 +78,10 @@ def ranks(family):
 
 
 def kept_pairs(family, best=True):
-    """Pairs `[G, R/2]` of each layer whose rank is among the first (or, to compare, the last) R/2."""
+    """Selections of each layer: pairs whose rank is among the first (or, to compare, the last) R/2."""
     is_kept = ranks(family)[..., : HEAD_DIM // 2] < ROPE_DIM // 2
-    return [(layer == best).nonzero()[:, 1].view(len(layer), -1) for layer in is_kept]
+    pairs = [(layer == best).nonzero()[:, 1].view(len(layer), -1) for layer in is_kept]
+    return [RopeSelection(pairs=chosen) for chosen in pairs]
 
 
 @functools.cache

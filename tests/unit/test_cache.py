@@ -19,11 +19,11 @@ from mha2mla_vlm.cache import (
 )
 from mha2mla_vlm.calibration import LayerStats
 from mha2mla_vlm.config import MLAConfig
-from mha2mla_vlm.conversion import with_factors, with_partial_rope
 from mha2mla_vlm.errors import InputError
 from mha2mla_vlm.families import FAMILIES
 from mha2mla_vlm.modeling import decoder_layers
 from mha2mla_vlm.rope import fixed_pairs
+from mha2mla_vlm.surgery import RopeSelection, with_factors, with_partial_rope
 from mha2mla_vlm.zoo.architectures import new_model
 
 G, R, RANK = 2, 4, 6  # KV heads, rope dims, latent dims
@@ -342,7 +342,7 @@ def converted_by_layer(model):
     kv_heads = model.config.get_text_config(decoder=True).num_key_value_heads
     pairs = [fixed_pairs("high", kv_heads=kv_heads, head_dim=64, rope_dim=rope) for rope in ropes]
     mla = MLAConfig(qk_rope_head_dim=ropes, kv_lora_rank=ranks, factorization="weight-svd")
-    partial = with_partial_rope(model, pairs, mla)
+    partial = with_partial_rope(model, [RopeSelection(pairs=chosen) for chosen in pairs], mla)
     return partial, with_factors(partial, [LayerStats()] * 4, mla), kv_heads * sum(ropes) + sum(ranks)
 
 

@@ -67,12 +67,16 @@ def test_configs_are_frozen_and_keyword_only(kind):
             modalities=DECOUPLED,
             rope_selection="mkl",
             factorization="md-svd",
+            folded=True,
+            kv_bias=True,
             kl={"partial_rope": 0.25, "factorization": 0.5},
+            predicted_kl=[0.5, 0.25],
         ),
         ConversionConfig(),
         ConversionConfig(rope_dim=16, d_kv=8, rope_selection="low", factorization="split", samples=9),
+        ConversionConfig(budget=0.25, fold=False),
     ],
-    ids=["mla", "mla by layer", "default", "given"],
+    ids=["mla", "mla by layer", "default", "given", "budget"],
 )
 def test_a_config_survives_json(config):
     again = type(config).from_dict(json.loads(json.dumps(config.to_dict())))
@@ -150,6 +154,11 @@ def test_unknown_methods_are_refused_with_the_known_ones(field, known, value):
         ({"held_out": 1.0}, ["held_out = 1.0"]),
         ({"held_out": -0.1}, ["held_out = -0.1"]),
         ({"factorization": "none", "d_kv": 8}, ["d_kv = 8", "'none'"]),
+        ({"budget": 0}, ["budget = 0", "up to 1"]),
+        ({"budget": 1.5}, ["budget = 1.5"]),
+        ({"budget": 0.5, "rope_dim": 32, "d_kv": 16}, ["budget, rope_dim and d_kv", "leave one"]),
+        ({"budget": 0.5, "factorization": "none"}, ["'none'", "no ranks to allot"]),
+        ({"budget": 0.5, "factorization": "split"}, ["'split'", "rope_dim and d_kv instead"]),
     ],
 )
 def test_conversions_that_make_no_sense_are_refused(values, words):
@@ -181,6 +190,29 @@ def test_the_default_plan_halves_rope_and_quarters_the_latent(name):
 )
 def test_a_plan_that_the_model_cannot_have_is_refused(name, values, words):
     refused(lambda: plan(config_of(name), ConversionConfig(**values)), *words)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"budget": 0.05}, ["budget = 0.05", "least for these sizes is 0.0625"]),
+        ({"budget": 0.25, "rope_dim": 32}, ["budget = 0.25", "0.28125"]),
+        ({"budget": 0.5, "rope_dim": 30}, ["rope_dim = 30", "multiple of 4"]),
+        ({"budget": 0.5, "d_kv": 9}, ["d_kv = 9", "multiple of 4"]),
+    ],
+)
+def test_a_budget_that_holds_too_little_is_refused(name, values, words):
+    refused(lambda: plan(config_of(name), ConversionConfig(**values)), *words)
+
+
+def test_sizes_that_are_given_win_over_the_default_budget():
+    assert ConversionConfig().share == 0.375
+    assert ConversionConfig(budget=0.2).share == 0.2
+    assert ConversionConfig(rope_dim=32).share is None
+    assert ConversionConfig(d_kv=32).share is None
+    assert ConversionConfig(budget=0.2, d_kv=8).share == 0.2
+    assert ConversionConfig(factorization="split").share is None
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -5,10 +5,10 @@ import logging
 import pytest
 import torch
 
-from mha2mla_vlm.calibration import LayerStats
+from mha2mla_vlm.calibration import LayerStats, TokenStats
 from mha2mla_vlm.config import DECOUPLED, SHARED, MLAConfig
-from mha2mla_vlm.conversion import layer_factors
 from mha2mla_vlm.factorize import block_factors, pca_factors
+from mha2mla_vlm.surgery import layer_factors
 
 O, HIDDEN = 20, 12  # noqa: E741 - outputs of the weight, named as in the package
 
@@ -135,6 +135,7 @@ def test_directions_never_seen_are_kept_by_what_the_weight_does_with_them():
 
 # Three KV heads of two key rows and four value rows, interleaved as in `kv_b_proj`.
 IS_KEY = torch.arange(18) % 6 < 2
+OTHERS = torch.tensor([[1, 3], [0, 2], [2, 3]])  # of head dim 4
 
 
 @pytest.mark.parametrize(
@@ -164,7 +165,7 @@ def test_the_block_kept_whole_is_exact_and_the_other_is_not(method, whole):
 def make_stats(**tokens):
     stats = LayerStats()
     for seed, (modality, count) in enumerate(tokens.items()):
-        stats.add(modality, make_inputs(count, seed=seed))
+        stats.add(modality, TokenStats.of(make_inputs(count, seed=seed)))
     return stats
 
 
@@ -182,40 +183,43 @@ def test_a_modality_hardly_seen_gets_the_pooled_factors_and_a_warning(caplog, mo
     tokens = {other: 60} if count is None else {other: 60, modality: count}
     weight, stats = make_weight(18), make_stats(**tokens)
     with caplog.at_level(logging.WARNING):
-        factors = layer_factors(weight, IS_KEY, stats, md_svd(), layer=3)
+        factors = layer_factors(weight, OTHERS, stats, md_svd(), layer=3)
     messages = [record.getMessage() for record in caplog.records]
     assert len(messages) == 1
     assert "layer 3" in messages[0]
     assert f"{count or 0} {modality} tokens" in messages[0]
-    pooled = layer_factors(weight, IS_KEY, stats, md_svd(factorization="activation-svd"), layer=3)["shared"]
+    pooled = layer_factors(weight, OTHERS, stats, md_svd(factorization="activation-svd"), layer=3)["shared"]
     assert torch.equal(factors[modality].down, pooled.down)
     assert torch.equal(factors[modality].up, pooled.up)
-    own = pca_factors(weight, stats.moments[other], 4)
+    own = pca_factors(weight, stats.tokens[other].moment, 4)
     assert torch.equal(factors[other].down, own.down)
     assert torch.equal(factors[other].up, own.up)
 
 
 def test_modalities_seen_enough_get_factors_of_their_own_without_a_warning(caplog):
     weight, stats = make_weight(18), make_stats(text=HIDDEN, vision=40)
-    factors = layer_factors(weight, IS_KEY, stats, md_svd(), layer=0)
+    factors = layer_factors(weight, OTHERS, stats, md_svd(), layer=0)
     assert not caplog.records
     for modality, factor in factors.items():
-        torch.testing.assert_close(product(factor), product(pca_factors(weight, stats.moments[modality], 4)))
+        torch.testing.assert_close(
+            product(factor), product(pca_factors(weight, stats.tokens[modality].moment, 4))
+        )
     assert float((product(factors["text"]) - product(factors["vision"])).abs().max()) > 1e-2
 
 
 def test_pooled_moment_is_that_of_all_tokens():
     stats = make_stats(text=7, vision=30)
     both = torch.cat([make_inputs(7, seed=0), make_inputs(30, seed=1)])
-    torch.testing.assert_close(stats.pooled(), both.T @ both, rtol=1e-5, atol=1e-4)
-    assert stats.counts == {"text": 7, "vision": 30}
+    torch.testing.assert_close(stats.pooled().moment, both.T @ both, rtol=1e-5, atol=1e-4)
+    assert {m: tokens.count for m, tokens in stats.tokens.items()} == {"text": 7, "vision": 30}
+    assert stats.pooled().count == 37
 
 
 @pytest.mark.parametrize("factorization", ["weight-svd", "split", "only-key", "only-value"])
 def test_baselines_of_the_weights_alone_do_not_look_at_the_inputs(factorization):
     weight, mla = make_weight(18), md_svd(rank=13, factorization=factorization)
     made = [
-        layer_factors(weight, IS_KEY, stats, mla, 0) for stats in (make_stats(text=30), make_stats(vision=99))
+        layer_factors(weight, OTHERS, stats, mla, 0) for stats in (make_stats(text=30), make_stats(vision=99))
     ]
     assert set(made[0]) == {"shared"}
     assert torch.equal(product(made[0]["shared"]), product(made[1]["shared"]))
@@ -224,7 +228,7 @@ def test_baselines_of_the_weights_alone_do_not_look_at_the_inputs(factorization)
 def test_each_layer_gets_its_own_rank():
     mla = MLAConfig(qk_rope_head_dim=2, kv_lora_rank=[3, 5], factorization="weight-svd")
     shapes = [
-        tuple(layer_factors(make_weight(18), IS_KEY, LayerStats(), mla, i)["shared"].down.shape)
+        tuple(layer_factors(make_weight(18), OTHERS, LayerStats(), mla, i)["shared"].down.shape)
         for i in (0, 1)
     ]
     assert shapes == [(3, HIDDEN), (5, HIDDEN)]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from mha2mla_vlm.rope import fixed_pairs, masking_kl_scores, rotate, split_dims, top_pairs, two_norm_scores
+from mha2mla_vlm.rope import fixed_pairs, pair_kl_scores, rotate, split_dims, top_pairs, two_norm_scores
 
 G, M, T, D = 2, 3, 9, 8  # KV heads, query heads of each, tokens, head dim
 P = D // 2
@@ -145,20 +145,20 @@ def test_masking_kl_equals_two_softmaxes_for_each_pair():
     queries, keys = random_heads(seed=1)
     expected = naive_masking_kl(queries, keys, 0.5, range(T))
     assert float(expected.min()) > 1e-3  # so that the comparison means something
-    torch.testing.assert_close(masking_kl_scores(queries, keys, 0.5).double(), expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(pair_kl_scores(queries, keys, 0.5).double(), expected, rtol=1e-4, atol=1e-6)
 
 
 def test_masking_kl_of_a_pair_that_no_query_uses_is_zero():
     queries, keys = random_heads(seed=2)
     queries[..., [1, 1 + P]] = 0
-    scores = masking_kl_scores(queries, keys, 0.5)
+    scores = pair_kl_scores(queries, keys, 0.5)
     assert float(scores[:, 1].abs().max()) < 1e-6
     assert float(scores[:, [0, 2, 3]].min()) > 1e-3
 
 
 def test_masking_kl_takes_at_most_max_queries_evenly_spread():
     queries, keys = random_heads(seed=3)
-    few = masking_kl_scores(queries, keys, 0.5, max_queries=3)
+    few = pair_kl_scores(queries, keys, 0.5, max_queries=3)
     torch.testing.assert_close(
         few.double(), naive_masking_kl(queries, keys, 0.5, [0, 4, 8]), rtol=1e-4, atol=1e-6
     )
@@ -168,5 +168,5 @@ def test_masking_kl_takes_at_most_max_queries_evenly_spread():
 def test_more_max_queries_than_tokens_change_nothing(max_queries):
     queries, keys = random_heads(seed=4)
     every = naive_masking_kl(queries, keys, 1.0, range(T))
-    scores = masking_kl_scores(queries, keys, 1.0, max_queries=max_queries)
+    scores = pair_kl_scores(queries, keys, 1.0, max_queries=max_queries)
     torch.testing.assert_close(scores.double(), every, rtol=1e-4, atol=1e-6)

@@ -1,7 +1,7 @@
 """What each zoo model is before training: its config, tokenizer, processor and chat template.
 
 Real classes of the three families at a size of four million parameters. One visual token stands
-for 12 x 12 (Qwen2.5-VL) or 8 x 8 pixels (CLIP towers) of a page whose digits are 24 pixels wide.
+for 12 x 12 pixels of a page whose digits are 24 pixels wide.
 """
 
 import json
@@ -41,6 +41,7 @@ from mha2mla_vlm.zoo.digits import CELL
 HIDDEN, HEAD_DIM, HEADS, LAYERS, MLP = 256, 64, 4, 4, 640
 VISION_HIDDEN, VISION_MLP, VISION_HEADS, VISION_LAYERS = 160, 384, 4, 4
 VOCAB = 512
+PATCH = CELL // 2  # pixels a side of one visual token
 TILE = 2 * CELL  # LLaVA-NeXT's tile, pixels a side
 PAGE = 4 * CELL  # LLaVA-1.5's fixed page
 
@@ -148,7 +149,7 @@ def _clip(image_size: int) -> CLIPVisionConfig:
         num_hidden_layers=VISION_LAYERS,
         num_attention_heads=VISION_HEADS,
         image_size=image_size,
-        patch_size=8,
+        patch_size=PATCH,
         projection_dim=HIDDEN,
     )
 
@@ -173,7 +174,12 @@ def _qwen2_5_vl() -> tuple[PreTrainedModel, ProcessorMixin]:
         end=dict.fromkeys(("system", "user", "assistant"), "<|im_end|>\n"),
         stop="<|im_end|>",
     )
-    sizes = {"patch_size": 6, "merge_size": 2, "min_pixels": CELL * CELL, "max_pixels": (8 * CELL) ** 2}
+    sizes = {
+        "patch_size": PATCH // 2,
+        "merge_size": 2,
+        "min_pixels": CELL * CELL,
+        "max_pixels": (8 * CELL) ** 2,
+    }
     processor = Qwen2_5_VLProcessor(
         image_processor=Qwen2VLImageProcessor(**sizes),
         video_processor=Qwen2VLVideoProcessor(**sizes),
@@ -202,7 +208,7 @@ def _qwen2_5_vl_config(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLConfig:
             "intermediate_size": VISION_MLP,
             "num_heads": VISION_HEADS,
             "out_hidden_size": HIDDEN,
-            "patch_size": 6,
+            "patch_size": PATCH // 2,
             "window_size": CELL,
             "fullatt_block_indexes": [1, 3],
             "initializer_range": 0.04,
@@ -245,7 +251,7 @@ def _llava_next() -> tuple[PreTrainedModel, ProcessorMixin]:
             image_grid_pinpoints=[[TILE, TILE], *pinpoints],
         ),
         tokenizer=tokenizer,
-        patch_size=8,
+        patch_size=PATCH,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
         chat_template=template.jinja(),
@@ -255,7 +261,7 @@ def _llava_next() -> tuple[PreTrainedModel, ProcessorMixin]:
         text_config=_llama(tokenizer, kv_heads=2),
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
         image_grid_pinpoints=[[TILE, TILE], *pinpoints],
-        image_seq_length=(TILE // 8) ** 2,
+        image_seq_length=(TILE // PATCH) ** 2,
         vision_feature_layer=-1,
     )
     return _with_generation(LlavaNextForConditionalGeneration(config), tokenizer), processor
@@ -278,7 +284,7 @@ def _llava() -> tuple[PreTrainedModel, ProcessorMixin]:
             size={"shortest_edge": PAGE}, crop_size={"height": PAGE, "width": PAGE}
         ),
         tokenizer=tokenizer,
-        patch_size=8,
+        patch_size=PATCH,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
         chat_template=template.jinja(),
@@ -287,7 +293,7 @@ def _llava() -> tuple[PreTrainedModel, ProcessorMixin]:
         vision_config=_clip(PAGE),
         text_config=_llama(tokenizer, kv_heads=HEADS),
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
-        image_seq_length=(PAGE // 8) ** 2,
+        image_seq_length=(PAGE // PATCH) ** 2,
         vision_feature_layer=-1,
     )
     return _with_generation(LlavaForConditionalGeneration(config), tokenizer), processor

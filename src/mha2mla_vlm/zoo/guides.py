@@ -2,28 +2,23 @@
 
 import torch
 
-from mha2mla_vlm.zoo.architectures import TILE
+from mha2mla_vlm.zoo.architectures import PATCH, TILE
 from mha2mla_vlm.zoo.chats import Chat, Page
 
 
 def token_points(name: str, page: Page) -> list[tuple[float, float] | None]:
     """Centre (y, x in pixels) of the patch of the page behind each image token; None for separators."""
     width, height = page.image.size
-
-    def raster(size: float) -> list[tuple[float, float] | None]:
-        rows, columns = int(height // size), int(width // size)
-        return [((i + 0.5) * size, (j + 0.5) * size) for i in range(rows) for j in range(columns)]
-
-    if name == "qwen2_5_vl":
-        return raster(12)
-    points = raster(8)
-    if name == "llava":
+    rows, columns, side = height // PATCH, width // PATCH, TILE // PATCH
+    points: list[tuple[float, float] | None] = [
+        ((i + 0.5) * PATCH, (j + 0.5) * PATCH) for i in range(rows) for j in range(columns)
+    ]
+    if name != "llava_next":
         return points
-    side, columns = TILE // 8, width // 8
     whole: list[tuple[float, float] | None] = [
         ((i + 0.5) * height / side, (j + 0.5) * width / side) for i in range(side) for j in range(side)
     ]
-    for row in range(height // 8):
+    for row in range(rows):
         whole += [*points[row * columns : (row + 1) * columns], None]
     return whole
 
@@ -52,7 +47,8 @@ def answer_sources(
         for number, page in enumerate(chat.pages):
             points = token_points(name, page)
             mine, places = places[: len(points)], places[len(points) :]
-            first = (TILE // 8) ** 2 if name == "llava_next" else 0  # its view of the whole page is coarse
+            # LLaVA-NeXT's view of the whole page is coarse: the tiles tell
+            first = (TILE // PATCH) ** 2 if name == "llava_next" else 0
             for place, point in list(zip(mine, points, strict=True))[first:]:
                 found = page.digit_at(*point) if point else None
                 if found:

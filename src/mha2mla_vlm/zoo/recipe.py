@@ -22,7 +22,8 @@ from torch import nn
 from transformers import PreTrainedModel, ProcessorMixin
 
 from mha2mla_vlm.checkpoint import pick_device
-from mha2mla_vlm.data import IGNORE_INDEX, Record, encode_with_labels
+from mha2mla_vlm.data import Record, encode_with_labels
+from mha2mla_vlm.evaluation import answer_log_probs, answers_right
 from mha2mla_vlm.families import get_family
 from mha2mla_vlm.progress import console
 from mha2mla_vlm.zoo.architectures import LAYERS, new_model
@@ -272,7 +273,7 @@ def training_chats(name: str, rng: random.Random, progress: float, tokens: int) 
     pages = 2 if rng.random() < 0.12 else 1
     sides = [(rng.randint(1, side), rng.randint(1, side)) for _ in range(pages)]
     turns = rng.randint(3, 9)
-    visual = {"qwen2_5_vl": 4 * sum(r * c for r, c in sides), "llava_next": 150 * pages, "llava": 144 * pages}
+    visual = {"qwen2_5_vl": 4 * sum(r * c for r, c in sides), "llava_next": 70 * pages, "llava": 64 * pages}
     count = max(4, min(48, tokens // (visual[name] + 20 * turns)))
     weights = (1, 2, 1, 1)  # counting is the hardest
     page: dict[str, Any] = {"split": "train", "multiple": PAGE_MULTIPLE[name], "augment": True}
@@ -318,10 +319,7 @@ def chat_loss(
 def answer_accuracy(
     name: str, model: PreTrainedModel, processor: ProcessorMixin, *, count: int, seed: int
 ) -> dict[str, Any]:
-    """Share of held-out answers that greedy decoding gets exactly right, by kind and together.
-
-    Decoding follows the right answer up to its first error, so one teacher-forced pass tells.
-    """
+    """Share of held-out answers that greedy decoding gets exactly right, by kind and together."""
     visual = get_family(name).visual_token_ids(model.config)
     right: Counter[str] = Counter()
     asked: Counter[str] = Counter()
@@ -329,15 +327,12 @@ def answer_accuracy(
     for chat in sample_chats(name, split="test", count=count, seed=seed):
         record = Record(messages=chat.messages, images=chat.images)
         batch = encode_with_labels(processor, [record], visual).to(model.device)
-        labels = batch.pop("labels")[0, 1:]
         with torch.autocast(model.device.type, torch.bfloat16):
-            wrong = model(**batch).logits[0, :-1].argmax(-1) != labels
-        in_answer = labels != IGNORE_INDEX
-        number = (in_answer & ~nn.functional.pad(in_answer, (1, 0))[:-1]).cumsum(0) - 1
-        for i, index in enumerate(record.answers()):
+            guesses = answer_log_probs(model, batch).argmax(-1)
+        for index, is_right in zip(record.answers(), answers_right(guesses, batch), strict=True):
             kind = chat.messages[index]["kind"]
             asked[kind] += 1
-            right[kind] += not bool(wrong[in_answer & (number == i)].any())
+            right[kind] += is_right
     model.train()
     return {"exact_match": right.total() / asked.total()} | {
         kind: right[kind] / asked[kind] for kind in sorted(asked)

@@ -1,0 +1,175 @@
+"""Training-free conversion, ingredient by ingredient, on the zoo models at equal cache bytes.
+
+    python benchmarks/ablation.py -o docs/ablation              # all models and budgets; resumes
+    python benchmarks/ablation.py -o docs/ablation --models llava --budgets 0.25
+
+Calibration: 128 chats about training scans. Measured: held-out pictures of test scans. Appends a row to
+`OUT/MODEL.jsonl` for each conversion and writes the tables of all rows there to `OUT/ablation.md`.
+"""
+
+import argparse
+import json
+import random
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from mha2mla_vlm import ConversionConfig, convert, load, load_processor
+from mha2mla_vlm.cache import bytes_per_token
+from mha2mla_vlm.conversion import make_profile
+from mha2mla_vlm.data import encode_with_labels
+from mha2mla_vlm.demo import zoo_records
+from mha2mla_vlm.evaluation import answer_log_probs, answers_right, predicted
+from mha2mla_vlm.families import get_family
+from mha2mla_vlm.zoo import ZOO_NAMES
+
+BUDGETS = (0.5, 0.375, 0.25, 0.1875)
+UNIFORM = {0.5: (2, 2), 0.375: (2, 4), 0.25: (4, 4), 0.1875: (4, 8)}  # head dim by R, by d_kv
+QUARTER_ROPE = {0.5: 0.75, 0.375: 0.5}  # d_kv as a share of the head dim, at the paper's R = D/4
+METHODS = {
+    "published (mkl, md-svd)": {"rope_selection": "mkl", "fold": False, "factorization": "md-svd"},
+    "high": {"rope_selection": "high", "fold": False, "factorization": "md-svd"},
+    "low": {"rope_selection": "low", "fold": False, "factorization": "md-svd"},
+    "uniform": {"rope_selection": "uniform", "fold": False, "factorization": "md-svd"},
+    "2-norm": {"rope_selection": "2-norm", "fold": False, "factorization": "md-svd"},
+    "mkl, SVD of the weights": {"rope_selection": "mkl", "fold": False, "factorization": "weight-svd"},
+    "rotation-kl": {"rope_selection": "rotation-kl", "fold": False, "factorization": "md-svd"},
+    "rotation-kl + fold": {"rope_selection": "rotation-kl", "fold": True, "factorization": "md-svd"},
+    "residual + fold": {"rope_selection": "residual", "fold": True, "factorization": "md-svd"},
+    "… + centered": {"rope_selection": "residual", "fold": True, "factorization": "centered"},
+    "… + output-weighted": {"rope_selection": "residual", "fold": True, "factorization": "output-weighted"},
+    "… + both": {"rope_selection": "residual", "fold": True, "factorization": "output-weighted-centered"},
+}
+PUBLISHED, OURS = "published (mkl, md-svd)", "ours: … + output-weighted, allotted over layers"
+ALLOTTED = {"published, allotted over layers": PUBLISHED, OURS: "… + output-weighted"}
+
+
+def settings(budget: float, head_dim: int) -> Iterator[tuple[str, ConversionConfig]]:
+    """Every row of one budget: its name and how to convert."""
+    by_rope, by_latent = UNIFORM[budget]
+    sizes = {"rope_dim": head_dim // by_rope, "d_kv": head_dim // by_latent}
+    for name, method in METHODS.items():
+        yield name, ConversionConfig(**sizes, **method)
+        if name == PUBLISHED and budget in QUARTER_ROPE:
+            quarter = {"rope_dim": head_dim // 4, "d_kv": int(QUARTER_ROPE[budget] * head_dim)}
+            yield f"{name}, R = D/4", ConversionConfig(**quarter, **method)
+    for name, method in ALLOTTED.items():
+        yield name, ConversionConfig(budget=budget, **METHODS[method])
+
+
+class HeldOut:
+    """Held-out chats, and what the original answers."""
+
+    def __init__(self, name: str, model: Any, processor: Any, pictures: int) -> None:
+        visual = get_family(name).visual_token_ids(model.config)
+        records = zoo_records(name, split="test", count=pictures, seed=0)
+        self.batches = [encode_with_labels(processor, [record], visual) for record in records]
+        self.expected = [answer_log_probs(model, batch) for batch in self.batches]
+
+    def measure(self, model: Any) -> dict[str, Any]:
+        """KL with a 95% bootstrap interval over chats, cross-entropy and exact match."""
+        chats = [self._chat(model, *pair) for pair in zip(self.batches, self.expected, strict=True)]
+        kl, tokens, loss, right, answers = (list(column) for column in zip(*chats, strict=True))
+        rng, draws = random.Random(0), []
+        for _ in range(1000):
+            rows = rng.choices(range(len(kl)), k=len(kl))
+            draws.append(sum(kl[i] for i in rows) / sum(tokens[i] for i in rows))
+        draws.sort()
+        return {
+            "kl": sum(kl) / sum(tokens),
+            "kl_low": draws[25],
+            "kl_high": draws[974],
+            "cross_entropy": sum(loss) / sum(tokens),
+            "exact_match": sum(right) / sum(answers),
+        }
+
+    def _chat(self, model: Any, batch: Any, expected: torch.Tensor) -> tuple[float, int, float, int, int]:
+        found = answer_log_probs(model, batch)
+        targets = batch["labels"][:, 1:][predicted(batch)]
+        marks = answers_right(found.argmax(-1), batch)
+        kl = nn.functional.kl_div(found, expected, reduction="sum", log_target=True)
+        loss = nn.functional.nll_loss(found, targets, reduction="sum")
+        return float(kl), len(targets), float(loss), sum(marks), len(marks)
+
+
+def run(name: str, budgets: list[float], pictures: int, folder: Path) -> None:
+    """All rows of one model that are not yet in its file."""
+    path = folder / f"{name}.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    done = {(row["budget"], row["method"]) for row in rows}
+    model, processor = load(f"zoo:{name}", dtype=torch.float32), load_processor(f"zoo:{name}")
+    held_out = HeldOut(name, model, processor, pictures)
+    records = zoo_records(name, split="train", count=128, seed=1)
+    whole = bytes_per_token(model.config)
+    head_dim = model.config.get_text_config().head_dim if name != "qwen2_5_vl" else 64
+
+    def add(budget: float, method: str, converted: Any, **more: Any) -> None:
+        row = {"budget": budget, "method": method, "pictures": pictures, **more}
+        row |= {"bytes_per_token": bytes_per_token(converted.config), **held_out.measure(converted)}
+        with path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    if (1.0, "original") not in done:
+        add(1.0, "original", model)
+    profiles: dict[ConversionConfig, Any] = {}
+    for budget in budgets:
+        for method, config in settings(budget, head_dim):
+            if (budget, method) in done:
+                continue
+            key = replace(config, budget=None, rope_dim=None, d_kv=None)
+            if key not in profiles:
+                profiles[key] = make_profile(model, processor, records, key)
+            small = convert(model, processor, records, config, profile=profiles[key])
+            mla = small.mla_config
+            assert bytes_per_token(small.config) <= budget * whole
+            add(budget, method, small, rope=mla.qk_rope_head_dim, rank=mla.kv_lora_rank)
+
+
+def table(folder: Path) -> str:
+    """Markdown tables of all rows in a folder."""
+    text = []
+    for name in ZOO_NAMES:
+        path = folder / f"{name}.jsonl"
+        if not path.exists():
+            continue
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        rows.sort(key=lambda row: -row["budget"])
+        text += [
+            f"### `zoo:{name}`",
+            "",
+            "| cache | method | bytes/token | KL (95% interval) | cross-entropy | exact match |",
+        ]
+        text += ["|---|---|---|---|---|---|"]
+        for row in rows:
+            interval = f"{row['kl']:.4f} ({row['kl_low']:.4f} to {row['kl_high']:.4f})"
+            cells = [f"{row['budget']:.4g}", row["method"], f"{row['bytes_per_token']:,}", interval]
+            text.append(
+                "| " + " | ".join([*cells, f"{row['cross_entropy']:.3f}", f"{row['exact_match']:.1%}"]) + " |"
+            )
+        text.append("")
+    return "\n".join(text)
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("-o", "--output", type=Path, required=True, help="folder of rows and tables")
+    parser.add_argument("--models", nargs="+", choices=ZOO_NAMES, default=ZOO_NAMES)
+    parser.add_argument("--budgets", nargs="+", type=float, choices=BUDGETS, default=BUDGETS)
+    parser.add_argument("--pictures", type=int, default=200, help="held-out pictures")
+    options = parser.parse_args()
+    options.output.mkdir(parents=True, exist_ok=True)
+    for name in options.models:
+        run(name, list(options.budgets), options.pictures, options.output)
+    (options.output / "ablation.md").write_text(table(options.output), encoding="utf-8")
+    print(json.dumps({"output": str(options.output), "models": list(options.models)}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,208 @@
+"""A converted model made of an original one: parameters of its attention layers, all else as it was.
+
+Shapes: H query heads, G KV heads, D head dim, P = D / 2 pairs, R rope dims kept, N = D - R,
+O = G * (N + D), r latent dims.
+"""
+
+import copy
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from mha2mla_vlm.attention import MLAAttention
+from mha2mla_vlm.calibration import LayerStats, TokenStats
+from mha2mla_vlm.config import BLOCKS, CENTERED, OUTPUT_WEIGHTED, SHARED, MLAConfig
+from mha2mla_vlm.factorize import Factors, block_factors, metric_root, pca_factors
+from mha2mla_vlm.folding import fold_keys
+from mha2mla_vlm.modeling import decoder_layers, mla_classes
+from mha2mla_vlm.rope import split_dims
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeSelection:
+    """Of one layer, the `pairs [G, R/2]` that stay rotated, and what the others fold to.
+
+    `fold [G, 2, P]` holds a and b (`folding.fold_coefficients`).
+    """
+
+    pairs: torch.Tensor
+    fold: torch.Tensor | None = None
+
+
+def table_scale(model: PreTrainedModel) -> float:
+    """What the rotary tables multiply logits by (longer-context variants of RoPE)."""
+    return float(getattr(model.model.language_model.rotary_emb, "attention_scaling", 1.0)) ** 2
+
+
+def with_partial_rope(
+    model: PreTrainedModel, selections: Sequence[RopeSelection], mla: MLAConfig
+) -> PreTrainedModel:
+    """The model with only the selected pairs rotated, and keys and values not yet factorised."""
+    scale = table_scale(model)
+    weights = [
+        partial_rope_weights(layer.self_attn, selection, scale)
+        for layer, selection in zip(decoder_layers(model), selections, strict=True)
+    ]
+    return rebuild(model, replace(mla, kv_lora_rank=None, kv_bias=False, modalities=SHARED), weights)
+
+
+def partial_rope_weights(
+    attention: Any, selection: RopeSelection, scale: float = 1.0
+) -> dict[str, torch.Tensor]:
+    """Parameters of `MLAAttention` for one layer: rows of q, k and v regrouped, dropped keys folded.
+
+    `scale` is `table_scale`; logits of pairs that are not rotated any more get it through the query,
+    unless a fold, fitted to logits that have it, brings it.
+    """
+    pairs = selection.pairs.to(attention.k_proj.weight.device)
+    rope, others = split_dims(pairs, attention.head_dim)
+    kv_heads, rope_dim = rope.shape
+    order = torch.cat([rope, others], dim=1)
+    weights = {"rope_pairs": selection.pairs}
+    for kind in ("weight", "bias"):
+        q, k, v = (getattr(getattr(attention, f"{x}_proj"), kind) for x in "qkv")
+        if q is not None:
+            q = q.detach().unflatten(0, (kv_heads, -1, attention.head_dim))
+            q = torch.stack([head[:, rows] for head, rows in zip(q, order, strict=True)])
+            factor = torch.ones(attention.head_dim, dtype=q.dtype, device=q.device)
+            factor[rope_dim:] = scale if selection.fold is None else 1.0
+            weights[f"q_proj.{kind}"] = (q * factor.view(-1, *[1] * (q.ndim - 3))).flatten(0, 2)
+        if k is not None:
+            k, v = (x.detach().unflatten(0, (kv_heads, attention.head_dim)) for x in (k, v))
+            weights[f"k_rope_proj.{kind}"] = torch.cat(
+                [head[rows] for head, rows in zip(k, rope, strict=True)]
+            )
+            if selection.fold is not None:
+                k = fold_keys(k, selection.fold.to(pairs.device))
+            both = [torch.cat([kh[rows], vh]) for kh, vh, rows in zip(k, v, others, strict=True)]
+            weights[f"kv_a_proj.shared.{kind}"] = torch.cat(both)
+    return weights
+
+
+def with_factors(model: PreTrainedModel, stats: Sequence[LayerStats], mla: MLAConfig) -> PreTrainedModel:
+    """The model after partial RoPE with its keys and values factorised as `mla` says."""
+    weights = []
+    for index, layer in enumerate(decoder_layers(model)):
+        attention: Any = layer.self_attn
+        whole = {k: v.detach() for k, v in attention.state_dict().items()}
+        weights.append(factored_weights(whole, stats[index], mla, index, attention.head_dim))
+    return rebuild(model, mla, weights)
+
+
+def factored_weights(
+    whole: dict[str, torch.Tensor], stats: LayerStats, mla: MLAConfig, layer: int, head_dim: int
+) -> dict[str, torch.Tensor]:
+    """Down and up projections of one layer, from its parameters after partial RoPE."""
+    _, others = split_dims(whole["rope_pairs"], head_dim)
+    source, bias = whole["kv_a_proj.shared.weight"], whole.get("kv_a_proj.shared.bias")
+    made = {}
+    for modality, factor in layer_factors(source, others, stats, mla, layer).items():
+        made[f"kv_a_proj.{modality}.weight"] = factor.down.to(source.dtype)
+        made[f"kv_b_proj.{modality}.weight"] = factor.up.to(source.dtype)
+        shifted = factor.shift.to(source.dtype) + (0.0 if bias is None else bias) if mla.kv_bias else bias
+        if shifted is not None:
+            made[f"kv_b_proj.{modality}.bias"] = shifted.clone()
+    return made
+
+
+def layer_factors(
+    weight: torch.Tensor, others: torch.Tensor, stats: LayerStats, mla: MLAConfig, layer: int
+) -> dict[str, Factors]:
+    """Factors of one layer's `weight [O, hidden]` by modality; `others [G, N]` are its key dims.
+
+    A modality with fewer calibration tokens than input dims has no moment of full rank of its own:
+    it gets the pooled one, with a warning.
+    """
+    rank, method = cast(int, mla.layer(layer)[1]), cast(str, mla.factorization)
+    if method in BLOCKS:
+        per_head = len(weight) // len(others)
+        is_key = torch.arange(len(weight), device=weight.device) % per_head < others.shape[1]
+        return {"shared": block_factors(weight, is_key, rank, method)}
+    if mla.modalities == SHARED:
+        unseen = torch.eye(weight.shape[1], device=weight.device)
+        moment = unseen if method == "weight-svd" else stats.pooled().moment
+        return {"shared": pca_factors(weight, moment, rank)}
+    factors = {}
+    for modality in mla.modalities:
+        tokens = stats.tokens.get(modality)
+        count, hidden = 0 if tokens is None else tokens.count, weight.shape[1]
+        if tokens is None or count < hidden:
+            logger.warning(
+                "layer %d: %d %s tokens in calibration for %d input dims; using the statistics of all tokens",
+                layer, count, modality, hidden,
+            )  # fmt: skip
+            tokens = stats.pooled()
+        factors[modality] = _token_factors(weight, others, tokens, rank, method)
+    return factors
+
+
+def _token_factors(
+    weight: torch.Tensor, others: torch.Tensor, tokens: TokenStats, rank: int, method: str
+) -> Factors:
+    """Factors of `weight [O, hidden]` for the tokens of one modality."""
+    root = metric_root(cast(torch.Tensor, tokens.metric), others) if method in OUTPUT_WEIGHTED else None
+    if method not in CENTERED:
+        return pca_factors(weight, tokens.moment, rank, root)
+    factors = pca_factors(weight, tokens.centered().moment, rank, root)
+    mean = tokens.total / tokens.mass
+    return replace(factors, shift=weight.double() @ mean - factors.up @ (factors.down @ mean))
+
+
+def converted_layer(
+    source: nn.Module, weights: dict[str, torch.Tensor], mla: MLAConfig, layer: int
+) -> MLAAttention:
+    """One layer's converted attention alone, in the place of `source`."""
+    rope_dim, rank = mla.layer(layer)
+    module = MLAAttention(
+        source, rope_dim=rope_dim, rank=rank, modalities=mla.modalities, kv_bias=mla.kv_bias
+    )
+    output = {f"o_proj.{key}": value for key, value in source.o_proj.state_dict().items()}
+    module.load_state_dict(weights | output)
+    return module.eval()
+
+
+def set_mla(model: PreTrainedModel, mla: MLAConfig) -> None:
+    """Record `mla` on a converted model."""
+    model.mla_config = mla
+    model.config.mla = mla.to_dict()
+
+
+def converted_config(config: Any, mla: MLAConfig) -> Any:
+    """Config of the converted model, from that of an original or a converted one."""
+    config_class = mla_classes(config.model_type)[0]
+    values = config.to_dict() | {"model_type": config_class.model_type, "mla": mla.to_dict()}
+    made = config_class(**values)
+    made._attn_implementation = config._attn_implementation
+    return made
+
+
+def rebuild(
+    model: PreTrainedModel, mla: MLAConfig, weights: list[dict[str, torch.Tensor]]
+) -> PreTrainedModel:
+    """A converted model with `weights` in its attention layers and all else as in `model`."""
+    first = getattr(model.config, "mla", None) is None
+    config = converted_config(model.config, mla)
+    model_class = mla_classes(model.config.model_type)[1]
+    # A first conversion copies, for the original must stay as it is; later ones take the weights over.
+    state = {key: value.clone() if first else value for key, value in model.state_dict().items()}
+    names = {id(module): name for name, module in model.named_modules()}
+    for layer, made in zip(decoder_layers(model), weights, strict=True):
+        prefix = names[id(layer.self_attn)] + "."
+        replaced = (
+            ("q_proj", "k_proj", "v_proj", "kv_a_proj", "kv_b_proj")
+            if "q_proj.weight" in made
+            else ("kv_a_proj",)
+        )
+        for key in [key for key in state if key.startswith(tuple(prefix + part for part in replaced))]:
+            del state[key]
+        state |= {prefix + key: value for key, value in made.items()}
+    made_model = model_class.from_pretrained(None, config=config, state_dict=state, dtype=model.dtype)
+    made_model.generation_config = copy.deepcopy(model.generation_config)
+    return made_model.to(model.device).eval()
