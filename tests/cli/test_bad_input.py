@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 from helpers import original, random_mla
@@ -53,6 +54,13 @@ CONVERT = {
     "rank zero": (["--d-kv", "0"], "0"),
     "d_kv without factorization": (["--factorization", "none", "--d-kv", "8"], "none"),
     "one sample": (["--samples", "1"], "1"),
+    "budget over 1": (["--budget", "1.2"], "budget = 1.2"),
+    "budget too small": (["--budget", "0.01"], "the least for these sizes is 0.0625"),
+    "budget and both sizes": (
+        ["--budget", "0.5", "--rope-dim", "32", "--d-kv", "8"],
+        "leave one of them out",
+    ),
+    "budget without ranks": (["--budget", "0.5", "--factorization", "none"], "no ranks to allot"),
 }
 
 
@@ -157,11 +165,15 @@ def test_truncated_weights_are_refused(monkeypatch, capsys, workspace, tmp_path)
         (["generate", "MODEL", "--prompt", "x", "--image", "absent.png"], "absent.png"),
         (["generate", "MODEL", "--prompt", "x", "--device", "abacus"], "abacus"),
         (["evaluate", "zoo:gpt", "--data", "DATA"], "zoo:gpt"),
+        (["import-published", "MODEL", "--ranks", "absent.pth", "-o", "OUT"], "no 'mha2mla'"),
+        (["import-published", "PUBLISHED", "--ranks", "absent.pth", "-o", "OUT"], "absent.pth"),
+        (["import-published", "absent", "--ranks", "absent.pth", "-o", "OUT"], "absent/config.json"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_other_commands_refuse(monkeypatch, capsys, workspace, tmp_path, command, named):
     places = {"MODEL": workspace / "model", "DATA": workspace / "data", "OUT": tmp_path / "out"}
+    places["PUBLISHED"] = Path(__file__).parents[1] / "fixtures" / "published" / "llava" / "stage2"
     command = [places.get(word, word) for word in command]
     refused(*run(monkeypatch, capsys, *command), named)
     assert list(tmp_path.iterdir()) == []

@@ -1,14 +1,16 @@
 """Commands on good input: files that load, and the JSON keys that scripts read."""
 
 import json
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from helpers import original
 
-from mha2mla_vlm import load, load_records
+from mha2mla_vlm import load, load_processor, load_records
 from mha2mla_vlm.checkpoint import save
 from mha2mla_vlm.cli import main
 from mha2mla_vlm.zoo.chats import write_chats
@@ -49,7 +51,7 @@ def test_convert_inspect_evaluate_generate(monkeypatch, capsys, family, workspac
     seen = run(monkeypatch, capsys, "inspect", out)
     assert seen["layers"] == 4
     assert seen["modalities"] == ["text", "vision"]
-    assert (seen["rope_selection"], seen["factorization"]) == ("mkl", "md-svd")
+    assert (seen["rope_selection"], seen["factorization"]) == ("residual", "output-weighted")
     assert seen["bytes_per_token"] / seen["bytes_per_token_original"] == 0.25
     assert [[len(head) for head in layer] for layer in seen["pairs"]] == [[8] * kv_heads] * 4
 
@@ -69,6 +71,38 @@ def test_convert_inspect_evaluate_generate(monkeypatch, capsys, family, workspac
     assert answer["cache_bytes"] == 2 * converted["bytes_per_token"] // 2 * answer["cached_tokens"]
 
 
+def test_convert_allots_a_budget_and_inspect_shows_why(monkeypatch, capsys, workspace, family):
+    command = ["convert", workspace / "model", "--data", workspace / "data", "-o", workspace / "out"]
+    converted = run(monkeypatch, capsys, *command, "--budget", 0.3, "--samples", 4)
+    assert 0.27 <= converted["bytes_per_token"] / converted["bytes_per_token_original"] <= 0.3
+    seen = run(monkeypatch, capsys, "inspect", workspace / "out")
+    for key in ("qk_rope_head_dim", "kv_lora_rank", "predicted_kl"):
+        assert len(seen[key]) == 4
+        assert seen[key] == converted[key]
+    assert seen["folded"]
+    lengths = [len(layer[0]) for layer in seen["pairs"]]
+    assert lengths == [rope // 2 for rope in seen["qk_rope_head_dim"]]
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+def test_import_published(monkeypatch, capsys, family, stage, tmp_path):
+    folder = Path(__file__).parents[1] / "fixtures" / "published" / family
+    _, processor = original(family)
+    processor.save_pretrained(tmp_path / "processor")
+    shutil.copytree(folder / stage, tmp_path / "published")
+    command = ["import-published", tmp_path / "published", "--ranks", folder / "ranks.pth"]
+    alone = run(monkeypatch, capsys, *command, "-o", tmp_path / "alone")
+    assert alone["processor"] is None
+    assert alone["qk_rope_head_dim"] == 8
+    assert (alone["kv_lora_rank"] is None) == (stage == "stage1")
+    for path in (tmp_path / "processor").iterdir():
+        shutil.copy(path, tmp_path / "published")
+    run(monkeypatch, capsys, *command, "-o", tmp_path / "both")
+    assert type(load_processor(tmp_path / "both")) is type(processor)
+    assert load(tmp_path / "both").mla_config == load(tmp_path / "alone").mla_config
+    assert run(monkeypatch, capsys, "inspect", tmp_path / "both")["family"] == family
+
+
 @pytest.mark.parametrize("factorization", ["none", "weight-svd", "activation-svd", "split", "only-key"])
 @pytest.mark.parametrize("selection", ["high", "low", "uniform", "2-norm"])
 def test_every_published_method_converts(monkeypatch, capsys, workspace, family, factorization, selection):
@@ -76,6 +110,7 @@ def test_every_published_method_converts(monkeypatch, capsys, workspace, family,
         pytest.skip("one family shows the selections that do not look at data")
     command = ["convert", workspace / "model", "--data", workspace / "data", "-o", workspace / "out"]
     command += ["--rope-selection", selection, "--factorization", factorization, "--samples", 4]
+    command += ["--no-fold", "--rope-dim", 32]
     result = run(monkeypatch, capsys, *command)
     model = load(workspace / "out")
     assert model.mla_config.factorization == factorization
@@ -89,7 +124,7 @@ def test_conversion_keeps_the_stored_dtype(monkeypatch, capsys, workspace):
         if path.name not in ("model.safetensors", "config.json"):
             (workspace / "half" / path.name).write_bytes(path.read_bytes())
     command = ["convert", workspace / "half", "--data", workspace / "data", "-o", workspace / "out"]
-    run(monkeypatch, capsys, *command, "--samples", 3)
+    run(monkeypatch, capsys, *command, "--samples", 3, "--rope-dim", 32)
     assert load(workspace / "out").dtype == torch.bfloat16
 
 
