@@ -14,7 +14,9 @@ from mha2mla_vlm.zoo.chats import PAGE_MULTIPLE, make_chat
 from mha2mla_vlm.zoo.guides import answer_sources, token_points, token_targets
 from mha2mla_vlm.zoo.recipe import Recipe, build
 
-SHORT = Recipe(warmup_steps=2, steps=3, warmup_pages=2, tokens=300, evaluate_every=100, held_out=2)
+SHORT = Recipe(
+    warmup_steps=2, steps=2, refining_steps=2, warmup_pages=2, tokens=300, evaluate_every=100, held_out=2
+)
 
 
 def test_an_interrupted_run_ends_as_an_unbroken_one(tmp_path, monkeypatch):
@@ -39,7 +41,7 @@ def test_an_interrupted_run_ends_as_an_unbroken_one(tmp_path, monkeypatch):
     assert all(torch.equal(whole[key], broken[key]) for key in whole)
     assert not (tmp_path / "broken" / "state.pt").exists()
     rows = [json.loads(line) for line in (tmp_path / "whole" / "training_log.jsonl").read_text().splitlines()]
-    assert [row["phase"] for row in rows] == ["vision warm-up", "reading"]
+    assert [row["phase"] for row in rows] == ["vision warm-up", "reading", "refining"]
 
 
 def test_targets_match_the_image_tokens(family):

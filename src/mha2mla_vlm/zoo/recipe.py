@@ -2,8 +2,9 @@
 
 A language model that starts together with an untrained tower never learns to look, so a warm-up
 names the digit under each visual token. Then everything trains together on chats whose pages grow
-to 4 x 4 digits. Answers alone teach slowly where to look, so over the first three fifths two guides
-help: what lies under each image token, and which tokens tell an answer (`zoo.guides`).
+to 4 x 4 digits, and once more at half the learning rate: counting comes late. Answers alone teach
+slowly where to look, so over the first three fifths of each of these phases two guides help: what
+lies under each image token, and which tokens tell an answer (`zoo.guides`).
 """
 
 import json
@@ -41,11 +42,13 @@ class Recipe:
     seed: int = 0
     warmup_steps: int = 1500
     steps: int = 6000
-    minutes: float | None = None  # time for both phases together
-    warmup_share: float = 0.07  # of the minutes
+    refining_steps: int = 3000
+    minutes: float | None = None  # time for all phases together
+    warmup_share: float = 0.06  # of the minutes
+    refining_share: float = 0.3
     warmup_pages: int = 32  # per step
     tokens: int = 1300  # per step, about
-    learning_rate: float = 1e-3
+    learning_rate: float = 1e-3  # half of it in the last phase
     weight_decay: float = 0.05
     evaluate_every: int = 250  # steps
     held_out: int = 500  # pictures of the final measurement
@@ -90,15 +93,22 @@ def build(name: str, output: Path, recipe: Recipe) -> dict[str, Any]:
     run.phase(
         "vision warm-up",
         Clock(recipe.warmup_steps, seconds * recipe.warmup_share),
+        recipe.learning_rate,
         lambda rng, _: warmup_loss(name, model, processor, head, rng, recipe.warmup_pages),
         lambda: {"digit_accuracy": digit_accuracy(name, model, processor, head)},
     )
-    run.phase(
-        "reading",
-        Clock(recipe.steps, seconds * (1 - recipe.warmup_share)),
-        lambda rng, progress: chat_loss(name, model, processor, locator, rng, progress, recipe.tokens),
-        lambda: answer_accuracy(name, model, processor, count=60, seed=1),
-    )
+    reading = seconds * (1 - recipe.warmup_share - recipe.refining_share)
+    for title, clock, rate in (
+        ("reading", Clock(recipe.steps, reading), recipe.learning_rate),
+        ("refining", Clock(recipe.refining_steps, seconds * recipe.refining_share), recipe.learning_rate / 2),
+    ):
+        run.phase(
+            title,
+            clock,
+            rate,
+            lambda rng, progress: chat_loss(name, model, processor, locator, rng, progress, recipe.tokens),
+            lambda: answer_accuracy(name, model, processor, count=60, seed=1),
+        )
     model.to(torch.bfloat16).save_pretrained(output)
     processor.save_pretrained(output)
     accuracy = answer_accuracy(name, model, processor, count=recipe.held_out, seed=0)
@@ -120,6 +130,7 @@ class _Run:
         self,
         title: str,
         clock: Clock,
+        rate: float,
         loss_of: Callable[[random.Random, float], torch.Tensor],
         evaluate: Callable[[], dict[str, Any]],
     ) -> None:
@@ -131,7 +142,7 @@ class _Run:
         if self.state.get("phase") == title:
             optimizer.load_state_dict(self.state["optimizer"])
             clock.step, clock.elapsed = self.state["step"], self.state["elapsed"]
-        for step, losses in self._steps(title, clock, optimizer, loss_of):
+        for step, losses in self._steps(title, clock, rate, optimizer, loss_of):
             if step % self.recipe.evaluate_every == 0 or clock.progress >= 1:
                 self._log({"phase": title, **asdict(clock), "loss": sum(losses) / len(losses), **evaluate()})
                 losses.clear()
@@ -142,6 +153,7 @@ class _Run:
         self,
         title: str,
         clock: Clock,
+        rate: float,
         optimizer: torch.optim.Optimizer,
         loss_of: Callable[[random.Random, float], torch.Tensor],
     ) -> Iterator[tuple[int, list[float]]]:
@@ -156,7 +168,7 @@ class _Run:
             task = bar.add_task(title, total=1.0, loss="")
             while clock.progress < 1:
                 for group in optimizer.param_groups:
-                    group["lr"] = learning_rate(self.recipe.learning_rate, clock.progress)
+                    group["lr"] = learning_rate(rate, clock.progress)
                 rng = random.Random(f"{title}/{self.recipe.seed}/{clock.step}")
                 with torch.autocast(self.modules["model"].device.type, torch.bfloat16):
                     loss = loss_of(rng, clock.progress)
