@@ -1,10 +1,11 @@
 """Training-free conversion, ingredient by ingredient, on the zoo models at equal cache bytes.
 
-    python benchmarks/ablation.py -o docs/ablation              # all models and budgets; resumes
-    python benchmarks/ablation.py -o docs/ablation --models llava --budgets 0.25
+    python benchmarks/ablation.py                      # all models and budgets, an hour on two cores; resumes
+    python benchmarks/ablation.py --models llava --budgets 0.25 -o /tmp/rows
 
 Calibration: 128 chats about training scans. Measured: held-out pictures of test scans. Appends a row to
-`OUT/MODEL.jsonl` for each conversion and writes the tables of all rows there to `OUT/ablation.md`.
+`OUT/MODEL.jsonl` for each conversion and writes the tables of all rows there to `OUT/ablation.md`, and, where
+OUT is `docs/ablation`, into `docs/method.md`.
 """
 
 import argparse
@@ -27,6 +28,8 @@ from mha2mla_vlm.evaluation import answer_log_probs, answers_right, predicted
 from mha2mla_vlm.families import get_family
 from mha2mla_vlm.zoo import ZOO_NAMES
 
+DOCS = Path(__file__).parents[1] / "docs"
+MARK = "<!-- written by benchmarks/ablation.py -->"
 BUDGETS = (0.5, 0.375, 0.25, 0.1875)
 UNIFORM = {0.5: (2, 2), 0.375: (2, 4), 0.25: (4, 4), 0.1875: (4, 8)}  # head dim by R, by d_kv
 QUARTER_ROPE = {0.5: 0.75, 0.375: 0.5}  # d_kv as a share of the head dim, at the paper's R = D/4
@@ -131,13 +134,14 @@ def run(name: str, budgets: list[float], pictures: int, folder: Path) -> None:
 
 def table(folder: Path) -> str:
     """Markdown tables of all rows in a folder."""
+    order = ["original", *dict.fromkeys(name for b in BUDGETS for name, _ in settings(b, 64))]
     text = []
     for name in ZOO_NAMES:
         path = folder / f"{name}.jsonl"
         if not path.exists():
             continue
         rows = [json.loads(line) for line in path.read_text().splitlines()]
-        rows.sort(key=lambda row: -row["budget"])
+        rows.sort(key=lambda row: (-row["budget"], order.index(row["method"])))
         text += [
             f"### `zoo:{name}`",
             "",
@@ -159,7 +163,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("-o", "--output", type=Path, required=True, help="folder of rows and tables")
+    parser.add_argument("-o", "--output", type=Path, default=DOCS / "ablation", help="folder of rows, tables")
     parser.add_argument("--models", nargs="+", choices=ZOO_NAMES, default=ZOO_NAMES)
     parser.add_argument("--budgets", nargs="+", type=float, choices=BUDGETS, default=BUDGETS)
     parser.add_argument("--pictures", type=int, default=200, help="held-out pictures")
@@ -167,7 +171,12 @@ def main() -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     for name in options.models:
         run(name, list(options.budgets), options.pictures, options.output)
-    (options.output / "ablation.md").write_text(table(options.output), encoding="utf-8")
+    text = table(options.output)
+    (options.output / "ablation.md").write_text(text, encoding="utf-8")
+    if options.output == DOCS / "ablation":
+        page = DOCS / "method.md"
+        before, _ = page.read_text(encoding="utf-8").split(MARK)
+        page.write_text(f"{before}{MARK}\n\n{text}", encoding="utf-8")
     print(json.dumps({"output": str(options.output), "models": list(options.models)}))
 
 

@@ -11,9 +11,10 @@ if TYPE_CHECKING:
     from mha2mla_vlm.checkpoint import load, load_processor, save
     from mha2mla_vlm.config import ConversionConfig, MLAConfig
     from mha2mla_vlm.conversion import convert, make_profile
-    from mha2mla_vlm.data import Record, load_records
+    from mha2mla_vlm.data import Record
     from mha2mla_vlm.errors import InputError
     from mha2mla_vlm.evaluation import evaluate
+    from mha2mla_vlm.sources import load_records
     from mha2mla_vlm.zoo import zoo_path
 
 __version__ = "0.1.0"
@@ -30,7 +31,7 @@ _MODULES = {
     "convert": "conversion",
     "make_profile": "conversion",
     "Record": "data",
-    "load_records": "data",
+    "load_records": "sources",
     "InputError": "errors",
     "evaluate": "evaluation",
     "zoo_path": "zoo",

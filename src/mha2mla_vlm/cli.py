@@ -113,7 +113,7 @@ def convert(
     from mha2mla_vlm.config import ConversionConfig
     from mha2mla_vlm.conversion import convert as convert_model
     from mha2mla_vlm.conversion import plan
-    from mha2mla_vlm.data import load_records
+    from mha2mla_vlm.sources import load_records
 
     config = ConversionConfig(
         budget=budget,
@@ -163,8 +163,8 @@ def evaluate(
     device: DeviceOption = "auto",
 ) -> None:
     """Exact match of greedy answers, their cross-entropy, and the divergence from a baseline."""
-    from mha2mla_vlm.data import load_records
     from mha2mla_vlm.evaluation import evaluate as evaluate_model
+    from mha2mla_vlm.sources import load_records
 
     records = load_records(data, limit=limit)
     model, processor = _load(checkpoint, dtype, device)

@@ -1,7 +1,7 @@
-"""Chat records: read from files, checked, and turned into model inputs with answer-only labels."""
+"""Chat records, checked, and turned into model inputs with answer-only labels."""
 
-import json
-from collections.abc import Iterator, Sequence
+import io
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,18 +16,18 @@ from mha2mla_vlm.errors import InputError
 IGNORE_INDEX = -100  # label of a token that is not part of an answer
 ROLES = ("system", "user", "assistant")
 PARTS = ("text", "image")
-_LLAVA_ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
+Picture = Path | bytes | Image.Image  # a file, its content, or a picture
 
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """One chat. `messages` follow transformers' convention; `images` are files or pictures, in order.
+    """One chat. `messages` follow transformers' convention; `images` are in order.
 
     An assistant message may carry a `kind`, by which `evaluate` reports it.
     """
 
     messages: list[dict[str, Any]]
-    images: Sequence[Path | Image.Image] = field(default_factory=tuple)
+    images: Sequence[Picture] = field(default_factory=tuple)
     source: str = "record"
 
     def __post_init__(self) -> None:
@@ -84,95 +84,17 @@ def _checked_messages(messages: Any, source: str) -> list[dict[str, Any]]:
     return checked
 
 
-def _open_image(image: Path | Image.Image, source: str) -> Image.Image:
+def _open_image(image: Picture, source: str) -> Image.Image:
     if isinstance(image, Image.Image):
         return image.convert("RGB")
+    name = f"of {len(image)} bytes" if isinstance(image, bytes) else str(image)
     try:
-        with Image.open(image) as opened:
+        with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
             return opened.convert("RGB")
     except FileNotFoundError:
-        raise InputError(f"{source}: image {image} does not exist") from None
+        raise InputError(f"{source}: image {name} does not exist") from None
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-        raise InputError(f"{source}: image {image} cannot be read: {error}") from None
-
-
-def load_records(path: str | Path, *, limit: int | None = None) -> list[Record]:
-    """Read chats from a file, with images relative to its folder.
-
-    Accepted are JSON lines of `{"messages": [...], "images": [...]}` and the LLaVA form, a JSON list
-    of `{"image": ..., "conversations": [{"from": "human", "value": "<image>..."}, ...]}`. A folder
-    stands for the `chats.jsonl` in it. Every image file is opened once, so that a broken one is
-    found before work starts.
-
-    Raises `InputError` for anything that cannot be read, naming file and line.
-    """
-    path = Path(path)
-    path = path / "chats.jsonl" if path.is_dir() else path
-    if not path.is_file():
-        raise InputError(f"data file {path} does not exist; give a JSONL file of chats or a LLaVA JSON file")
-    records: list[Record] = []
-    for source, entry in _entries(path):
-        if limit is not None and len(records) == limit:
-            break
-        record = _to_record(entry, path.parent, source)
-        record.load_images()
-        records.append(record)
-    if not records:
-        raise InputError(f"{path} holds no records; give at least one chat")
-    return records
-
-
-def _entries(path: Path) -> Iterator[tuple[str, Any]]:
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text: {error}") from None
-    try:
-        if text.lstrip().startswith("["):
-            for number, entry in enumerate(json.loads(text), start=1):
-                yield f"{path} record {number}", entry
-            return
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}: broken JSON: {error}") from None
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            source = f"{path} line {number}"
-            try:
-                yield source, json.loads(line)
-            except json.JSONDecodeError as error:
-                raise InputError(f"{source}: broken JSON: {error}") from None
-
-
-def _to_record(entry: Any, folder: Path, source: str) -> Record:
-    if isinstance(entry, dict) and "messages" in entry:
-        messages, images = entry["messages"], entry.get("images") or []
-    elif isinstance(entry, dict) and "conversations" in entry:
-        messages, images = _from_llava(entry, source)
-    else:
-        raise InputError(f"{source}: neither `messages` nor `conversations`; give one chat a record")
-    if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
-        raise InputError(f"{source}: `images` must be a list of file names")
-    return Record(messages=messages, images=[folder / image for image in images], source=source)
-
-
-def _from_llava(entry: dict[str, Any], source: str) -> tuple[list[dict[str, Any]], list[str]]:
-    turns = entry["conversations"]
-    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        raise InputError(f"{source}: `conversations` must be a list of objects with `from` and `value`")
-    messages = []
-    for turn in turns:
-        speaker, value = turn.get("from"), turn.get("value")
-        if not isinstance(speaker, str) or speaker not in _LLAVA_ROLES:
-            raise InputError(f"{source}: unknown role {speaker!r}; known: {', '.join(_LLAVA_ROLES)}")
-        if not isinstance(value, str):
-            raise InputError(f"{source}: `value` must be text, not {value!r}")
-        content: list[dict[str, str]] = []
-        for i, piece in enumerate(value.split("<image>")):
-            content += [{"type": "image"}] * (i > 0)
-            content += [{"type": "text", "text": piece.strip("\n")}] * bool(piece.strip("\n"))
-        messages.append({"role": _LLAVA_ROLES[speaker], "content": content})
-    image = entry.get("image")
-    return messages, image if isinstance(image, list) else [image] if image else []
+        raise InputError(f"{source}: image {name} cannot be read: {error}") from None
 
 
 def encode(

@@ -1,7 +1,7 @@
 """What a converted layer costs at the model's output, measured with layers swapped in a context.
 
 An error in one layer grows on its way through the layers above it, and no formula over the layer
-alone foresees that (`docs/method.md` has figures). Shapes: T tokens, A answer tokens, V vocabulary.
+alone foresees that (`docs/method.md` has figures). Shapes: T tokens, A answer tokens, C hidden, V vocabulary.
 """
 
 import contextlib
@@ -35,12 +35,16 @@ class Probe:
         self.modality = [
             TokenModality.from_mask(visual_mask(batch, visual_token_ids)[None]) for batch in batches
         ]
-        self.expected = [self._log_probs(index) for index in range(len(batches))]
+        self.expected = [self._hidden(index) for index in range(len(batches))]
 
-    def _log_probs(self, index: int) -> torch.Tensor:
-        """Log probabilities of a chat's answer tokens, `[A, V]`."""
+    def _hidden(self, index: int) -> torch.Tensor:
+        """What tells a chat's answer tokens, `[A, C]`; to keep their distributions takes V / C as much."""
         hidden = self.model.model.language_model(**self.inputs[index]).last_hidden_state[0, :-1]
-        return self.model.lm_head(hidden[self.answers[index]]).float().log_softmax(-1)
+        return hidden[self.answers[index]]
+
+    def log_probs(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Log probabilities of answer tokens, `[A, C]` to `[A, V]`."""
+        return self.model.lm_head(hidden).float().log_softmax(-1)
 
     def loss(self, layers: Mapping[int, MLAAttention]) -> float:
         """Mean KL divergence of answer tokens from the original with some layers converted, in nats."""
@@ -52,8 +56,9 @@ class Probe:
         found = []
         for index, expected in enumerate(self.expected):
             with swapped(self.model, layers, self.modality[index]):
-                log_probs = self._log_probs(index)
-            found.append(float(nn.functional.kl_div(log_probs, expected, reduction="sum", log_target=True)))
+                hidden = self._hidden(index)
+            pair = self.log_probs(hidden), self.log_probs(expected)
+            found.append(float(nn.functional.kl_div(*pair, reduction="sum", log_target=True)))
         return found
 
     def keep_hardest(self, layers: Mapping[int, MLAAttention], count: int) -> None:

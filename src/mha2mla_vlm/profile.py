@@ -121,7 +121,8 @@ class Profile:
         weights = partial_rope_weights(source, selection, table_scale(self.model))
         if rank is None:
             return converted_layer(source, weights, replace(mla, modalities=SHARED), index)
-        factors = factored_weights(weights, self.stats[index], mla, index, self.sizes.head_dim)
+        head_dim = self.sizes.head_dim
+        factors = factored_weights(weights, self.stats[index], mla, index, head_dim, warn=False)
         kept = {key: value for key, value in weights.items() if not key.startswith("kv_a_proj.")}
         return converted_layer(source, kept | factors, mla, index)
 

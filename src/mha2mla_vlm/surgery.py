@@ -97,13 +97,19 @@ def with_factors(model: PreTrainedModel, stats: Sequence[LayerStats], mla: MLACo
 
 
 def factored_weights(
-    whole: dict[str, torch.Tensor], stats: LayerStats, mla: MLAConfig, layer: int, head_dim: int
+    whole: dict[str, torch.Tensor],
+    stats: LayerStats,
+    mla: MLAConfig,
+    layer: int,
+    head_dim: int,
+    *,
+    warn: bool = True,
 ) -> dict[str, torch.Tensor]:
     """Down and up projections of one layer, from its parameters after partial RoPE."""
     _, others = split_dims(whole["rope_pairs"], head_dim)
     source, bias = whole["kv_a_proj.shared.weight"], whole.get("kv_a_proj.shared.bias")
     made = {}
-    for modality, factor in layer_factors(source, others, stats, mla, layer).items():
+    for modality, factor in layer_factors(source, others, stats, mla, layer, warn=warn).items():
         made[f"kv_a_proj.{modality}.weight"] = factor.down.to(source.dtype)
         made[f"kv_b_proj.{modality}.weight"] = factor.up.to(source.dtype)
         shifted = factor.shift.to(source.dtype) + (0.0 if bias is None else bias) if mla.kv_bias else bias
@@ -113,12 +119,18 @@ def factored_weights(
 
 
 def layer_factors(
-    weight: torch.Tensor, others: torch.Tensor, stats: LayerStats, mla: MLAConfig, layer: int
+    weight: torch.Tensor,
+    others: torch.Tensor,
+    stats: LayerStats,
+    mla: MLAConfig,
+    layer: int,
+    *,
+    warn: bool = True,
 ) -> dict[str, Factors]:
     """Factors of one layer's `weight [O, hidden]` by modality; `others [G, N]` are its key dims.
 
     A modality with fewer calibration tokens than input dims has no moment of full rank of its own:
-    it gets the pooled one, with a warning.
+    it gets the pooled one, with a warning unless told not to `warn`.
     """
     rank, method = cast(int, mla.layer(layer)[1]), cast(str, mla.factorization)
     if method in BLOCKS:
@@ -134,7 +146,8 @@ def layer_factors(
         tokens = stats.tokens.get(modality)
         count, hidden = 0 if tokens is None else tokens.count, weight.shape[1]
         if tokens is None or count < hidden:
-            logger.warning(
+            logger.log(
+                logging.WARNING if warn else logging.DEBUG,
                 "layer %d: %d %s tokens in calibration for %d input dims; using the statistics of all tokens",
                 layer, count, modality, hidden,
             )  # fmt: skip

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
-from mha2mla_vlm.data import load_records, message_text
+from mha2mla_vlm.data import message_text
+from mha2mla_vlm.sources import load_records
 from mha2mla_vlm.zoo.architectures import new_model
 from mha2mla_vlm.zoo.chats import (
     KINDS,
