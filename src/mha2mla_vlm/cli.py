@@ -42,7 +42,10 @@ class SplitName(StrEnum):
 
 ModelArgument = Annotated[str, typer.Argument(help="A folder, a hub id, or zoo:NAME.", show_default=False)]
 DataOption = Annotated[
-    Path, typer.Option("--data", help="JSONL file of chats, or LLaVA JSON file.", show_default=False)
+    str,
+    typer.Option(
+        "--data", help="Chats: JSONL, LLaVA JSON, parquet, datasets folder, hub id.", show_default=False
+    ),
 ]
 OutputOption = Annotated[
     Path, typer.Option("--output", "-o", help="Folder to write; new or empty.", show_default=False)
