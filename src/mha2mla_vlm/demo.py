@@ -45,7 +45,7 @@ def run_demo(
     held_out = zoo_records(name, split="test", count=pictures, seed=0)
     profile = make_profile(model, processor, calibration)
     converted = {
-        f"{budget:.4g} of the cache": convert(
+        f"budget {budget:.4g}": convert(
             model, processor, calibration, ConversionConfig(budget=budget), profile=profile
         )
         for budget in BUDGETS
