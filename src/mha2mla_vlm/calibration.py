@@ -193,25 +193,41 @@ def collect_usage(
     def observe(
         index: int, module: Any, hidden: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor]
     ) -> None:
-        heads, kinds = Heads.of(module, hidden, tables), modality.to(hidden.device)
-        received, metric = attention_usage(
-            *heads.rotated(),
-            heads.values,
-            heads.queries,
-            module.o_proj.weight.unflatten(1, (-1, module.head_dim)),
-            kinds,
-            weights.to(hidden.device),
-            modalities=len(DECOUPLED),
-            scaling=module.scaling,
-        )
-        for number, name in enumerate(DECOUPLED):
-            mask = kinds == number
-            stats[index].add(name, TokenStats.of(hidden[0][mask], received[mask], metric[number]))
+        for name, tokens in layer_usage(module, hidden, tables, modality, weights).items():
+            stats[index].add(name, tokens)
 
     for batch in _run(model, batches, observe, "weighting errors"):
         modality = visual_mask(batch, visual_token_ids).long()
         weights = query_weights(batch, modality)
     return stats
+
+
+def layer_usage(
+    module: Any,
+    hidden: torch.Tensor,
+    tables: tuple[torch.Tensor, torch.Tensor],
+    modality: torch.Tensor,
+    weights: torch.Tensor,
+) -> dict[str, TokenStats]:
+    """What one chat tells of one original layer; `modality [T]` numbers `DECOUPLED`, `weights [T]` are
+    `query_weights`.
+    """
+    heads, modality = Heads.of(module, hidden, tables), modality.to(hidden.device)
+    received, metric = attention_usage(
+        *heads.rotated(),
+        heads.values,
+        heads.queries,
+        module.o_proj.weight.unflatten(1, (-1, module.head_dim)),
+        modality,
+        weights.to(hidden.device),
+        modalities=len(DECOUPLED),
+        scaling=module.scaling,
+    )
+    masks = [modality == number for number in range(len(DECOUPLED))]
+    return {
+        name: TokenStats.of(hidden[0][mask], received[mask], metric[number])
+        for number, (name, mask) in enumerate(zip(DECOUPLED, masks, strict=True))
+    }
 
 
 def collect_pair_covariance(

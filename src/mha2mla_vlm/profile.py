@@ -66,7 +66,6 @@ class Profile:
         self.scores: list[torch.Tensor] = []
         self.covariances: list[torch.Tensor] = []
         self.orders: list[torch.Tensor] = []
-        self._stats: list[LayerStats] = []
         self._losses: list[LayerLosses] = []
         self._collect_pairs()
 
@@ -105,13 +104,11 @@ class Profile:
         """Those of all layers at the sizes of `mla`."""
         return [self.selection(index, mla.layer(index)[0]) for index in range(self.sizes.layers)]
 
-    @property
+    @functools.cached_property
     def stats(self) -> list[LayerStats]:
         """Inputs of the original's attention layers, weighted if the factorisation asks for it."""
-        if not self._stats:
-            collect = collect_usage if self.config.factorization in OUTPUT_WEIGHTED else collect_moments
-            self._stats = collect(self.model, self.batches, self.visual)
-        return self._stats
+        collect = collect_usage if self.config.factorization in OUTPUT_WEIGHTED else collect_moments
+        return collect(self.model, self.batches, self.visual)
 
     def layer(self, index: int, mla: MLAConfig) -> MLAAttention:
         """A layer's attention converted as `mla` says, alone."""

@@ -139,8 +139,8 @@ def test_a_probe_measures_what_the_models_differ_by_and_leaves_the_model_alone(f
     small = convert(model, processor, records(family), config, profile=known)
     measured = probe.loss({index: known.layer(index, mla) for index in range(4)})
     pairs = zip(map(probe.log_probs, probe.expected), calibration, strict=True)
-    sums = [(e.exp() * (e - answer_log_probs(small, b))).sum() for e, b in pairs]
-    assert measured == pytest.approx(float(sum(sums)) / sum(map(len, probe.expected)), rel=1e-2)
+    sums = [(e.exp() * (e - answer_log_probs(small, b))).sum().item() for e, b in pairs]
+    assert measured == pytest.approx(sum(sums) / sum(map(len, probe.expected)), rel=1e-2)
     assert all(layer.self_attn is kept for layer, kept in zip(decoder_layers(model), before, strict=True))
 
 

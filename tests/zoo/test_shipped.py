@@ -109,6 +109,7 @@ def test_the_default_beats_the_published_method_at_the_same_bytes(family):
 
 
 def test_demo_measures_the_cache(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr("mha2mla_vlm.demo.CALIBRATION_CHATS", 32)  # of 128: a quarter of the time
     monkeypatch.setattr("sys.argv", ["mha2mla", "demo", "--pictures", "12", "-o", str(tmp_path / "demo")])
     with pytest.raises(SystemExit) as ended:
         main()
@@ -120,5 +121,5 @@ def test_demo_measures_the_cache(monkeypatch, capsys, tmp_path):
     for row, share in ((original, 1.0), (half, 0.375), (quarter, 0.25)):
         assert row["bytes_per_token"] <= share * original["bytes_per_token"]
         assert row["cache_bytes"] == row["bytes_per_token"] * row["cached_tokens"]
-    assert half["exact_match"] > quarter["exact_match"]
-    assert half["kl"] < quarter["kl"]
+    assert half["exact_match"] > 0.9 * original["exact_match"]
+    assert 0 < half["kl"] < quarter["kl"] < 0.5
