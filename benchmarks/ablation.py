@@ -21,6 +21,7 @@ from torch import nn
 
 from mha2mla_vlm import ConversionConfig, convert, load, load_processor
 from mha2mla_vlm.cache import bytes_per_token
+from mha2mla_vlm.config import AttentionSizes
 from mha2mla_vlm.conversion import make_profile
 from mha2mla_vlm.data import encode_with_labels
 from mha2mla_vlm.demo import zoo_records
@@ -33,19 +34,23 @@ MARK = "<!-- written by benchmarks/ablation.py -->"
 BUDGETS = (0.5, 0.375, 0.25, 0.1875)
 UNIFORM = {0.5: (2, 2), 0.375: (2, 4), 0.25: (4, 4), 0.1875: (4, 8)}  # head dim by R, by d_kv
 QUARTER_ROPE = {0.5: 0.75, 0.375: 0.5}  # d_kv as a share of the head dim, at the paper's R = D/4
+
+
+def method(selection: str, fold: bool, factorization: str) -> dict[str, Any]:
+    """How to convert, whatever the sizes."""
+    return {"rope_selection": selection, "fold": fold, "factorization": factorization}
+
+
 METHODS = {
-    "published (mkl, md-svd)": {"rope_selection": "mkl", "fold": False, "factorization": "md-svd"},
-    "high": {"rope_selection": "high", "fold": False, "factorization": "md-svd"},
-    "low": {"rope_selection": "low", "fold": False, "factorization": "md-svd"},
-    "uniform": {"rope_selection": "uniform", "fold": False, "factorization": "md-svd"},
-    "2-norm": {"rope_selection": "2-norm", "fold": False, "factorization": "md-svd"},
-    "mkl, SVD of the weights": {"rope_selection": "mkl", "fold": False, "factorization": "weight-svd"},
-    "rotation-kl": {"rope_selection": "rotation-kl", "fold": False, "factorization": "md-svd"},
-    "rotation-kl + fold": {"rope_selection": "rotation-kl", "fold": True, "factorization": "md-svd"},
-    "residual + fold": {"rope_selection": "residual", "fold": True, "factorization": "md-svd"},
-    "… + centered": {"rope_selection": "residual", "fold": True, "factorization": "centered"},
-    "… + output-weighted": {"rope_selection": "residual", "fold": True, "factorization": "output-weighted"},
-    "… + both": {"rope_selection": "residual", "fold": True, "factorization": "output-weighted-centered"},
+    "published (mkl, md-svd)": method("mkl", False, "md-svd"),
+    **{name: method(name, False, "md-svd") for name in ("high", "low", "uniform", "2-norm")},
+    "mkl, SVD of the weights": method("mkl", False, "weight-svd"),
+    "rotation-kl": method("rotation-kl", False, "md-svd"),
+    "rotation-kl + fold": method("rotation-kl", True, "md-svd"),
+    "residual + fold": method("residual", True, "md-svd"),
+    "… + centered": method("residual", True, "centered"),
+    "… + output-weighted": method("residual", True, "output-weighted"),
+    "… + both": method("residual", True, "output-weighted-centered"),
 }
 PUBLISHED, OURS = "published (mkl, md-svd)", "ours: … + output-weighted, allotted over layers"
 ALLOTTED = {"published, allotted over layers": PUBLISHED, OURS: "… + output-weighted"}
@@ -55,13 +60,13 @@ def settings(budget: float, head_dim: int) -> Iterator[tuple[str, ConversionConf
     """Every row of one budget: its name and how to convert."""
     by_rope, by_latent = UNIFORM[budget]
     sizes = {"rope_dim": head_dim // by_rope, "d_kv": head_dim // by_latent}
-    for name, method in METHODS.items():
-        yield name, ConversionConfig(**sizes, **method)
+    for name, how in METHODS.items():
+        yield name, ConversionConfig(**sizes, **how)
         if name == PUBLISHED and budget in QUARTER_ROPE:
             quarter = {"rope_dim": head_dim // 4, "d_kv": int(QUARTER_ROPE[budget] * head_dim)}
-            yield f"{name}, R = D/4", ConversionConfig(**quarter, **method)
-    for name, method in ALLOTTED.items():
-        yield name, ConversionConfig(budget=budget, **METHODS[method])
+            yield f"{name}, R = D/4", ConversionConfig(**quarter, **how)
+    for name, like in ALLOTTED.items():
+        yield name, ConversionConfig(budget=budget, **METHODS[like])
 
 
 class HeldOut:
@@ -108,7 +113,7 @@ def run(name: str, budgets: list[float], pictures: int, folder: Path) -> None:
     held_out = HeldOut(name, model, processor, pictures)
     records = zoo_records(name, split="train", count=128, seed=1)
     whole = bytes_per_token(model.config)
-    head_dim = model.config.get_text_config().head_dim if name != "qwen2_5_vl" else 64
+    head_dim = AttentionSizes.of(model.config).head_dim
 
     def add(budget: float, method: str, converted: Any, **more: Any) -> None:
         row = {"budget": budget, "method": method, "pictures": pictures, **more}

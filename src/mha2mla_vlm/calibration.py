@@ -193,6 +193,7 @@ def collect_usage(
     def observe(
         index: int, module: Any, hidden: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor]
     ) -> None:
+        """Add one chat's tokens of a layer."""
         for name, tokens in layer_usage(module, hidden, tables, modality, weights).items():
             stats[index].add(name, tokens)
 
@@ -243,6 +244,7 @@ def collect_pair_covariance(
     def observe(
         index: int, module: Any, hidden: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor]
     ) -> None:
+        """Add one chat's covariance of a layer."""
         heads = Heads.of(module, hidden, tables)
         looked = (rows.to(hidden.device), weights.to(hidden.device))
         covariance = pair_covariance(heads.queries, heads.keys, heads.cos, heads.sin, *looked, module.scaling)
@@ -265,6 +267,7 @@ def collect_pair_scores(
     def observe(
         index: int, module: Any, hidden: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor]
     ) -> None:
+        """Add one chat's scores of a layer."""
         heads = Heads.of(module, hidden, tables)
         if method == "2-norm":
             score = two_norm_scores(heads.queries, heads.keys)

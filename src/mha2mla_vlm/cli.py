@@ -47,6 +47,16 @@ DataOption = Annotated[
         "--data", help="Chats: JSONL, LLaVA JSON, parquet, datasets folder, hub id.", show_default=False
     ),
 ]
+SelectionOption = Annotated[
+    str, typer.Option(help="high, low, uniform, 2-norm, mkl, rotation-kl or residual.")
+]
+FactorizationOption = Annotated[
+    str,
+    typer.Option(
+        help="none, weight-svd, activation-svd, md-svd, centered, output-weighted, "
+        "output-weighted-centered, split, only-key or only-value."
+    ),
+]
 OutputOption = Annotated[
     Path, typer.Option("--output", "-o", help="Folder to write; new or empty.", show_default=False)
 ]
@@ -94,19 +104,11 @@ def convert(
     d_kv: Annotated[
         int | None, typer.Option(help="Latent dims per KV head, instead the same in every layer.")
     ] = None,
-    rope_selection: Annotated[
-        str, typer.Option(help="high, low, uniform, 2-norm, mkl, rotation-kl or residual.")
-    ] = "residual",
+    rope_selection: SelectionOption = "residual",
     fold: Annotated[
         bool, typer.Option(help="Move the mean rotation of dropped pairs into the weights.")
     ] = True,
-    factorization: Annotated[
-        str,
-        typer.Option(
-            help="none, weight-svd, activation-svd, md-svd, centered, output-weighted, "
-            "output-weighted-centered, split, only-key or only-value."
-        ),
-    ] = "output-weighted",
+    factorization: FactorizationOption = "output-weighted",
     samples: Annotated[int, typer.Option(help="Chats to calibrate and measure on, at most.")] = 128,
     dtype: DTypeOption = DType.auto,
     device: DeviceOption = "auto",

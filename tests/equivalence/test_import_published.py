@@ -3,11 +3,11 @@
 import functools
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from test_published import FOLDER, distance, golden, golden_inputs, logits
 
 from mha2mla_vlm.checkpoint import load, save
 from mha2mla_vlm.errors import InputError
@@ -15,13 +15,7 @@ from mha2mla_vlm.families import FAMILIES
 from mha2mla_vlm.interop.published import import_published
 from mha2mla_vlm.modeling import decoder_layers
 
-FOLDER = Path(__file__).parents[1] / "fixtures" / "published"
 STAGES = ("stage1", "stage2")
-
-
-@functools.cache
-def golden(family):
-    return load_file(FOLDER / family / "golden.safetensors")
 
 
 @functools.cache
@@ -29,41 +23,29 @@ def imported(family, stage):
     return import_published(FOLDER / family / stage, FOLDER / family / "ranks.pth")
 
 
-def inputs(family):
-    found = {k.removeprefix("input."): v for k, v in golden(family).items() if k.startswith("input.")}
-    if family == "qwen2_5_vl":
-        found["mm_token_type_ids"] = (found["input_ids"] == 301).long()
-    return found
-
-
-def largest_error(ours, wanted):
-    return float((ours - wanted).abs().max())
-
-
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("family", FAMILIES)
-@torch.no_grad()
 def test_an_imported_checkpoint_gives_the_published_logits(family, stage):
-    logits = imported(family, stage)(**inputs(family), use_cache=False).logits
-    assert largest_error(logits, golden(family)[stage]) < 1e-5
+    found = logits(imported(family, stage), golden_inputs(family), use_cache=False)
+    assert distance(found, golden(family)[stage]) < 1e-5
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_the_absorbed_path_gives_the_published_logits(family):
-    model, given = imported(family, "stage2"), inputs(family)
+    model, given = imported(family, "stage2"), golden_inputs(family)
     ids, split = given["input_ids"], given["input_ids"].shape[1] - 4
     prompt = given | {k: given[k][:, :split] for k in ("input_ids", "attention_mask")}
     if "mm_token_type_ids" in given:
         prompt["mm_token_type_ids"] = given["mm_token_type_ids"][:, :split]
     first = model(**prompt, use_cache=True)
-    cache, logits = first.past_key_values, [first.logits]
+    cache, found = first.past_key_values, [first.logits]
     limits = {layer.self_attn.absorb_limit for layer in decoder_layers(model)}
     assert min(limits) >= 1  # one new token at a time is absorbed
     for i in range(split, ids.shape[1]):
         step = model(input_ids=ids[:, i : i + 1], past_key_values=cache, use_cache=True)
-        logits.append(step.logits)
-    assert largest_error(torch.cat(logits, dim=1), golden(family)["stage2"]) < 1e-4
+        found.append(step.logits)
+    assert distance(torch.cat(found, dim=1), golden(family)["stage2"]) < 1e-4
 
 
 def test_sharded_weights_import_alike_and_the_result_loads_alone(tmp_path):

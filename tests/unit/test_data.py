@@ -12,7 +12,7 @@ from tokenizers.processors import TemplateProcessing
 from mha2mla_vlm.data import IGNORE_INDEX, Record, encode, encode_with_labels, message_text
 from mha2mla_vlm.errors import InputError
 from mha2mla_vlm.families import FAMILIES, get_family
-from mha2mla_vlm.sources import load_records, stream_records
+from mha2mla_vlm.sources import load_records
 from mha2mla_vlm.zoo.architectures import new_model
 
 IMAGE = {"type": "image"}
@@ -369,83 +369,3 @@ def test_a_template_that_raises_is_bad_input(vicuna):
 def test_a_kind_that_is_not_text_is_refused():
     with pytest.raises(InputError, match="kind"):
         Record(messages=[user("Read."), {**answer("7"), "kind": None}])
-
-
-def llava_rows(folder):
-    """Rows as LLaVA-NeXT-Data has them: pictures as bytes, and one record without any."""
-    shown = [{"bytes": (folder / name).read_bytes(), "path": None} for name in ("a.png", "b.png")]
-    rows = [{"id": str(i), "image": image, "conversations": turns()} for i, image in enumerate(shown)]
-    return [*rows, {"id": "2", "image": None, "conversations": turns("What is 1 + 1?", "2")}]
-
-
-def test_parquet_with_pictures_as_bytes(folder):
-    datasets = pytest.importorskip("datasets")
-    rows = datasets.Dataset.from_list(llava_rows(folder)).cast_column("image", datasets.Image())
-    (folder / "parts").mkdir()
-    rows.select([0, 1]).to_parquet(folder / "parts" / "0.parquet")
-    rows.select([2]).to_parquet(folder / "parts" / "1.parquet")
-    for source, count in ((folder / "parts", 3), (folder / "parts" / "0.parquet", 2)):
-        records = load_records(source)
-        assert [len(record.images) for record in records] == [1, 1, 0][:count]
-        assert records[1].load_images()[0].getpixel((0, 0)) == (250, 30, 90)
-        assert message_text(records[0].messages[1]) == "A digit."
-
-
-def test_a_folder_of_datasets(folder):
-    datasets = pytest.importorskip("datasets")
-    rows = datasets.Dataset.from_list(llava_rows(folder)).cast_column("image", datasets.Image())
-    rows.save_to_disk(folder / "saved")
-    datasets.DatasetDict({"train": rows}).save_to_disk(folder / "split")
-    for name in ("saved", "split"):
-        assert [len(record.images) for record in load_records(folder / name)] == [1, 1, 0]
-
-
-def test_chats_in_parquet_lose_the_keys_that_only_other_rows_have(folder):
-    datasets = pytest.importorskip("datasets")
-    picture_chat = {"messages": [user(IMAGE, "What?"), answer("7") | {"kind": "read"}], "images": ["a.png"]}
-    text_chat = {"messages": [user("Hello."), answer("Hello.")], "images": []}
-    datasets.Dataset.from_list([picture_chat, text_chat]).to_parquet(folder / "chats.parquet")
-    first, second = load_records(folder / "chats.parquet")
-    assert first.messages == picture_chat["messages"]
-    assert second.messages == text_chat["messages"]
-    assert first.images == [folder / "a.png"]
-
-
-def test_bad_records_are_skipped_on_demand_and_counted(folder, caplog):
-    (folder / "broken.png").write_bytes(b"no picture")
-    lines = [CHAT, "{broken", CHAT | {"images": ["broken.png"]}, CHAT | {"images": ["absent.png"]}, CHAT]
-    path = write_lines(folder, *lines)
-    records = list(stream_records(path, on_bad_record="skip"))
-    assert [record.source.split()[-1] for record in records] == ["1", "5"]
-    logged = [record.getMessage() for record in caplog.records]
-    assert [f"line {n}" in message for n, message in zip((2, 3, 4), logged, strict=False)] == [True] * 3
-    assert "3 record(s) skipped" in logged[3]
-    with pytest.raises(InputError, match="line 2: broken JSON"):
-        list(stream_records(path))
-
-
-def test_a_long_json_list_is_read_as_far_as_it_is_asked_for(folder):
-    path, entry = folder / "long.json", json.dumps({"conversations": turns("What? " * 500, "7")})
-    count = 800  # some megabytes, and then rubbish
-    path.write_text("[" + " ,\n".join([entry] * count) + ", {rubbish", encoding="utf-8")
-    stream = stream_records(path)
-    assert [next(stream).source for _ in range(3)][-1] == f"{path} record 3"
-    assert len(load_records(path, limit=count)) == count
-    with pytest.raises(InputError, match="broken JSON"):
-        load_records(path)
-
-
-@pytest.mark.parametrize("text", ["[{} {}]", "[{},", "[", "[{}"])
-def test_a_json_list_that_is_not_one_is_refused(folder, text):
-    entry = json.dumps({"conversations": turns("What?", "7")})
-    path = folder / "data.json"
-    path.write_text(text.replace("{}", entry), encoding="utf-8")
-    with pytest.raises(InputError, match="broken JSON"):
-        load_records(path)
-
-
-def test_a_dataset_that_the_hub_does_not_have_is_a_clear_error(monkeypatch):
-    pytest.importorskip("datasets")
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(InputError, match="cannot read the dataset no-one/nothing"):
-        load_records("no-one/nothing")
