@@ -14,7 +14,7 @@ demo: $(STAMP)
 	$(VENV)/bin/mha2mla demo --model $(MODEL)
 
 test: $(STAMP)
-	$(VENV)/bin/python -m pytest -n $(WORKERS) -m "not slow" $(TESTS)
+	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow" $(TESTS)
 
 check: $(STAMP)
 	$(VENV)/bin/ruff check .
