@@ -57,9 +57,7 @@ class TokenStats:
 
     def __add__(self, other: "TokenStats") -> "TokenStats":
         """Of the tokens of both."""
-        metric = self.metric if other.metric is None else other.metric
-        if self.metric is not None and other.metric is not None:
-            metric = self.metric + other.metric
+        metric = None if self.metric is None or other.metric is None else self.metric + other.metric
         return TokenStats(
             self.count + other.count,
             self.mass + other.mass,

@@ -1,7 +1,7 @@
 """What a converted layer costs at the model's output, measured with layers swapped in a context.
 
 An error in one layer grows on its way through the layers above it, and no formula over the layer
-alone foresees that (`docs/method.md` has figures). Shapes: T tokens, A answer tokens, C hidden, V vocabulary.
+alone foresees that. Shapes: T tokens, A answer tokens, C hidden, V vocabulary.
 """
 
 import contextlib
@@ -27,20 +27,18 @@ class Probe:
         self, model: PreTrainedModel, batches: Sequence[BatchFeature], visual_token_ids: Sequence[int]
     ) -> None:
         self.model = model
-        self.inputs: list[dict[str, Any]] = []
-        with _observed(model.model.language_model, self.inputs):
+        with _observed(model.model.language_model) as calls:
             for batch in batches:
                 model(**{k: v for k, v in batch.items() if k != "labels"}, use_cache=False, logits_to_keep=1)
+        self.inputs = [inputs for inputs, _ in calls]
         self.answers = [predicted(batch)[0] for batch in batches]
         self.modality = [
             TokenModality.from_mask(visual_mask(batch, visual_token_ids)[None]) for batch in batches
         ]
-        self.expected = [self._hidden(index) for index in range(len(batches))]
-
-    def _hidden(self, index: int) -> torch.Tensor:
-        """What tells a chat's answer tokens, `[A, C]`; to keep their distributions takes V / C as much."""
-        hidden = self.model.model.language_model(**self.inputs[index]).last_hidden_state[0, :-1]
-        return hidden[self.answers[index]]
+        # hidden states `[A, C]` that tell the answers: to keep distributions takes V / C as much
+        self.expected = [
+            output.last_hidden_state[0, :-1][at] for (_, output), at in zip(calls, self.answers, strict=True)
+        ]
 
     def log_probs(self, hidden: torch.Tensor) -> torch.Tensor:
         """Log probabilities of answer tokens, `[A, C]` to `[A, V]`."""
@@ -56,7 +54,8 @@ class Probe:
         found = []
         for index, expected in enumerate(self.expected):
             with swapped(self.model, layers, self.modality[index]):
-                hidden = self._hidden(index)
+                output = self.model.model.language_model(**self.inputs[index])
+            hidden = output.last_hidden_state[0, :-1][self.answers[index]]
             pair = self.log_probs(hidden), self.log_probs(expected)
             found.append(float(nn.functional.kl_div(*pair, reduction="sum", log_target=True)))
         return found
@@ -71,13 +70,16 @@ class Probe:
 
 
 @contextlib.contextmanager
-def _observed(module: nn.Module, inputs: list[dict[str, Any]]) -> Iterator[None]:
-    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        inputs.append(kwargs)
+def _observed(module: nn.Module) -> Iterator[list[tuple[dict[str, Any], Any]]]:
+    """Within the context, the keyword arguments and the output of each call of `module` are kept."""
+    calls: list[tuple[dict[str, Any], Any]] = []
 
-    handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        calls.append((kwargs, output))
+
+    handle = module.register_forward_hook(hook, with_kwargs=True)
     try:
-        yield
+        yield calls
     finally:
         handle.remove()
 

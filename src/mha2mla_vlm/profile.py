@@ -21,7 +21,6 @@ from mha2mla_vlm.calibration import (
     collect_usage,
 )
 from mha2mla_vlm.config import OUTPUT_WEIGHTED, SHARED, AttentionSizes, ConversionConfig, MLAConfig
-from mha2mla_vlm.errors import InputError
 from mha2mla_vlm.families import get_family
 from mha2mla_vlm.folding import drop_order, fold_coefficients
 from mha2mla_vlm.modeling import decoder_layers
@@ -128,13 +127,12 @@ class Profile:
         that at half of the rope dims.
         """
         if not self._losses:
-            probe = self._probe
             half = self.sizes.head_dim // 2
             for index in track(range(self.sizes.layers), "measuring what layers cost"):
-                rope = {u: self._loss(probe, index, mla, u * self.unit, None) for u in self._rope_units()}
-                base = self._loss(probe, index, mla, half, None)
+                rope = {u: self._loss(index, mla, u * self.unit, None) for u in self._rope_units()}
+                base = self._loss(index, mla, half, None)
                 latent = {
-                    u: max(0.0, self._loss(probe, index, mla, half, u * self.unit) - base)
+                    u: max(0.0, self._loss(index, mla, half, u * self.unit) - base)
                     for u in LATENT_UNITS
                     if u * self.unit <= self._most_latent(half)
                 }
@@ -157,8 +155,8 @@ class Profile:
         keys_and_values = 2 * self.sizes.head_dim - rope_dim
         return min(self.sizes.hidden // self.sizes.kv_heads, keys_and_values)
 
-    def _loss(self, probe: Probe, index: int, mla: MLAConfig, rope_dim: int, d_kv: int | None) -> float:
-        return probe.loss({index: self.layer(index, self._sized(mla, rope_dim, d_kv))})
+    def _loss(self, index: int, mla: MLAConfig, rope_dim: int, d_kv: int | None) -> float:
+        return self._probe.loss({index: self.layer(index, self._sized(mla, rope_dim, d_kv))})
 
     def _sized(self, mla: MLAConfig, rope_dim: int, d_kv: int | None) -> MLAConfig:
         rank = None if d_kv is None else d_kv * self.sizes.kv_heads
@@ -171,11 +169,7 @@ class Profile:
         while the loss measured with all layers converted falls.
         """
         rope, latent = self._curves(mla, config)
-        budget = budget_units(self.sizes, config)
-        try:
-            chosen = allot(rope, latent, budget)
-        except ValueError as error:
-            raise InputError(f"budget = {config.share}: {error}; give a larger one") from None
+        chosen = allot(rope, latent, budget_units(self.sizes, config))
         chosen = self._improve(chosen, mla, rope, latent)
         predicted = [r[a] + c[b] for (a, b), r, c in zip(chosen, rope, latent, strict=True)]
         return replace(
@@ -209,14 +203,13 @@ class Profile:
         rope: list[dict[int, float]],
         latent: list[dict[int, float]],
     ) -> list[Sizes]:
-        probe = self._probe
         made: dict[tuple[int, Sizes], MLAAttention] = {}
 
         def measured(sizes: list[Sizes]) -> float:
             for index, (a, b) in enumerate(sizes):
                 if (index, (a, b)) not in made:
                     made[index, (a, b)] = self.layer(index, self._sized(mla, a * self.unit, b * self.unit))
-            return probe.loss({index: made[index, size] for index, size in enumerate(sizes)})
+            return self._probe.loss({index: made[index, size] for index, size in enumerate(sizes)})
 
         best, left, tried = measured(chosen), EXCHANGES, {tuple(chosen)}
         found = True
