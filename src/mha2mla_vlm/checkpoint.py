@@ -88,6 +88,7 @@ def pick_device(name: str) -> torch.device:
 
 def load_processor(name: str | Path) -> ProcessorMixin:
     """Load the processor that belongs to a model; its padding is on the left, for generation."""
+    register()
     source = resolve(name)
     try:
         processor = AutoProcessor.from_pretrained(source)

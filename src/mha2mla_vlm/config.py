@@ -18,6 +18,7 @@ FactorizationName = Literal[
     "only-key",
     "only-value",
 ]
+OnBadRecord = Literal["fail", "skip"]
 ROPE_SELECTIONS: tuple[str, ...] = get_args(RopeSelectionName)
 FACTORIZATIONS: tuple[str, ...] = get_args(FactorizationName)
 BLOCKS = ("split", "only-key", "only-value")  # keys and values factorised apart
@@ -30,7 +31,7 @@ DECOUPLED: tuple[str, ...] = ("text", "vision")
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Strict:
+class Strict:
     """A dataclass that is read from a mapping and rejects keys that it does not know."""
 
     @classmethod
@@ -54,7 +55,7 @@ class _Strict:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MLAConfig(_Strict):
+class MLAConfig(Strict):
     """What of its attention a converted model changes; stored as `mla` in its `config.json`.
 
     `qk_rope_head_dim` (R) and `kv_lora_rank` (r) hold for all layers or list one value a layer.
@@ -62,6 +63,7 @@ class MLAConfig(_Strict):
     have a bias even if the original has none. `folded` tells that the mean rotation of dropped pairs
     is in the weights. `kl` holds what conversion measured after each transform, against the
     original, on held-out chats; `predicted_kl`, for each layer, what converting it alone costs.
+    `original` names the model that was converted, for fine-tuning to learn from.
     """
 
     qk_rope_head_dim: int | list[int]
@@ -73,6 +75,7 @@ class MLAConfig(_Strict):
     kv_bias: bool = False
     kl: dict[str, float] | None = None
     predicted_kl: list[float] | None = None
+    original: str | None = None
 
     def __post_init__(self) -> None:
         for name, value in (("qk_rope_head_dim", self.qk_rope_head_dim), ("kv_lora_rank", self.kv_lora_rank)):
@@ -156,7 +159,7 @@ class AttentionSizes:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConversionConfig(_Strict):
+class ConversionConfig(Strict):
     """How to convert a model without training.
 
     `budget` is the share of the original cache to keep, allotted over layers and over rope and

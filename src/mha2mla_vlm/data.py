@@ -168,3 +168,18 @@ def _answer_tokens(processor: ProcessorMixin, record: Record) -> tuple[torch.Ten
             )
         is_answer |= (offsets[:, 0] >= len(start)) & (offsets[:, 1] <= len(through))
     return torch.tensor(encoded["input_ids"]), is_answer
+
+
+def chat_length(processor: ProcessorMixin, record: Record) -> int:
+    """Tokens of a whole chat, without preparing its pixels; raises `InputError` if it cannot be read."""
+    images = record.load_images()
+    try:
+        text = _render(processor, record.messages)
+    except TemplateError as error:
+        raise InputError(f"{record.source}: the processor refuses the chat: {error}") from error
+    plain = len(processor.tokenizer(text, **_special(processor, text))["input_ids"])
+    if not images:
+        return plain
+    sizes = [(image.height, image.width) for image in images]
+    visual = processor._get_num_multimodal_tokens(image_sizes=sizes)["num_image_tokens"]
+    return plain + sum(visual) - len(images)

@@ -1,20 +1,25 @@
 """Chats from files, one at a time: JSON lines, LLaVA's JSON, parquet, datasets folders, the hub."""
 
+import codecs
 import itertools
 import json
 import logging
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Any, BinaryIO
 
+import numpy as np
+
+from mha2mla_vlm.config import OnBadRecord
 from mha2mla_vlm.data import Picture, Record
 from mha2mla_vlm.errors import InputError
 
 logger = logging.getLogger(__name__)
 
-OnBadRecord = Literal["fail", "skip"]
 _LLAVA_ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
-_CHUNK = 2**20  # characters of a JSON list read at a time
+_CHUNK = 2**20  # bytes of a JSON list read at a time
+_SPACE = re.compile(r"\s*")
 
 
 def load_records(source: str | Path, *, limit: int | None = None) -> list[Record]:
@@ -56,13 +61,59 @@ def stream_records(source: str | Path, *, on_bad_record: OnBadRecord = "fail") -
         logger.warning("%s: %d record(s) skipped", source, skipped)
 
 
+class StoredRecords(Sequence[Record]):
+    """The records of a source (`stream_records`) by number, each read when it is asked for.
+
+    Of JSON files it holds where each record begins and ends; tables are mapped into memory by
+    `datasets`. Getting a record raises `InputError` naming file and line if it cannot be read.
+    """
+
+    def __init__(self, source: str | Path) -> None:
+        self.source, path = source, _path(source)
+        if _is_json(path):
+            self._file: Path | None = path
+            self._spans = np.array([entry[:3] for entry in _json_spans(path)], dtype=np.int64).reshape(-1, 3)
+            self._folder, self._unit = path.parent, _unit(path)
+        else:
+            self._file, self._rows = None, _dataset(source, path, streaming=False)
+            self._folder = path.parent if path.is_file() else path
+
+    def __len__(self) -> int:
+        return len(self._rows) if self._file is None else len(self._spans)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if self._file is None:
+            return _to_record(self._rows[int(index)], self._folder, f"{self.source} row {index + 1}")
+        number, start, stop = map(int, self._spans[index])
+        with self._file.open("rb") as file:
+            file.seek(start)
+            where = f"{self._file} {self._unit} {number}"
+            return _to_record(_parsed(file.read(stop - start), where), self._folder, where)
+
+
+def _path(source: str | Path) -> Path:
+    path = Path(source)
+    return path / "chats.jsonl" if (path / "chats.jsonl").is_file() else path
+
+
+def _is_json(path: Path) -> bool:
+    return path.is_file() and path.suffix != ".parquet"
+
+
 def _entries(source: str | Path) -> Iterator[tuple[str, Path, Any]]:
     """Raw records, each with where it stands and the folder of its files; an error for a broken line."""
-    path = Path(source)
-    if (path / "chats.jsonl").is_file():
-        path = path / "chats.jsonl"
-    if path.is_file() and path.suffix != ".parquet":
-        for where, entry in _json_entries(path):
+    path = _path(source)
+    if _is_json(path):
+        unit = _unit(path)
+        for number, _, _, entry in _json_spans(path):
+            where = f"{path} {unit} {number}"
+            if isinstance(entry, bytes):
+                try:
+                    entry = _parsed(entry, where)
+                except InputError as error:
+                    entry = error
             yield where, path.parent, entry
         return
     dataset = _dataset(source, path)
@@ -71,53 +122,74 @@ def _entries(source: str | Path) -> Iterator[tuple[str, Path, Any]]:
         yield f"{source} row {number}", folder, row
 
 
-def _json_entries(path: Path) -> Iterator[tuple[str, Any]]:
-    with path.open(encoding="utf-8-sig") as file:
-        try:
-            start = file.read(_CHUNK)
-            if start.lstrip().startswith("["):
-                for number, entry in enumerate(_json_list(start.lstrip()[1:], file, path), start=1):
-                    yield f"{path} record {number}", entry
-                return
-            file.seek(0)
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield f"{path} line {number}", _json_line(line, f"{path} line {number}")
-        except UnicodeDecodeError as error:
-            raise InputError(f"{path} is not UTF-8 text: {error}") from None
+def _unit(path: Path) -> str:
+    """What a file's records are called: elements of a list, or lines."""
+    with path.open("rb") as file:
+        return "record" if file.read(1024).removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"[" else "line"
 
 
-def _json_line(line: str, where: str) -> Any:
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
-        return InputError(f"{where}: broken JSON: {error}")
-
-
-def _json_list(text: str, file: TextIO, path: Path) -> Iterator[Any]:
-    """Elements of a JSON list whose bracket is open, read as far as each needs."""
-    decoder, first = json.JSONDecoder(), True
-    while True:
-        text = text.lstrip()
-        if text.startswith("]"):
+def _json_spans(path: Path) -> Iterator[tuple[int, int, int, Any]]:
+    """Number, first and last byte of each record, and the record: parsed, or a line's bytes."""
+    with path.open("rb") as file:
+        start = len(codecs.BOM_UTF8) if file.read(3) == codecs.BOM_UTF8 else 0
+        file.seek(start)
+        if _unit(path) == "record":
+            yield from _json_list(file, path)
             return
-        body = text if first else text.removeprefix(",").lstrip()
-        complete = first or text.startswith(",")
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                yield number, start, start + len(line), line
+            start += len(line)
+
+
+def _parsed(content: bytes, where: str) -> Any:
+    try:
+        return json.loads(content)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{where}: broken JSON: {error}") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{where} is not UTF-8 text: {error}") from None
+
+
+def _json_list(file: BinaryIO, path: Path) -> Iterator[tuple[int, int, int, Any]]:
+    """Elements of a JSON list, read as far as each needs."""
+    decoder, utf8 = json.JSONDecoder(), codecs.getincrementaldecoder("utf-8")()
+    text, position, byte, number = "", 0, file.tell(), 0
+    while True:
+        start = _after_space(text, position)
+        if number and text.startswith("]", start):
+            return
+        complete = text.startswith("," if number else "[", start)
+        start = _after_space(text, start + complete)
+        if not number and complete and text.startswith("]", start):
+            return
         try:
-            if not complete or not body:
-                raise json.JSONDecodeError("expected a comma, a bracket or a record", text[:20], 0)
-            entry, end = decoder.raw_decode(body)
+            if not complete:
+                raise json.JSONDecodeError("expected a comma or a bracket", text, start)
+            entry, end = decoder.raw_decode(text, start)
+            if end == len(text):  # a number might go on
+                raise json.JSONDecodeError("the list does not end", text, end)
         except json.JSONDecodeError as error:
             more = file.read(_CHUNK)
             if not more:
-                raise InputError(f"{path}: broken JSON: {error}") from None
-            text += more
+                raise InputError(f"{path}: broken JSON after record {number}: {error.msg}") from None
+            try:
+                text, position = text[position:] + utf8.decode(more), 0
+            except UnicodeDecodeError as broken:
+                raise InputError(f"{path} is not UTF-8 text: {broken}") from None
             continue
-        yield entry
-        text, first = body[end:], False
+        number += 1
+        first = byte + len(text[position:start].encode())
+        byte = first + len(text[start:end].encode())
+        position = end
+        yield number, first, byte, entry
 
 
-def _dataset(source: str | Path, path: Path) -> Any:
+def _after_space(text: str, position: int) -> int:
+    return _SPACE.match(text, position).end()  # type: ignore[union-attr]  # matches always
+
+
+def _dataset(source: str | Path, path: Path, *, streaming: bool = True) -> Any:
     """Rows of parquet files, a folder of `datasets`, or the hub, images not decoded."""
     is_hub_id = not path.exists() and str(source).count("/") == 1 and not path.suffix
     files = sorted(map(str, path.rglob("*.parquet"))) if path.is_dir() else [str(path)]
@@ -136,9 +208,9 @@ def _dataset(source: str | Path, path: Path) -> Any:
             rows = datasets.load_from_disk(str(path))
             rows = rows["train"] if isinstance(rows, datasets.DatasetDict) else rows
         elif is_hub_id:
-            rows = datasets.load_dataset(str(source), split="train", streaming=True)
+            rows = datasets.load_dataset(str(source), split="train", streaming=streaming)
         else:
-            rows = datasets.load_dataset("parquet", data_files=files, split="train", streaming=True)
+            rows = datasets.load_dataset("parquet", data_files=files, split="train", streaming=streaming)
         return rows.decode(False) if hasattr(rows, "decode") else _undecoded(rows, datasets.Image)
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"cannot read the dataset {source}: {str(error).splitlines()[0]}") from None

@@ -1,0 +1,1 @@
+"""Fine-tuning of converted models on transformers' trainer."""

@@ -1,0 +1,104 @@
+"""What a fine-tuning does, as a recipe file or the command line says it."""
+
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+
+from mha2mla_vlm.config import OnBadRecord, Strict
+from mha2mla_vlm.errors import InputError
+from mha2mla_vlm.training.policies import find_policy
+
+DTYPES = ("auto", "float32", "bfloat16")
+
+
+def option(default: Any, text: str) -> Any:
+    """A field with its line of help, which the command line shows too."""
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig(Strict):
+    """One stage of training. Without a file, the defaults are our single stage.
+
+    `training_arguments` go to `transformers.TrainingArguments` as they are, over what is set here.
+    """
+
+    trains: str = option("attention-and-norms", "What trains: a policy, by name or published alias.")
+    distillation: float = option(1.0, "Share of the KL to the original in the loss; 0 is labels alone.")
+    alignment: float = option(0.0, "Share of the steps that first align the layers' attention outputs.")
+    learning_rate: float = option(1e-3, "Peak learning rate.")
+    warmup: float = option(0.1, "Share of the steps over which the learning rate grows, linearly.")
+    decay: float = option(0.1, "Share of the last steps over which it falls to 0, as 1 - sqrt.")
+    weight_decay: float = option(0.0, "Of AdamW.")
+    epochs: float = option(1.0, "Passes over the data.")
+    max_steps: int | None = option(None, "Optimiser steps, instead of epochs.")
+    batch_size: int = option(1, "Chats per forward pass and process.")
+    gradient_accumulation: int = option(16, "Forward passes per optimiser step.")
+    max_length: int = option(4096, "Tokens; longer chats are dropped and counted, never cut.")
+    shuffle: bool = option(True, "Draw chats in random order.")
+    seed: int = option(0, "Of the order, of the chats held out, and of LoRA's weights.")
+    lora_rank: int | None = option(None, "Train LoRA adapters of this rank and merge them at the end.")
+    dtype: str = option("auto", "Number format of frozen weights; what trains is float32.")
+    bf16: bool = option(True, "Compute in bfloat16 (autocast).")
+    gradient_checkpointing: bool = option(False, "Compute activations again instead of storing them.")
+    eval_records: int = option(128, "Chats to measure on, held out from the data if none are given.")
+    evaluate_every: int | None = option(None, "Steps between measurements; else before and after alone.")
+    save_every: int | None = option(None, "Steps between checkpoints; else ten in a run.")
+    workers: int = option(0, "Processes a GPU that read and prepare chats.")
+    on_bad_record: str = option("fail", "fail, or skip and count, for chats that cannot be read.")
+    training_arguments: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        find_policy(self.trains)
+        for name, known in (("dtype", DTYPES), ("on_bad_record", get_args(OnBadRecord))):
+            if getattr(self, name) not in known:
+                raise InputError(f"{name} = {getattr(self, name)!r}; known: {', '.join(known)}")
+        for item in fields(self):
+            _check_type(item.name, str(item.type), getattr(self, item.name))
+        for name in ("distillation", "alignment", "warmup", "decay"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"{name} = {getattr(self, name)}: give a share from 0 to 1")
+        if self.warmup + self.decay > 1:
+            raise InputError("warmup and decay together are more than all steps")
+        positive = ("learning_rate", "epochs", "max_steps", "batch_size", "gradient_accumulation")
+        positive += ("max_length", "lora_rank", "eval_records", "evaluate_every", "save_every")
+        for name in positive:
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise InputError(f"{name} = {value}: give a number above 0")
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether the loss compares with the original model."""
+        return self.distillation > 0 or self.alignment > 0
+
+
+def _check_type(name: str, declared: str, value: Any) -> None:
+    """YAML reads `1e-5` as text and `yes` as true: say so instead of failing later."""
+    kinds: dict[str, tuple[type, ...]] = {"float": (int, float), "int": (int,), "str": (str,), "bool": (bool,)}
+    base = declared.split(" ")[0]
+    if value is None and "None" in declared:
+        return
+    if base in kinds and (not isinstance(value, kinds[base]) or (base != "bool" and isinstance(value, bool))):
+        hint = "; write 1.0e-5 for 1e-5" if base == "float" and isinstance(value, str) else ""
+        raise InputError(f"{name} = {value!r}: give {declared.replace(' | None', ' or nothing')}{hint}")
+
+
+def read_recipe(path: str | Path | None, **given: Any) -> FinetuneConfig:
+    """A recipe file's configuration with the values that are `given` (not None) over it."""
+    values: Any = {}
+    if path is not None:
+        try:
+            values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise InputError(f"cannot read the recipe {path}: {' '.join(str(error).split())}") from None
+        if not isinstance(values, dict):
+            raise InputError(f"the recipe {path} must hold `key: value` lines")
+    return FinetuneConfig.from_dict(values | {key: value for key, value in given.items() if value is not None})
+
+
+def write_recipe(config: FinetuneConfig, path: Path) -> None:
+    """As a file that `read_recipe` reads back."""
+    path.write_text(yaml.safe_dump(asdict(config), sort_keys=False), encoding="utf-8")

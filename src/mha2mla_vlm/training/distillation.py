@@ -1,0 +1,123 @@
+"""What the original model teaches: its answers' distributions, and its layers' attention outputs.
+
+Shapes: B batch, T tokens, K columns of `[B, T]` that predict an answer in any row, A answer tokens,
+C hidden, V vocabulary.
+"""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from mha2mla_vlm.data import IGNORE_INDEX
+from mha2mla_vlm.modeling import decoder_layers
+
+
+def answer_columns(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Columns that predict an answer token, `[K]`, and the tokens they predict, `[B, K]`."""
+    targets = labels[:, 1:]
+    columns = (targets != IGNORE_INDEX).any(0).nonzero()[:, 0]
+    return columns, targets[:, columns]
+
+
+def cross_entropy_sum(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Of `logits [B, K, V]` to `targets [B, K]`, summed over answer tokens, in float32."""
+    return nn.functional.cross_entropy(
+        logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
+    )
+
+
+def divergence(logits: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    """KL(teacher || student) by token, `[A]` of `[A, V]`, in nats and float32."""
+    log_p, log_q = teacher.float().log_softmax(-1), logits.float().log_softmax(-1)
+    return nn.functional.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
+
+
+def relative_errors(
+    found: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor], mask: torch.Tensor
+) -> torch.Tensor:
+    """Squared error of each layer's `[B, T, C]` over the squared norm of what was wanted, mean over layers."""
+    errors = [
+        (x.float() - y.float())[mask].square().sum() / y.float()[mask].square().sum()
+        for x, y in zip(found, wanted, strict=True)
+    ]
+    return torch.stack(errors).mean()
+
+
+def share_frozen(teacher: PreTrainedModel, student: PreTrainedModel) -> int:
+    """Let the teacher use the student's frozen parameters where they are equal; returns how many numbers.
+
+    All but attention is, so a teacher costs the memory of its attention alone.
+    """
+    frozen = {name: p for name, p in student.named_parameters() if not p.requires_grad}
+    shared = 0
+    for name, parameter in list(teacher.named_parameters()):
+        own = frozen.get(name)
+        if own is None or own.shape != parameter.shape or own.dtype != parameter.dtype:
+            continue
+        if torch.equal(own.to(parameter.device), parameter):
+            path, _, leaf = name.rpartition(".")
+            setattr(teacher.get_submodule(path), leaf, own)
+            shared += own.numel()
+    return shared
+
+
+@contextlib.contextmanager
+def attention_outputs(model: PreTrainedModel) -> Iterator[dict[int, torch.Tensor]]:
+    """Within the context, what each layer's attention gives, `[B, T, C]`."""
+    outputs: dict[int, torch.Tensor] = {}
+
+    def keep(index: int) -> Any:
+        def hook(_: nn.Module, args: Any, output: Any) -> None:
+            outputs[index] = output[0]
+
+        return hook
+
+    with contextlib.ExitStack() as hooks:
+        for index, layer in enumerate(decoder_layers(model)):
+            hooks.enter_context(_removed(layer.self_attn.register_forward_hook(keep(index))))
+        yield outputs
+
+
+@contextlib.contextmanager
+def layer_inputs(model: PreTrainedModel) -> Iterator[dict[int, torch.Tensor]]:
+    """Within the context, what goes into each layer, `[B, T, C]`."""
+    inputs: dict[int, torch.Tensor] = {}
+
+    def keep(index: int) -> Any:
+        def hook(_: nn.Module, args: Any) -> None:
+            inputs[index] = args[0]
+
+        return hook
+
+    with contextlib.ExitStack() as hooks:
+        for index, layer in enumerate(decoder_layers(model)):
+            hooks.enter_context(_removed(layer.register_forward_pre_hook(keep(index))))
+        yield inputs
+
+
+@contextlib.contextmanager
+def fed(model: PreTrainedModel, inputs: dict[int, torch.Tensor]) -> Iterator[None]:
+    """Within the context, layers of `model` work on these inputs, not on each other's outputs."""
+
+    def replace(index: int) -> Any:
+        def hook(_: nn.Module, args: Any) -> Any:
+            return (inputs[index], *args[1:])
+
+        return hook
+
+    with contextlib.ExitStack() as hooks:
+        for index, layer in enumerate(decoder_layers(model)):
+            hooks.enter_context(_removed(layer.register_forward_pre_hook(replace(index))))
+        yield
+
+
+@contextlib.contextmanager
+def _removed(handle: Any) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -1,0 +1,46 @@
+"""Parameters that train and parameters that stay, and LoRA on the former."""
+
+import re
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from mha2mla_vlm.errors import InputError
+from mha2mla_vlm.training.policies import ROLES, find_policy
+
+
+def trained_names(model: nn.Module, policy: str) -> list[str]:
+    """Names of the parameters that a policy trains."""
+    pattern = re.compile("|".join(ROLES[role] for role in find_policy(policy)))
+    return [name for name, _ in model.named_parameters() if pattern.search(name)]
+
+
+def set_trained(model: PreTrainedModel, policy: str) -> int:
+    """Freeze all but what `policy` trains, and hold that in float32; returns how many numbers train.
+
+    A step of AdamW is often less than bfloat16 tells apart.
+    """
+    chosen = set(trained_names(model, policy))
+    if not chosen:
+        raise InputError(f"policy {policy!r} trains nothing in this checkpoint; choose another")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in chosen)
+        if name in chosen:
+            parameter.data = parameter.data.to(torch.float32)
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def with_lora(model: PreTrainedModel, policy: str, rank: int) -> Any:
+    """The model with LoRA adapters (peft) on the matrices that `policy` names; norms stay frozen."""
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError:
+        raise InputError("LoRA needs the package peft: pip install 'mha2mla-vlm[train]'") from None
+    matrices = {
+        name.removesuffix(".weight")
+        for name in trained_names(model, policy)
+        if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.Linear)
+    }
+    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=sorted(matrices)))

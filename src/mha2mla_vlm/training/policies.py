@@ -1,0 +1,46 @@
+"""What trains, by the role that a parameter has.
+
+The published names v2 to v6 are aliases (arXiv 2601.11464, its code).
+"""
+
+from mha2mla_vlm.errors import InputError
+
+_LAYER = r"language_model\.layers\.\d+\."
+ROLES = {
+    "query": _LAYER + r"self_attn\.q_proj\.",
+    "rope-key": _LAYER + r"self_attn\.k_rope_proj\.",
+    "down": _LAYER + r"self_attn\.kv_a_proj\.",
+    "up": _LAYER + r"self_attn\.kv_b_proj\.",
+    "original-key-value": _LAYER + r"self_attn\.[kv]_proj\.",  # of a model that is not converted
+    "output": _LAYER + r"self_attn\.o_proj\.",
+    "mlp": _LAYER + r"mlp\.",
+    "norms": r"language_model\.(layers\.\d+\.\w+layernorm|norm)\.",
+}
+_KEYS_VALUES = ("rope-key", "down", "up", "original-key-value")
+_ATTENTION = ("query", *_KEYS_VALUES, "output")
+POLICIES: dict[str, tuple[str, ...]] = {
+    "attention-and-norms": (*_ATTENTION, "norms"),
+    "attention": _ATTENTION,
+    "attention-but-output": ("query", *_KEYS_VALUES),
+    "unroped-attention-and-norms": ("query", "down", "up", "norms"),
+    "keys-and-values": _KEYS_VALUES,
+    "factors": ("down", "up"),
+    "down-factors": ("down",),
+    "layers": (*_ATTENTION, "mlp", "norms"),
+}
+ALIASES = {
+    "v2": "attention-and-norms",
+    "v3": "attention-but-output",
+    "v4": "unroped-attention-and-norms",
+    "v5": "factors",
+    "v6": "down-factors",
+}
+
+
+def find_policy(name: str) -> tuple[str, ...]:
+    """Roles that train under a policy or its published alias; raises `InputError` if it is not known."""
+    roles = POLICIES.get(ALIASES.get(name, name))
+    if roles is None:
+        aliases = ", ".join(f"{alias} = {policy}" for alias, policy in ALIASES.items())
+        raise InputError(f"unknown policy {name!r}; known: {', '.join(POLICIES)} ({aliases})")
+    return roles

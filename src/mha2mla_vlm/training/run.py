@@ -1,0 +1,286 @@
+"""Fine-tuning of a converted model, from a folder to a folder."""
+
+import json
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from transformers import PreTrainedModel, ProcessorMixin, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+
+from mha2mla_vlm.checkpoint import check_output, load, load_config, load_processor
+from mha2mla_vlm.data import Record
+from mha2mla_vlm.errors import InputError
+from mha2mla_vlm.evaluation import check_comparable
+from mha2mla_vlm.families import get_family
+from mha2mla_vlm.sources import StoredRecords
+from mha2mla_vlm.training.config import FinetuneConfig
+from mha2mla_vlm.training.freezing import set_trained, with_lora
+from mha2mla_vlm.training.records import Chats, Chosen, Collator, choose
+from mha2mla_vlm.training.trainer import ProgressBar, RecoveryTrainer
+
+LOG = "training_log.jsonl"
+SETTINGS = "finetune.json"  # in the output: how it was trained, and the result
+_STATE = "state.json"  # in the folder of an unfinished run: what it was started with, and measured first
+MEASURES = ("exact_match", "kl", "cross_entropy")
+Source = str | Path | Sequence[Record]
+
+
+def finetune(
+    checkpoint: str | Path,
+    data: Source,
+    output: str | Path,
+    config: FinetuneConfig = FinetuneConfig(),
+    *,
+    eval_data: Source | None = None,
+    teacher: str | Path | None = None,
+) -> dict[str, Any]:
+    """Train a checkpoint on chats and write one of the same kind; returns what it gained.
+
+    `checkpoint` is a converted model (partial RoPE alone, latent, or both) or an original one;
+    `teacher`, by default the model it was converted from, is what `kl` compares with. Works in
+    `OUTPUT.partial`, from where an interrupted run with the same arguments goes on, also under
+    `accelerate launch`. Raises `InputError` for bad input before any work.
+    """
+    path = check_output(output)
+    teacher = teacher or original_of(checkpoint)
+    if teacher is None and config.needs_teacher:
+        raise InputError(
+            f"{checkpoint} does not say what it was converted from; give --teacher, "
+            "or train on labels alone with --distillation 0"
+        )
+    records, eval_records = _records(data), None if eval_data is None else _records(eval_data)
+    names = [None if x is None else x if isinstance(x, str) else str(x)[:200] for x in (data, eval_data)]
+    settings = {
+        "checkpoint": str(checkpoint),
+        "data": names[0],
+        "eval_data": names[1],
+        "teacher": None if teacher is None else str(teacher),
+        **asdict(config),
+    }
+    folder = path.with_name(path.name + ".partial")
+    processor = load_processor(checkpoint)
+    model = load(checkpoint, dtype=config.dtype)
+    original = None if teacher is None else load(teacher, dtype=config.dtype)
+    if original is not None:
+        check_comparable(model, original)
+    with PartialState().main_process_first():
+        chosen = _chosen(folder, settings, records, eval_records, processor, config)
+    held_out = Chats(records, chosen.held_out) if eval_records is None else Chats(eval_records, chosen.held_out)
+    dtype = model.dtype
+    trainer = make_trainer(
+        model, processor, Chats(records, chosen.train), held_out, config, folder, original
+    )
+    result = _train(trainer, folder)
+    result |= {"too_long": chosen.too_long, "unreadable": chosen.unreadable}
+    write_model(trainer, folder, dtype)
+    if trainer.is_world_process_zero():
+        processor.save_pretrained(folder)
+        _finish(folder, path, settings | {"result": result})
+    trainer.accelerator.wait_for_everyone()
+    return {"output": str(output), **result}
+
+
+def original_of(checkpoint: str | Path) -> str | None:
+    """What a converted checkpoint was converted from, if it says so; of an original, itself."""
+    mla = getattr(load_config(checkpoint), "mla", None)
+    return str(checkpoint) if mla is None else mla.get("original")
+
+
+def make_trainer(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    chats: Chats,
+    held_out: Chats,
+    config: FinetuneConfig,
+    folder: Path,
+    teacher: PreTrainedModel | None = None,
+) -> RecoveryTrainer:
+    """transformers' trainer for a recipe; freezes all but what the recipe trains."""
+    if config.lora_rank is None:
+        set_trained(model, config.trains)
+    else:
+        model = with_lora(model, config.trains, config.lora_rank)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    visual = get_family(model.config.model_type).visual_token_ids(model.config)
+    trainer = RecoveryTrainer(
+        model,
+        _arguments(config, folder, len(chats)),
+        data_collator=Collator(processor=processor, visual_token_ids=visual),
+        train_dataset=chats,
+        eval_dataset=held_out,
+        callbacks=[ProgressBar(folder / LOG)],
+        recipe=config,
+        teacher=teacher,
+    )
+    trainer.remove_callback(PrinterCallback)  # it writes to standard output
+    return trainer
+
+
+def _arguments(config: FinetuneConfig, folder: Path, examples: int) -> TrainingArguments:
+    """A recipe as transformers says it; raises `InputError` for what transformers refuses."""
+    per_step = config.batch_size * config.gradient_accumulation * PartialState().num_processes
+    steps = config.max_steps or max(1, int(config.epochs * -(-examples // per_step)))
+    values: dict[str, Any] = {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": config.batch_size,
+        "per_device_eval_batch_size": config.batch_size,
+        "gradient_accumulation_steps": config.gradient_accumulation,
+        "num_train_epochs": config.epochs,
+        "max_steps": config.max_steps or -1,
+        "learning_rate": config.learning_rate,
+        "weight_decay": config.weight_decay,
+        "lr_scheduler_type": "warmup_stable_decay",
+        "warmup_steps": round(config.warmup * steps),
+        "lr_scheduler_kwargs": {"num_decay_steps": round(config.decay * steps), "decay_type": "1-sqrt"},
+        "bf16": config.bf16,
+        "use_cpu": not torch.accelerator.is_available(),
+        "logging_steps": max(1, steps // 100),
+        "eval_strategy": "no" if config.evaluate_every is None else "steps",
+        "eval_steps": config.evaluate_every,
+        "save_steps": config.save_every or max(1, steps // 10),
+        "save_total_limit": 2,
+        "seed": config.seed,
+        "dataloader_num_workers": config.workers,
+        "remove_unused_columns": False,
+        "label_names": ["labels"],
+        "disable_tqdm": True,
+        "report_to": ["tensorboard"] if find_spec("tensorboard") else [],
+    }
+    try:
+        return TrainingArguments(**(values | config.training_arguments))
+    except (TypeError, ValueError) as error:
+        raise InputError(f"transformers refuses the training arguments: {error}") from None
+
+
+def _train(trainer: RecoveryTrainer, folder: Path) -> dict[str, Any]:
+    """Measure, train from the last checkpoint there is, measure again."""
+    state = json.loads((folder / _STATE).read_text())
+    if "before" not in state:
+        state["before"] = _measured(trainer)
+        if trainer.is_world_process_zero():
+            _write(folder / _STATE, state)
+    begin, done = time.monotonic(), trainer.state.global_step
+    trainer.train(resume_from_checkpoint=last_checkpoint(folder))
+    seconds = time.monotonic() - begin
+    after = _measured(trainer)
+    steps = trainer.state.global_step
+    return {
+        "steps": steps,
+        "examples": round((trainer.state.epoch or 0) * len(trainer.train_dataset)),
+        **{f"{name}_before": state["before"][name] for name in MEASURES},
+        **after,
+        "trained_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
+        "seconds_per_step": seconds / max(1, steps - done),
+        "peak_memory_bytes": _peak_memory(),
+    }
+
+
+def _measured(trainer: RecoveryTrainer) -> dict[str, float | None]:
+    found = trainer.evaluate()
+    values = {name: found[f"eval_{name}"] for name in MEASURES}
+    return {name: value if value == value else None for name, value in values.items()}  # nan: no teacher
+
+
+def _peak_memory() -> int:
+    """Bytes at most in use: of the GPU if there is one, else of the process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """The last whole checkpoint; one that was being written when the run was killed is removed."""
+    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    whole = [path for path in found if _is_json(path / "trainer_state.json")]  # written last
+    if PartialState().is_main_process:
+        for path in set(found) - set(whole):
+            shutil.rmtree(path)
+    return str(whole[-1]) if whole else None
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def write_model(trainer: RecoveryTrainer, folder: Path, dtype: torch.dtype) -> None:
+    """Write the trained model whole, gathered from all processes, adapters merged, in its number format."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if hasattr(model, "merge_and_unload"):
+        model = model.merge_and_unload()
+        state = model.state_dict()
+    else:
+        state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    if trainer.is_world_process_zero():
+        state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()}
+        model.config.dtype = dtype
+        model.save_pretrained(folder, state_dict=state)
+
+
+def _records(source: Source) -> Sequence[Record]:
+    return StoredRecords(source) if isinstance(source, (str, Path)) else source
+
+
+def _chosen(
+    folder: Path,
+    settings: dict[str, Any],
+    records: Sequence[Record],
+    eval_records: Sequence[Record] | None,
+    processor: ProcessorMixin,
+    config: FinetuneConfig,
+) -> Chosen:
+    """The chats of a run; an interrupted run keeps those it started with."""
+    path = folder / _STATE
+    if path.is_file():
+        state = json.loads(path.read_text())
+        if state["settings"] != json.loads(json.dumps(settings)):
+            changed = [key for key in settings if settings[key] != state["settings"].get(key)]
+            raise InputError(
+                f"{folder} holds an unfinished run with other settings ({', '.join(changed)}); "
+                "give the same ones to go on, or remove the folder"
+            )
+        return Chosen(**state["chosen"])
+    how: dict[str, Any] = {
+        "max_length": config.max_length,
+        "seed": config.seed,
+        "on_bad_record": config.on_bad_record,
+        "workers": config.workers,
+    }
+    chosen = choose(records, processor, held_out=0 if eval_records else config.eval_records, **how)
+    if eval_records is not None:
+        others = choose(eval_records, processor, held_out=0, **how)
+        chosen = Chosen(**chosen.to_dict() | {"held_out": others.train[: config.eval_records]})
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(path, {"settings": settings, "chosen": chosen.to_dict()})
+    return chosen
+
+
+def _write(path: Path, value: Any) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(value) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def _finish(folder: Path, output: Path, settings: dict[str, Any]) -> None:
+    """Leave model, settings and logs, and give the folder its name."""
+    for path in folder.glob("checkpoint-*"):
+        shutil.rmtree(path)
+    (folder / _STATE).unlink()
+    (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    if output.exists():
+        output.rmdir()
+    folder.rename(output)

@@ -1,0 +1,202 @@
+"""transformers' trainer with our loss: labels, the original's answers, its layers' attention.
+
+Shapes: B batch, T tokens, K columns that predict answers, V vocabulary.
+"""
+
+import contextlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import nn
+from torch.utils.data import Sampler, SequentialSampler
+from transformers import PreTrainedModel, Trainer, TrainerCallback
+
+from mha2mla_vlm.data import IGNORE_INDEX
+from mha2mla_vlm.progress import console
+from mha2mla_vlm.training.config import FinetuneConfig
+from mha2mla_vlm.training.distillation import (
+    answer_columns,
+    attention_outputs,
+    cross_entropy_sum,
+    divergence,
+    fed,
+    layer_inputs,
+    relative_errors,
+    share_frozen,
+)
+
+
+class RecoveryTrainer(Trainer):
+    """Trains a converted model on answers' tokens, with or without its original as `teacher`."""
+
+    def __init__(
+        self, *args: Any, recipe: FinetuneConfig, teacher: PreTrainedModel | None = None, **kwargs: Any
+    ) -> None:
+        super().__init__(*args, compute_metrics=metrics, **kwargs)
+        self.recipe, self.teacher = recipe, teacher
+        self.model_accepts_loss_kwargs = True  # so that the answers' tokens of a whole step are counted
+        self.can_return_loss = True
+        if teacher is not None:
+            teacher.to(self.args.device).requires_grad_(False)
+            if not self.is_fsdp_enabled and not self.is_deepspeed_enabled:  # whose parameters are shards
+                share_frozen(teacher, self._converted())
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Sampler[int] | None:
+        if not self.recipe.shuffle:
+            return SequentialSampler(self.train_dataset)
+        return super()._get_train_sampler(*args, **kwargs)
+
+    def _converted(self) -> PreTrainedModel:
+        """The model without what accelerate and peft put around it."""
+        model = self.accelerator.unwrap_model(self.model)
+        return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+    @property
+    def aligning(self) -> bool:
+        """Whether this step is one of those that align the layers."""
+        return self.state.global_step < round(self.recipe.alignment * self.state.max_steps)
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """One forward and backward pass; hooks stay until both are done, for activations may be recomputed."""
+        if not self.aligning:
+            return super().training_step(model, inputs, *args, **kwargs)
+        student = self._converted()
+        batch = self._prepare_inputs({k: v for k, v in inputs.items() if k != "labels"})
+        with attention_outputs(self._teacher) as wanted, layer_inputs(self._teacher) as given:
+            self._teacher_logits(batch, 1)
+        with fed(student, given), attention_outputs(student) as found:
+            self._pairs = found, wanted
+            return super().training_step(model, inputs, *args, **kwargs)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """The mean over the answer tokens of a whole step, in all processes."""
+        labels = inputs.pop("labels")
+        columns, targets = answer_columns(labels)
+        logits = model(**inputs, use_cache=False, logits_to_keep=columns).logits
+        if self.aligning:
+            found, wanted = self._pairs
+            layers = [found[i] for i in sorted(wanted)], [wanted[i] for i in sorted(wanted)]
+            error = relative_errors(*layers, inputs["attention_mask"].bool())
+            # every parameter takes part, for processes must agree on the gradients there are
+            loss = error * (targets != IGNORE_INDEX).sum() + 0.0 * logits.sum()
+        else:
+            loss = self._answer_loss(inputs, logits, columns, targets)
+        if num_items_in_batch is None:
+            num_items_in_batch = (targets != IGNORE_INDEX).sum().clamp(min=1)
+        loss = loss / num_items_in_batch * self.accelerator.num_processes
+        return (loss, {"logits": logits}) if return_outputs else loss
+
+    def _answer_loss(
+        self, inputs: dict[str, Any], logits: torch.Tensor, columns: torch.Tensor, targets: torch.Tensor
+    ) -> torch.Tensor:
+        share = self.recipe.distillation
+        loss = logits.sum() * 0.0
+        if share < 1:
+            loss = loss + (1 - share) * cross_entropy_sum(logits, targets)
+        if share > 0:
+            is_answer = targets != IGNORE_INDEX
+            teacher = self._teacher_logits(inputs, columns)
+            loss = loss + share * divergence(logits[is_answer], teacher[is_answer]).sum()
+        return loss
+
+    @property
+    def _teacher(self) -> PreTrainedModel:
+        assert self.teacher is not None, "a recipe that needs a teacher is refused without one"
+        return self.teacher
+
+    @torch.no_grad()
+    def _teacher_logits(self, inputs: dict[str, Any], columns: Any) -> torch.Tensor:
+        with self.accelerator.autocast():
+            return self._teacher(**inputs, use_cache=False, logits_to_keep=columns).logits
+
+    @torch.no_grad()
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Sums by chat, `[B, 5]`: tokens, cross-entropy, KL, answers, right answers."""
+        inputs = self._prepare_inputs(inputs)
+        labels = inputs.pop("labels")
+        columns, targets = answer_columns(labels)
+        with self.accelerator.autocast():
+            logits = model(**inputs, use_cache=False, logits_to_keep=columns).logits
+        teacher = None if self.teacher is None else self._teacher_logits(inputs, columns)
+        rows = [
+            chat_sums(logits[b], targets[b], columns, None if teacher is None else teacher[b])
+            for b in range(len(labels))
+        ]
+        sums = torch.stack(rows)
+        return sums[:, 1].sum() / sums[:, 0].sum(), sums, labels.new_zeros(len(labels))
+
+
+def chat_sums(
+    logits: torch.Tensor, targets: torch.Tensor, columns: torch.Tensor, teacher: torch.Tensor | None
+) -> torch.Tensor:
+    """Of one chat: answer tokens, their cross-entropy and KL (nan without a teacher), answers, right ones.
+
+    Greedy decoding follows a right answer up to its first error, so one pass over the right answers
+    tells what decoding would give.
+    """
+    inside = targets != IGNORE_INDEX
+    place, wanted = columns[inside], targets[inside]
+    number = torch.cat([place.new_zeros(1), (place.diff() > 1).cumsum(0)]) if len(place) else place
+    wrong = logits[inside].argmax(-1) != wanted
+    answers = int(number[-1]) + 1 if len(place) else 0
+    missed = len(number[wrong].unique())
+    kl = torch.nan if teacher is None else float(divergence(logits[inside], teacher[inside]).sum())
+    loss = float(cross_entropy_sum(logits[inside][None], wanted[None]))
+    return torch.tensor([len(wanted), loss, kl, answers, answers - missed], device=logits.device)
+
+
+def metrics(prediction: Any) -> dict[str, float]:
+    """Of the sums of all chats."""
+    tokens, loss, kl, answers, right = prediction.predictions.astype("float64").sum(0)
+    return {"cross_entropy": loss / tokens, "kl": max(kl / tokens, 0.0), "exact_match": right / answers}
+
+
+class ProgressBar(TrainerCallback):
+    """A bar on standard error, and each report of the trainer as a line of a file, from one process."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.stack = contextlib.ExitStack()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start the bar."""
+        if not state.is_world_process_zero:
+            return
+        columns = (
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[loss]}"),
+        )
+        self.bar = self.stack.enter_context(Progress(*columns, console=console()))
+        self.task = self.bar.add_task("training", total=state.max_steps, completed=state.global_step, loss="")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Move the bar."""
+        if state.is_world_process_zero:
+            self.bar.update(self.task, completed=state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Write the report, and show its loss."""
+        if not state.is_world_process_zero or not logs:
+            return
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+        if "loss" in logs and hasattr(self, "bar"):
+            self.bar.update(self.task, loss=f"loss {logs['loss']:.4f}")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Take the bar away."""
+        self.stack.close()
