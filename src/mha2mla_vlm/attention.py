@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
@@ -174,6 +175,8 @@ class MLAAttention(nn.Module):
                 parts.append(torch.where(visual, projections["vision"](piece), projections["text"](piece)))
             else:
                 parts.append(projections["vision" if kind == Kind.VISION else "text"](piece))
+        if self.training:  # processes must agree on the parameters that have a gradient
+            parts += [projections[name](x[:, :0]) for name in self.modalities]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     def _known(self, modality: TokenModality | None) -> TokenModality:
@@ -207,12 +210,12 @@ class MLAAttention(nn.Module):
 
     def _up(self, name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """Key and value blocks of an up projection: `[G, N, r]`, `[G, D, r]`, `[G, N, 1]`, `[G, 1, D]`."""
-        up = self.kv_b_proj[name]
+        weight, bias = _whole(self.kv_b_proj[name].weight), _whole(self.kv_b_proj[name].bias)
         split = [self.nope_dim, self.head_dim]
-        key, value = up.weight.view(self.kv_heads, sum(split), -1).split(split, dim=1)
-        if up.bias is None:
+        key, value = weight.view(self.kv_heads, sum(split), -1).split(split, dim=1)
+        if bias is None:
             return key, value, None, None
-        key_bias, value_bias = up.bias.view(self.kv_heads, sum(split)).split(split, dim=1)
+        key_bias, value_bias = bias.view(self.kv_heads, sum(split)).split(split, dim=1)
         return key, value, key_bias[:, :, None], value_bias[:, None, :]
 
     def _absorbed(
@@ -345,3 +348,8 @@ class MLAAttention(nn.Module):
 
 def _is_dense(mask: Any) -> bool:
     return mask is None or isinstance(mask, torch.Tensor)
+
+
+def _whole(parameter: Any) -> Any:
+    """A parameter that is read beside its module's `forward`: FSDP gathers it there alone."""
+    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter

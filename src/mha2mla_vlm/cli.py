@@ -1,15 +1,19 @@
 """The command `mha2mla`: each command a few lines over the API, its result one JSON line on stdout."""
 
+import inspect as inspect_module
 import json
 import logging
 import sys
+from collections.abc import Callable
+from dataclasses import fields
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
 from mha2mla_vlm.errors import InputError
+from mha2mla_vlm.training.config import FinetuneConfig, read_recipe
 
 app = typer.Typer(
     help="Convert vision-language models to multi-head latent attention.",
@@ -175,6 +179,66 @@ def evaluate(
     model, processor = _load(checkpoint, dtype, device)
     reference = _load(baseline, dtype, device)[0] if baseline else None
     _finish(evaluate_model(model, processor, records, baseline=reference, batch_size=batch_size))
+
+
+def _mirrored(config_class: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command an option for each plain field of a configuration; what is not given is None."""
+    hints = get_type_hints(config_class)
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        signature = inspect_module.signature(command, eval_str=True)
+        parameters = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        for field in fields(config_class):
+            if "help" not in field.metadata:
+                continue
+            default = "" if field.default is None else f"  [default: {field.default}]"
+            option = typer.Option(help=field.metadata["help"] + default, show_default=False)
+            kind = hints[field.name] if "None" in str(field.type) else hints[field.name] | None
+            parameters.append(
+                inspect_module.Parameter(
+                    field.name,
+                    inspect_module.Parameter.KEYWORD_ONLY,
+                    default=None,
+                    annotation=Annotated[kind, option],
+                )
+            )
+        changed: Any = command
+        changed.__signature__ = signature.replace(parameters=parameters)
+        changed.__annotations__ = {p.name: p.annotation for p in parameters}
+        return command
+
+    return decorate
+
+
+@app.command()
+@_mirrored(FinetuneConfig)
+def finetune(
+    checkpoint: ModelArgument,
+    data: DataOption,
+    output: OutputOption,
+    config: Annotated[
+        Path | None, typer.Option(help="Recipe, YAML; the options below change it.", show_default=False)
+    ] = None,
+    eval_data: Annotated[
+        str | None, typer.Option(help="Chats to measure on; else some are held out.", show_default=False)
+    ] = None,
+    teacher: Annotated[
+        str | None,
+        typer.Option(help="Original to learn from; else the one it was converted from.", show_default=False),
+    ] = None,
+    **options: Any,
+) -> None:
+    """Train a converted model on chats; an interrupted run goes on where it stopped.
+
+    Run it under `accelerate launch` for many processes.
+    """
+    recipe = read_recipe(config, **options)
+    from mha2mla_vlm.training.run import finetune as finetune_model
+    from mha2mla_vlm.training.run import is_main_process
+
+    result = finetune_model(checkpoint, data, output, recipe, eval_data=eval_data, teacher=teacher)
+    if is_main_process():
+        _finish(result)
 
 
 @app.command()

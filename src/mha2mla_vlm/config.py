@@ -44,7 +44,7 @@ class Strict:
             raise InputError(
                 f"unknown key(s) {', '.join(unknown)} in {cls.__name__}; known: {', '.join(sorted(known))}"
             )
-        needed = {f.name for f in fields(cls) if f.default is MISSING}
+        needed = {f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING}
         if missing := sorted(needed - set(values)):
             raise InputError(f"missing key(s) {', '.join(missing)} in {cls.__name__}")
         return cls(**values)

@@ -3,8 +3,10 @@
 Shapes: G KV heads, R rope dims kept, r latent dims.
 """
 
+import copy
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -14,6 +16,7 @@ from mha2mla_vlm.allotment import unit_dims
 from mha2mla_vlm.cache import bytes_per_token
 from mha2mla_vlm.calibration import collect_moments
 from mha2mla_vlm.config import (
+    BLOCKS,
     CENTERED,
     DECOUPLED,
     OUTPUT_WEIGHTED,
@@ -30,6 +33,7 @@ from mha2mla_vlm.families import get_family
 from mha2mla_vlm.profile import Profile, budget_units
 from mha2mla_vlm.progress import console
 from mha2mla_vlm.surgery import converted_config, set_mla, with_factors, with_partial_rope
+from mha2mla_vlm.zoo import ZOO_FOLDER, ZOO_PREFIX
 
 
 def convert(
@@ -40,7 +44,10 @@ def convert(
     *,
     profile: Profile | None = None,
 ) -> PreTrainedModel:
-    """Convert an original model to latent attention, training-free; the original is left as it is.
+    """Convert a model to latent attention, training-free; the model given is left as it is.
+
+    It is an original one, or one converted to partial RoPE alone (and perhaps trained since), whose
+    keys and values are then factorised, with all layers alike.
 
     `records` calibrate, a share of them measures the loss: `converted.mla_config.kl` holds the mean
     KL divergence to the original on held-out answers after each transform. A `profile` from an
@@ -52,18 +59,23 @@ def convert(
     calibration, held_out = encode_split(model, processor, records, config)
     original = [answer_log_probs(model, batch) for batch in held_out]
 
-    profile = profile or Profile(model, calibration, config)
-    profile.check(config)
-    mla = mla if config.share is None else profile.allot(mla, config)
-    _print_plan(model.config, mla)
-
-    converted = with_partial_rope(model, profile.selections(mla), mla)
-    kl = {"partial_rope": mean_kl(converted, held_out, original)}
-    console().print(f"partial RoPE ({config.rope_selection}): KL {kl['partial_rope']:.4f}")
+    kl, weighted = {}, config.factorization in OUTPUT_WEIGHTED
+    if getattr(model.config, "mla", None) is None:
+        profile = profile or Profile(model, calibration, config)
+        profile.check(config)
+        mla = mla if config.share is None else profile.allot(mla, config)
+        _print_plan(model.config, mla)
+        converted = with_partial_rope(model, profile.selections(mla), mla)
+        kl["partial_rope"] = mean_kl(converted, held_out, original)
+        console().print(f"partial RoPE ({config.rope_selection}): KL {kl['partial_rope']:.4f}")
+    else:
+        _print_plan(model.config, mla)
+        converted = copy.deepcopy(model)
 
     if config.factorization != "none":
-        weighted = config.factorization in OUTPUT_WEIGHTED
-        stats = profile.stats if weighted else collect_moments(converted, calibration, profile.visual)
+        visual = get_family(model.config.model_type).visual_token_ids(model.config)
+        known = profile.stats if profile is not None and weighted else None
+        stats = known or collect_moments(converted, calibration, visual)
         converted = with_factors(converted, stats, mla)
         kl["factorization"] = mean_kl(converted, held_out, original)
         console().print(f"factorization ({config.factorization}): KL {kl['factorization']:.4f}")
@@ -94,7 +106,7 @@ def _check_placement(model: PreTrainedModel) -> None:
 def plan(model_config: Any, config: ConversionConfig) -> MLAConfig:
     """Sizes of the converted model; raises `InputError` for what cannot be converted."""
     if getattr(model_config, "mla", None) is not None:
-        raise InputError("the model is converted already; give the original")
+        return _plan_factors(model_config, config)
     family = get_family(model_config.model_type)
     text = model_config.get_text_config(decoder=True)
     if text.model_type not in family.text_model_types:
@@ -121,11 +133,46 @@ def plan(model_config: Any, config: ConversionConfig) -> MLAConfig:
         factorization=config.factorization,
         folded=config.fold,
         kv_bias=config.factorization in CENTERED,
+        original=_origin(model_config),
     )
     mla.check(sizes)
     if config.share is not None:
         _check_budget(sizes, config)
     return mla
+
+
+def _plan_factors(model_config: Any, config: ConversionConfig) -> MLAConfig:
+    """Sizes of a model whose RoPE is partial already and whose keys and values are now factorised."""
+    mla, sizes = MLAConfig.from_dict(model_config.mla), AttentionSizes.of(model_config)
+    if mla.kv_lora_rank is not None:
+        raise InputError("the model is converted already; give the original, or one with partial RoPE alone")
+    if config.factorization in ("none", *OUTPUT_WEIGHTED, *BLOCKS):
+        raise InputError(
+            f"factorization {config.factorization!r} does not go with a model that has partial RoPE already; "
+            "give md-svd, centered, activation-svd or weight-svd"
+        )
+    if config.budget is not None or config.rope_dim not in (None, mla.qk_rope_head_dim):
+        raise InputError(
+            f"the model has partial RoPE already, R = {mla.qk_rope_head_dim}; give d_kv alone, no budget"
+        )
+    d_kv = sizes.head_dim // 4 if config.d_kv is None else config.d_kv
+    mla = replace(
+        mla,
+        kv_lora_rank=sizes.kv_heads * d_kv,
+        modalities=DECOUPLED if config.factorization in PER_MODALITY else SHARED,
+        factorization=config.factorization,
+        kv_bias=config.factorization in CENTERED,
+    )
+    mla.check(sizes)
+    return mla
+
+
+def _origin(model_config: Any) -> str | None:
+    """The name under which a model can be loaded again, from any folder."""
+    name = model_config._name_or_path
+    if Path(name).parent == ZOO_FOLDER:
+        return ZOO_PREFIX + Path(name).name
+    return str(Path(name).resolve()) if name and Path(name).is_dir() else name or None
 
 
 def _check_budget(sizes: AttentionSizes, config: ConversionConfig) -> None:

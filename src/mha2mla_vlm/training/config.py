@@ -10,6 +10,18 @@ from mha2mla_vlm.config import OnBadRecord, Strict
 from mha2mla_vlm.errors import InputError
 from mha2mla_vlm.training.policies import find_policy
 
+_POSITIVE = (
+    "learning_rate",
+    "epochs",
+    "max_steps",
+    "batch_size",
+    "gradient_accumulation",
+    "max_length",
+    "lora_rank",
+    "eval_records",
+    "evaluate_every",
+    "save_every",
+)
 DTYPES = ("auto", "float32", "bfloat16")
 
 
@@ -28,7 +40,7 @@ class FinetuneConfig(Strict):
     trains: str = option("attention-and-norms", "What trains: a policy, by name or published alias.")
     distillation: float = option(1.0, "Share of the KL to the original in the loss; 0 is labels alone.")
     alignment: float = option(0.0, "Share of the steps that first align the layers' attention outputs.")
-    learning_rate: float = option(1e-3, "Peak learning rate.")
+    learning_rate: float = option(1e-5, "Peak learning rate.")
     warmup: float = option(0.1, "Share of the steps over which the learning rate grows, linearly.")
     decay: float = option(0.1, "Share of the last steps over which it falls to 0, as 1 - sqrt.")
     weight_decay: float = option(0.0, "Of AdamW.")
@@ -62,9 +74,7 @@ class FinetuneConfig(Strict):
                 raise InputError(f"{name} = {getattr(self, name)}: give a share from 0 to 1")
         if self.warmup + self.decay > 1:
             raise InputError("warmup and decay together are more than all steps")
-        positive = ("learning_rate", "epochs", "max_steps", "batch_size", "gradient_accumulation")
-        positive += ("max_length", "lora_rank", "eval_records", "evaluate_every", "save_every")
-        for name in positive:
+        for name in _POSITIVE:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise InputError(f"{name} = {value}: give a number above 0")
@@ -77,7 +87,12 @@ class FinetuneConfig(Strict):
 
 def _check_type(name: str, declared: str, value: Any) -> None:
     """YAML reads `1e-5` as text and `yes` as true: say so instead of failing later."""
-    kinds: dict[str, tuple[type, ...]] = {"float": (int, float), "int": (int,), "str": (str,), "bool": (bool,)}
+    kinds: dict[str, tuple[type, ...]] = {
+        "float": (int, float),
+        "int": (int,),
+        "str": (str,),
+        "bool": (bool,),
+    }
     base = declared.split(" ")[0]
     if value is None and "None" in declared:
         return
@@ -96,7 +111,9 @@ def read_recipe(path: str | Path | None, **given: Any) -> FinetuneConfig:
             raise InputError(f"cannot read the recipe {path}: {' '.join(str(error).split())}") from None
         if not isinstance(values, dict):
             raise InputError(f"the recipe {path} must hold `key: value` lines")
-    return FinetuneConfig.from_dict(values | {key: value for key, value in given.items() if value is not None})
+    return FinetuneConfig.from_dict(
+        values | {key: value for key, value in given.items() if value is not None}
+    )
 
 
 def write_recipe(config: FinetuneConfig, path: Path) -> None:

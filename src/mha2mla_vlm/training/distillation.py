@@ -39,7 +39,7 @@ def divergence(logits: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
 def relative_errors(
     found: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor], mask: torch.Tensor
 ) -> torch.Tensor:
-    """Squared error of each layer's `[B, T, C]` over the squared norm of what was wanted, mean over layers."""
+    """Squared error of `[B, T, C]` over the squared norm of what was wanted, mean over layers."""
     errors = [
         (x.float() - y.float())[mask].square().sum() / y.float()[mask].square().sum()
         for x, y in zip(found, wanted, strict=True)

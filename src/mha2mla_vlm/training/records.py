@@ -92,7 +92,7 @@ def choose(
     """
     kept, too_long, unreadable = [], 0, 0
     checked = _Lengths(records, processor)
-    loader: Any = DataLoader(checked, batch_size=16, num_workers=workers, collate_fn=list)  # type: ignore[arg-type]
+    loader: Any = DataLoader(checked, batch_size=16, num_workers=workers, collate_fn=list)
     for first, lengths in enumerate(track(loader, "checking chats")):
         for index, length in enumerate(lengths, start=16 * first):
             if isinstance(length, InputError):

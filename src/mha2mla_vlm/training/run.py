@@ -4,17 +4,17 @@ import json
 import resource
 import shutil
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.util import find_spec
+from math import isnan
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
 from transformers import PreTrainedModel, ProcessorMixin, TrainingArguments
-from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_callback import TrainerCallback
 
 from mha2mla_vlm.checkpoint import check_output, load, load_config, load_processor
 from mha2mla_vlm.data import Record
@@ -25,9 +25,8 @@ from mha2mla_vlm.sources import StoredRecords
 from mha2mla_vlm.training.config import FinetuneConfig
 from mha2mla_vlm.training.freezing import set_trained, with_lora
 from mha2mla_vlm.training.records import Chats, Chosen, Collator, choose
-from mha2mla_vlm.training.trainer import ProgressBar, RecoveryTrainer
+from mha2mla_vlm.training.trainer import RecoveryTrainer
 
-LOG = "training_log.jsonl"
 SETTINGS = "finetune.json"  # in the output: how it was trained, and the result
 _STATE = "state.json"  # in the folder of an unfinished run: what it was started with, and measured first
 MEASURES = ("exact_match", "kl", "cross_entropy")
@@ -72,13 +71,11 @@ def finetune(
     original = None if teacher is None else load(teacher, dtype=config.dtype)
     if original is not None:
         check_comparable(model, original)
-    with PartialState().main_process_first():
+    with _processes().main_process_first():
         chosen = _chosen(folder, settings, records, eval_records, processor, config)
-    held_out = Chats(records, chosen.held_out) if eval_records is None else Chats(eval_records, chosen.held_out)
+    held_out = Chats(records if eval_records is None else eval_records, chosen.held_out)
     dtype = model.dtype
-    trainer = make_trainer(
-        model, processor, Chats(records, chosen.train), held_out, config, folder, original
-    )
+    trainer = make_trainer(model, processor, Chats(records, chosen.train), held_out, config, folder, original)
     result = _train(trainer, folder)
     result |= {"too_long": chosen.too_long, "unreadable": chosen.unreadable}
     write_model(trainer, folder, dtype)
@@ -87,6 +84,16 @@ def finetune(
         _finish(folder, path, settings | {"result": result})
     trainer.accelerator.wait_for_everyone()
     return {"output": str(output), **result}
+
+
+def _processes() -> PartialState:
+    """The processes that train together: this one, or those that a launcher started."""
+    return PartialState(cpu=not torch.accelerator.is_available())
+
+
+def is_main_process() -> bool:
+    """Whether this process is the one that reports."""
+    return _processes().is_main_process
 
 
 def original_of(checkpoint: str | Path) -> str | None:
@@ -112,23 +119,20 @@ def make_trainer(
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     visual = get_family(model.config.model_type).visual_token_ids(model.config)
-    trainer = RecoveryTrainer(
+    return RecoveryTrainer(
         model,
         _arguments(config, folder, len(chats)),
         data_collator=Collator(processor=processor, visual_token_ids=visual),
         train_dataset=chats,
         eval_dataset=held_out,
-        callbacks=[ProgressBar(folder / LOG)],
         recipe=config,
         teacher=teacher,
     )
-    trainer.remove_callback(PrinterCallback)  # it writes to standard output
-    return trainer
 
 
 def _arguments(config: FinetuneConfig, folder: Path, examples: int) -> TrainingArguments:
     """A recipe as transformers says it; raises `InputError` for what transformers refuses."""
-    per_step = config.batch_size * config.gradient_accumulation * PartialState().num_processes
+    per_step = config.batch_size * config.gradient_accumulation * _processes().num_processes
     steps = config.max_steps or max(1, int(config.epochs * -(-examples // per_step)))
     values: dict[str, Any] = {
         "output_dir": str(folder),
@@ -153,6 +157,7 @@ def _arguments(config: FinetuneConfig, folder: Path, examples: int) -> TrainingA
         "dataloader_num_workers": config.workers,
         "remove_unused_columns": False,
         "label_names": ["labels"],
+        "ddp_find_unused_parameters": False,
         "disable_tqdm": True,
         "report_to": ["tensorboard"] if find_spec("tensorboard") else [],
     }
@@ -164,31 +169,46 @@ def _arguments(config: FinetuneConfig, folder: Path, examples: int) -> TrainingA
 
 def _train(trainer: RecoveryTrainer, folder: Path) -> dict[str, Any]:
     """Measure, train from the last checkpoint there is, measure again."""
-    state = json.loads((folder / _STATE).read_text())
-    if "before" not in state:
-        state["before"] = _measured(trainer)
-        if trainer.is_world_process_zero():
-            _write(folder / _STATE, state)
-    begin, done = time.monotonic(), trainer.state.global_step
+    first = _First(folder / _STATE)
+    trainer.args.eval_on_start = first.measures is None
+    trainer.add_callback(first)
     trainer.train(resume_from_checkpoint=last_checkpoint(folder))
-    seconds = time.monotonic() - begin
-    after = _measured(trainer)
-    steps = trainer.state.global_step
+    after = trainer.evaluate()
     return {
-        "steps": steps,
+        "steps": trainer.state.global_step,
         "examples": round((trainer.state.epoch or 0) * len(trainer.train_dataset)),
-        **{f"{name}_before": state["before"][name] for name in MEASURES},
-        **after,
+        **{f"{name}_before": _number(value) for name, value in (first.measures or {}).items()},
+        **{name: _number(after[f"eval_{name}"]) for name in MEASURES},
         "trained_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
-        "seconds_per_step": seconds / max(1, steps - done),
+        "seconds_per_step": trainer.bar.seconds_per_step,
         "peak_memory_bytes": _peak_memory(),
     }
 
 
-def _measured(trainer: RecoveryTrainer) -> dict[str, float | None]:
-    found = trainer.evaluate()
-    values = {name: found[f"eval_{name}"] for name in MEASURES}
-    return {name: value if value == value else None for name, value in values.items()}  # nan: no teacher
+class _First(TrainerCallback):
+    """Keeps what was measured before the first step, in the state file for a run that is resumed.
+
+    Measuring is left to `eval_on_start`: a trainer that evaluates before it trains does not wrap its
+    model for several processes any more.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.measures: dict[str, float] | None = json.loads(path.read_text()).get("before")
+
+    def on_evaluate(
+        self, args: Any, state: Any, control: Any, metrics: dict[str, float] | None = None, **kwargs: Any
+    ) -> None:
+        """Keep the first."""
+        if self.measures is None and metrics is not None:
+            self.measures = {name: metrics[f"eval_{name}"] for name in MEASURES}
+            if state.is_world_process_zero:
+                _write(self.path, json.loads(self.path.read_text()) | {"before": self.measures})
+
+
+def _number(value: float) -> float | None:
+    """JSON has no nan, which is the KL without a teacher."""
+    return None if isnan(value) else value
 
 
 def _peak_memory() -> int:
@@ -203,7 +223,7 @@ def last_checkpoint(folder: Path) -> str | None:
     """The last whole checkpoint; one that was being written when the run was killed is removed."""
     found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
     whole = [path for path in found if _is_json(path / "trainer_state.json")]  # written last
-    if PartialState().is_main_process:
+    if _processes().is_main_process:
         for path in set(found) - set(whole):
             shutil.rmtree(path)
     return str(whole[-1]) if whole else None

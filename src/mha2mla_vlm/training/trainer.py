@@ -5,6 +5,7 @@ Shapes: B batch, T tokens, K columns that predict answers, V vocabulary.
 
 import contextlib
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import nn
 from torch.utils.data import Sampler, SequentialSampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers.trainer_callback import PrinterCallback
 
 from mha2mla_vlm.data import IGNORE_INDEX
 from mha2mla_vlm.progress import console
@@ -28,6 +30,8 @@ from mha2mla_vlm.training.distillation import (
     share_frozen,
 )
 
+LOG = "training_log.jsonl"
+
 
 class RecoveryTrainer(Trainer):
     """Trains a converted model on answers' tokens, with or without its original as `teacher`."""
@@ -37,6 +41,9 @@ class RecoveryTrainer(Trainer):
     ) -> None:
         super().__init__(*args, compute_metrics=metrics, **kwargs)
         self.recipe, self.teacher = recipe, teacher
+        self.bar = ProgressBar(Path(self.args.output_dir) / LOG)
+        self.add_callback(self.bar)
+        self.remove_callback(PrinterCallback)  # it writes to standard output
         self.model_accepts_loss_kwargs = True  # so that the answers' tokens of a whole step are counted
         self.can_return_loss = True
         if teacher is not None:
@@ -60,7 +67,7 @@ class RecoveryTrainer(Trainer):
         return self.state.global_step < round(self.recipe.alignment * self.state.max_steps)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """One forward and backward pass; hooks stay until both are done, for activations may be recomputed."""
+        """Forward and backward; hooks stay for both, for activations may be computed again."""
         if not self.aligning:
             return super().training_step(model, inputs, *args, **kwargs)
         student = self._converted()
@@ -168,6 +175,7 @@ class ProgressBar(TrainerCallback):
     def __init__(self, path: Path) -> None:
         self.path = path
         self.stack = contextlib.ExitStack()
+        self.steps, self.seconds = 0, 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the bar."""
@@ -183,8 +191,18 @@ class ProgressBar(TrainerCallback):
         self.bar = self.stack.enter_context(Progress(*columns, console=console()))
         self.task = self.bar.add_task("training", total=state.max_steps, completed=state.global_step, loss="")
 
+    @property
+    def seconds_per_step(self) -> float:
+        """Of the steps of this process."""
+        return self.seconds / max(1, self.steps)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Look at the clock."""
+        self.begin = time.monotonic()
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Move the bar."""
+        self.steps, self.seconds = self.steps + 1, self.seconds + time.monotonic() - self.begin
         if state.is_world_process_zero:
             self.bar.update(self.task, completed=state.global_step)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from mha2mla_vlm.errors import InputError
 
 ZOO_PREFIX = "zoo:"
+ZOO_FOLDER = Path(__file__).parent / "models"
 ZOO_NAMES = ("qwen2_5_vl", "llava_next", "llava")
 
 
@@ -23,7 +24,7 @@ def check_name(name: str) -> str:
 def zoo_path(name: str) -> Path:
     """Folder of a shipped model, by its name with or without the `zoo:` prefix."""
     bare = check_name(name)
-    path = Path(__file__).parent / "models" / bare
+    path = ZOO_FOLDER / bare
     if not (path / "config.json").is_file():
         raise InputError(f"{path} is missing from this installation; build it with: mha2mla zoo build {bare}")
     return path

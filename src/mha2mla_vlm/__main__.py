@@ -1,0 +1,5 @@
+"""`python -m mha2mla_vlm`, and so `accelerate launch -m mha2mla_vlm`, is the command `mha2mla`."""
+
+from mha2mla_vlm.cli import main
+
+main()
