@@ -7,7 +7,7 @@ from PIL import Image
 
 from mha2mla_vlm.data import message_text
 from mha2mla_vlm.errors import InputError
-from mha2mla_vlm.sources import load_records, stream_records
+from mha2mla_vlm.sources import StoredRecords, load_records, stream_records
 
 QUESTION = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}
 ANSWER = {"role": "assistant", "content": [{"type": "text", "text": "Ten."}]}
@@ -104,3 +104,45 @@ def test_a_dataset_that_the_hub_does_not_have_is_a_clear_error(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(InputError, match="cannot read the dataset no-one/nothing"):
         load_records("no-one/nothing")
+
+
+def written(folder, form):
+    """The same three chats in a form, as a source."""
+    chats = [CHAT, {"messages": [ANSWER | {"role": "user"}, ANSWER], "images": []}, CHAT]
+    if form == "lines":
+        text = "\n\n".join(json.dumps(chat, ensure_ascii=False) for chat in chats)
+        (folder / "data.jsonl").write_bytes(b"\xef\xbb\xbf" + text.encode())
+        return folder / "data.jsonl"
+    if form == "list":
+        rows = [{"image": "a.png", "conversations": turns("<image>\nWhät?")} for _ in range(3)]
+        rows[1] = {"conversations": turns("What is 1 + 1?", "2")}
+        (folder / "data.json").write_text(json.dumps(rows, indent=2, ensure_ascii=False), encoding="utf-8")
+        return folder / "data.json"
+    datasets = pytest.importorskip("datasets")
+    rows = datasets.Dataset.from_list(llava_rows(folder)).cast_column("image", datasets.Image())
+    rows.to_parquet(folder / "data.parquet")
+    return folder / "data.parquet"
+
+
+@pytest.mark.parametrize("form", ["lines", "list", "parquet"])
+def test_stored_records_are_those_of_the_stream(folder, form, monkeypatch):
+    """By number, in any order, also where a list is read in pieces that split its characters."""
+    monkeypatch.setattr("mha2mla_vlm.sources._CHUNK", 7)
+    source = written(folder, form)
+    streamed, stored = list(stream_records(source)), StoredRecords(source)
+    assert len(stored) == len(streamed) == 3
+    for index in (2, 0, 1):
+        assert stored[index] == streamed[index]
+    assert stored[1:] == streamed[1:]
+
+
+def test_a_broken_line_is_told_when_it_is_asked_for(folder):
+    path = folder / "data.jsonl"
+    path.write_bytes(json.dumps(CHAT).encode() + b'\n\n{"messages": \n' + b"\xff\n")
+    stored = StoredRecords(path)
+    assert len(stored) == 3
+    assert len(stored[0].images) == 1
+    with pytest.raises(InputError, match="line 3: broken JSON"):
+        stored[1]
+    with pytest.raises(InputError, match="line 4 is not UTF-8"):
+        stored[2]

@@ -2,7 +2,8 @@
 
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, get_args
+from types import UnionType
+from typing import Any, get_args, get_origin
 
 import yaml
 
@@ -42,7 +43,7 @@ class FinetuneConfig(Strict):
     alignment: float = option(0.0, "Share of the steps that first align the layers' attention outputs.")
     learning_rate: float = option(1e-5, "Peak learning rate.")
     warmup: float = option(0.1, "Share of the steps over which the learning rate grows, linearly.")
-    decay: float = option(0.1, "Share of the last steps over which it falls to 0, as 1 - sqrt.")
+    decay: float = option(0.9, "Share of the steps, the last, over which it falls to 0, as 1 - sqrt.")
     weight_decay: float = option(0.0, "Of AdamW.")
     epochs: float = option(1.0, "Passes over the data.")
     max_steps: int | None = option(None, "Optimiser steps, instead of epochs.")
@@ -63,12 +64,12 @@ class FinetuneConfig(Strict):
     training_arguments: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        for item in fields(self):
+            _check_type(item.name, item.type, getattr(self, item.name))
         find_policy(self.trains)
         for name, known in (("dtype", DTYPES), ("on_bad_record", get_args(OnBadRecord))):
             if getattr(self, name) not in known:
                 raise InputError(f"{name} = {getattr(self, name)!r}; known: {', '.join(known)}")
-        for item in fields(self):
-            _check_type(item.name, str(item.type), getattr(self, item.name))
         for name in ("distillation", "alignment", "warmup", "decay"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"{name} = {getattr(self, name)}: give a share from 0 to 1")
@@ -85,20 +86,16 @@ class FinetuneConfig(Strict):
         return self.distillation > 0 or self.alignment > 0
 
 
-def _check_type(name: str, declared: str, value: Any) -> None:
+def _check_type(name: str, declared: Any, value: Any) -> None:
     """YAML reads `1e-5` as text and `yes` as true: say so instead of failing later."""
-    kinds: dict[str, tuple[type, ...]] = {
-        "float": (int, float),
-        "int": (int,),
-        "str": (str,),
-        "bool": (bool,),
-    }
-    base = declared.split(" ")[0]
-    if value is None and "None" in declared:
+    origin = get_origin(declared)
+    accepted = get_args(declared) if origin is UnionType else (origin or declared,)
+    numbers = (*accepted, int) if float in accepted else accepted
+    if isinstance(value, numbers) and (bool in accepted or not isinstance(value, bool)):
         return
-    if base in kinds and (not isinstance(value, kinds[base]) or (base != "bool" and isinstance(value, bool))):
-        hint = "; write 1.0e-5 for 1e-5" if base == "float" and isinstance(value, str) else ""
-        raise InputError(f"{name} = {value!r}: give {declared.replace(' | None', ' or nothing')}{hint}")
+    wanted = " or ".join("nothing" if kind is type(None) else kind.__name__ for kind in accepted)
+    hint = "; write 1.0e-5 for 1e-5" if float in accepted and isinstance(value, str) else ""
+    raise InputError(f"{name} = {value!r}: give {wanted}{hint}")
 
 
 def read_recipe(path: str | Path | None, **given: Any) -> FinetuneConfig:

@@ -101,11 +101,14 @@ def layer_inputs(model: PreTrainedModel) -> Iterator[dict[int, torch.Tensor]]:
 
 @contextlib.contextmanager
 def fed(model: PreTrainedModel, inputs: dict[int, torch.Tensor]) -> Iterator[None]:
-    """Within the context, layers of `model` work on these inputs, not on each other's outputs."""
+    """Within the context, layers of `model` work on these inputs, not on each other's outputs.
+
+    The graph stays whole, with gradients of zero: processes must agree on the parameters that have one.
+    """
 
     def replace(index: int) -> Any:
         def hook(_: nn.Module, args: Any) -> Any:
-            return (inputs[index], *args[1:])
+            return (inputs[index] + 0.0 * args[0], *args[1:])
 
         return hook
 

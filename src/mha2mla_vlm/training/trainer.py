@@ -93,7 +93,6 @@ class RecoveryTrainer(Trainer):
             found, wanted = self._pairs
             layers = [found[i] for i in sorted(wanted)], [wanted[i] for i in sorted(wanted)]
             error = relative_errors(*layers, inputs["attention_mask"].bool())
-            # every parameter takes part, for processes must agree on the gradients there are
             loss = error * (targets != IGNORE_INDEX).sum() + 0.0 * logits.sum()
         else:
             loss = self._answer_loss(inputs, logits, columns, targets)
