@@ -9,8 +9,8 @@ Recipes, each trained once for every number of examples, 16 to a step, on chats 
   learning rate is the best of three for each stage and budget, by a pilot of 256 examples;
 - control: the original, trained on labels, for a model can also gain by training alone.
 
-Measured on held-out pictures of test scans. Rows go to `OUT/MODEL.jsonl`, the plot of all rows to `OUT`, and their
-table, where OUT is `docs/recovery`, to `docs/finetuning.md`.
+Measured on held-out pictures of test scans. Rows go to `OUT/MODEL.jsonl`, the plot of all rows to `OUT`, and
+their table, where OUT is `docs/recovery`, to `docs/finetuning.md`.
 """
 
 import argparse
