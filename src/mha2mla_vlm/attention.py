@@ -21,6 +21,8 @@ from mha2mla_vlm.rope import one_table, rotate
 EXPAND_CHUNK = 1024  # cached tokens expanded at a time when many new ones meet four times as many
 QUERY_BLOCK = 256  # new tokens that meet them at a time
 
+Up = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]  # `MLAAttention._up`
+
 
 def dense_mask(mask: torch.Tensor | None, new: int, total: int, device: torch.device) -> torch.Tensor | None:
     """Any mask that transformers gives to attention, as one over scores `[.., T, S]`; None hides nothing.
@@ -208,7 +210,7 @@ class MLAAttention(nn.Module):
         factorised = all(isinstance(up, nn.Linear) for up in self.kv_b_proj.values())
         return factorised and new <= self.absorb_limit and _is_dense(mask)
 
-    def _up(self, name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    def _up(self, name: str) -> Up:
         """Key and value blocks of an up projection: `[G, N, r]`, `[G, D, r]`, `[G, N, 1]`, `[G, 1, D]`."""
         weight, bias = _whole(self.kv_b_proj[name].weight), _whole(self.kv_b_proj[name].bias)
         split = [self.nope_dim, self.head_dim]
@@ -235,9 +237,11 @@ class MLAAttention(nn.Module):
             batch, heads, new, total
         )
         nope = q_nope.reshape(*grouped, self.nope_dim)
-        scores = scores + self._latent_scores(nope, latent, modality).view(batch, heads, new, total)
+        # all of them, in order: gathering shards needs the same calls from every process
+        ups = {name: self._up(name) for name in self.modalities}
+        scores = scores + self._latent_scores(nope, latent, ups, modality).view(batch, heads, new, total)
         weights = masked(scores * self.scaling, mask).softmax(dim=-1, dtype=torch.float32).to(latent.dtype)
-        output = self._latent_values(weights.view(batch, heads * new, total), latent, modality)
+        output = self._latent_values(weights.view(batch, heads * new, total), latent, ups, modality)
         return output.view(batch, heads, new, self.head_dim).transpose(1, 2), weights
 
     def _runs(self, modality: TokenModality | None, total: int) -> tuple[Run, ...]:
@@ -250,7 +254,7 @@ class MLAAttention(nn.Module):
         return {Kind.TEXT: ("text",), Kind.VISION: ("vision",), Kind.MIXED: ("text", "vision")}[kind]
 
     def _latent_scores(
-        self, nope: torch.Tensor, latent: torch.Tensor, modality: TokenModality | None
+        self, nope: torch.Tensor, latent: torch.Tensor, ups: dict[str, Up], modality: TokenModality | None
     ) -> torch.Tensor:
         """Scores of `nope [B, G, M*T, N]` with each token's latent, `[B, H*T, S]`.
 
@@ -260,7 +264,7 @@ class MLAAttention(nn.Module):
         runs = self._runs(modality, latent.shape[1])
         moved = {}
         for name in {name for run in runs for name in self._names(run.kind)}:
-            key, _, bias, _ = self._up(name)
+            key, _, bias, _ = ups[name]
             constant = 0.0 if bias is None else (nope @ bias).reshape(batch, -1, 1)
             moved[name] = ((nope @ key).reshape(batch, -1, latent.shape[-1]), constant)
         parts = []
@@ -279,7 +283,7 @@ class MLAAttention(nn.Module):
         return torch.where(visual, vision, text)
 
     def _latent_values(
-        self, weights: torch.Tensor, latent: torch.Tensor, modality: TokenModality | None
+        self, weights: torch.Tensor, latent: torch.Tensor, ups: dict[str, Up], modality: TokenModality | None
     ) -> torch.Tensor:
         """Values of all tokens under `weights [B, H*T, S]`, then expanded: `[B, H*T, D]`."""
         batch = latent.shape[0]
@@ -299,7 +303,7 @@ class MLAAttention(nn.Module):
                 sums[name] = mixed, mass
         outputs = []
         for name, (mixed, mass) in sums.items():
-            _, value, _, bias = self._up(name)
+            _, value, _, bias = ups[name]
             output = mixed.view(batch, self.kv_heads, -1, latent.shape[-1]) @ value.transpose(-1, -2)
             outputs.append(output if bias is None else output + mass.view(batch, self.kv_heads, -1, 1) * bias)
         return outputs[0] if len(outputs) == 1 else outputs[0] + outputs[1]

@@ -17,6 +17,8 @@ METRIC_RIDGE = 1e-3  # of a direction's own and of the mean weight, added to eve
 class Factors:
     """`up @ down` stands for a weight: `down [r, hidden]`, `up [O, r]`.
 
+    Each latent dim has a row of `down` and a column of `up` of the same norm, as published: training
+    takes steps of one size in both, which spoil a factor that is much smaller than the other.
     `shift [O]`, what the mean input loses, is to be added to the outputs; 0 where none was taken out.
     """
 
@@ -45,6 +47,8 @@ def pca_factors(
     of the outputs `W x` summed over inputs. This is the whitened SVD of the paper (arXiv 2601.11464,
     section 3.2) without its inverse: any rank up to O works, whatever the rank of S.
 
+    Their scale is then split evenly.
+
     Given a triangular `root [O, O]` an error e counts as the square of `root^T e`: the same PCA of
     `root^T W`, taken back on the up side.
     """
@@ -53,7 +57,10 @@ def pca_factors(
     _, vectors = torch.linalg.eigh(seen @ damped(moment) @ seen.T)
     top = vectors[:, -rank:].flip(-1)
     up = top if root is None else torch.linalg.solve_triangular(root.T, top, upper=True)
-    return Factors(down=top.T @ seen, up=up, shift=weight.new_zeros(len(weight)))
+    down = top.T @ seen
+    norms = down.norm(dim=1)
+    scale = (up.norm(dim=0) / norms.clamp_min(1e-6 * norms.max())).sqrt()
+    return Factors(down=down * scale[:, None], up=up / scale, shift=weight.new_zeros(len(weight)))
 
 
 def metric_root(metric: torch.Tensor, others: torch.Tensor) -> torch.Tensor:

@@ -110,7 +110,8 @@ def test_fewer_tokens_than_dims_give_finite_factors(rank):
     factors = pca_factors(make_weight(), inputs.T @ inputs, rank)
     assert bool(factors.down.isfinite().all())
     assert bool(factors.up.isfinite().all())
-    torch.testing.assert_close(factors.up.T @ factors.up, torch.eye(rank, dtype=torch.float64))
+    directions = factors.up / factors.up.norm(dim=0)
+    torch.testing.assert_close(directions.T @ directions, torch.eye(rank, dtype=torch.float64))
 
 
 def test_no_input_at_all_gives_the_svd_of_the_weight():
@@ -232,3 +233,14 @@ def test_each_layer_gets_its_own_rank():
         for i in (0, 1)
     ]
     assert shapes == [(3, HIDDEN), (5, HIDDEN)]
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_both_factors_have_the_same_scale(weighted):
+    """Training with steps of one size spoils a factor much smaller than the other."""
+    weight, inputs = make_weight(), make_inputs(200)
+    root = torch.linalg.cholesky(1e6 * torch.eye(O, dtype=torch.float64)) if weighted else None
+    factors = pca_factors(weight, inputs.T @ inputs, 8, root)
+    torch.testing.assert_close(factors.up.norm(dim=0), factors.down.norm(dim=1))
+    plain = pca_factors(weight, inputs.T @ inputs, 8)
+    torch.testing.assert_close(product(factors), product(plain), rtol=1e-3, atol=1e-6)

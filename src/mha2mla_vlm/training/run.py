@@ -71,10 +71,12 @@ def finetune(
     original = None if teacher is None else load(teacher, dtype=config.dtype)
     if original is not None:
         check_comparable(model, original)
+    dtype = model.dtype
+    model = prepare(model, config)
+    _arguments(config, folder, examples=1)
     with _processes().main_process_first():
         chosen = _chosen(folder, settings, records, eval_records, processor, config)
     held_out = Chats(records if eval_records is None else eval_records, chosen.held_out)
-    dtype = model.dtype
     trainer = make_trainer(model, processor, Chats(records, chosen.train), held_out, config, folder, original)
     result = _train(trainer, folder)
     result |= {"too_long": chosen.too_long, "unreadable": chosen.unreadable}
@@ -102,6 +104,17 @@ def original_of(checkpoint: str | Path) -> str | None:
     return str(checkpoint) if mla is None else mla.get("original")
 
 
+def prepare(model: PreTrainedModel, config: FinetuneConfig) -> Any:
+    """Freeze all but what a recipe trains, or put adapters around it."""
+    if config.lora_rank is None:
+        set_trained(model, config.trains)
+    else:
+        model = with_lora(model, config.trains, config.lora_rank)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
+
+
 def make_trainer(
     model: PreTrainedModel,
     processor: ProcessorMixin,
@@ -111,13 +124,7 @@ def make_trainer(
     folder: Path,
     teacher: PreTrainedModel | None = None,
 ) -> RecoveryTrainer:
-    """transformers' trainer for a recipe; freezes all but what the recipe trains."""
-    if config.lora_rank is None:
-        set_trained(model, config.trains)
-    else:
-        model = with_lora(model, config.trains, config.lora_rank)
-    if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    """transformers' trainer for a recipe and a model that is prepared for it."""
     visual = get_family(model.config.model_type).visual_token_ids(model.config)
     return RecoveryTrainer(
         model,
