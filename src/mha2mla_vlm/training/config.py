@@ -23,6 +23,7 @@ _POSITIVE = (
     "evaluate_every",
     "save_every",
 )
+RATE = 0.05  # learning rate times width
 DTYPES = ("auto", "float32", "bfloat16")
 
 
@@ -41,7 +42,7 @@ class FinetuneConfig(Strict):
     trains: str = option("attention-and-norms", "What trains: a policy, by name or published alias.")
     distillation: float = option(1.0, "Share of the KL to the original in the loss; 0 is labels alone.")
     alignment: float = option(0.0, "Share of the steps that first align the layers' attention outputs.")
-    learning_rate: float = option(1e-5, "Peak learning rate.")
+    learning_rate: float | None = option(None, "Peak learning rate; else 0.05 over the hidden size.")
     warmup: float = option(0.1, "Share of the steps over which the learning rate grows, linearly.")
     decay: float = option(0.9, "Share of the steps, the last, over which it falls to 0, as 1 - sqrt.")
     weight_decay: float = option(0.0, "Of AdamW.")
@@ -79,6 +80,14 @@ class FinetuneConfig(Strict):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise InputError(f"{name} = {value}: give a number above 0")
+
+    def rate(self, hidden: int) -> float:
+        """The peak learning rate for a model of this width.
+
+        What suits the zoo (width 256, docs/finetuning.md), and less the wider a model is, as steps of
+        AdamW in all entries of a matrix add up over its width: 1.2e-5 at 4,096.
+        """
+        return RATE / hidden if self.learning_rate is None else self.learning_rate
 
     @property
     def needs_teacher(self) -> bool:

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, ProcessorMixin, TrainingArguments
 from transformers.trainer_callback import TrainerCallback
 
 from mha2mla_vlm.checkpoint import check_output, load, load_config, load_processor
+from mha2mla_vlm.config import AttentionSizes
 from mha2mla_vlm.data import Record
 from mha2mla_vlm.errors import InputError
 from mha2mla_vlm.evaluation import check_comparable
@@ -73,7 +74,7 @@ def finetune(
         check_comparable(model, original)
     dtype = model.dtype
     model = prepare(model, config)
-    _arguments(config, folder, examples=1)
+    _arguments(config, folder, examples=1, hidden=AttentionSizes.of(model.config).hidden)
     with _processes().main_process_first():
         chosen = _chosen(folder, settings, records, eval_records, processor, config)
     held_out = Chats(records if eval_records is None else eval_records, chosen.held_out)
@@ -128,7 +129,7 @@ def make_trainer(
     visual = get_family(model.config.model_type).visual_token_ids(model.config)
     return RecoveryTrainer(
         model,
-        _arguments(config, folder, len(chats)),
+        _arguments(config, folder, len(chats), AttentionSizes.of(model.config).hidden),
         data_collator=Collator(processor=processor, visual_token_ids=visual),
         train_dataset=chats,
         eval_dataset=held_out,
@@ -137,7 +138,7 @@ def make_trainer(
     )
 
 
-def _arguments(config: FinetuneConfig, folder: Path, examples: int) -> TrainingArguments:
+def _arguments(config: FinetuneConfig, folder: Path, examples: int, hidden: int) -> TrainingArguments:
     """A recipe as transformers says it; raises `InputError` for what transformers refuses."""
     per_step = config.batch_size * config.gradient_accumulation * _processes().num_processes
     steps = config.max_steps or max(1, int(config.epochs * -(-examples // per_step)))
@@ -148,7 +149,7 @@ def _arguments(config: FinetuneConfig, folder: Path, examples: int) -> TrainingA
         "gradient_accumulation_steps": config.gradient_accumulation,
         "num_train_epochs": config.epochs,
         "max_steps": config.max_steps or -1,
-        "learning_rate": config.learning_rate,
+        "learning_rate": config.rate(hidden),
         "weight_decay": config.weight_decay,
         "lr_scheduler_type": "warmup_stable_decay",
         "warmup_steps": round(config.warmup * steps),
