@@ -65,7 +65,7 @@ def load(name: str | Path, **kwargs: Any) -> PreTrainedModel:
         model, info = AutoModelForImageTextToText.from_pretrained(source, **options)
     except InputError:
         raise
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+    except (OSError, RuntimeError, ValueError, ImportError, SafetensorError) as error:
         raise InputError(f"cannot load the weights of {source!r}: {_first_line(error)}") from error
     if missing := sorted(info["missing_keys"]):
         raise InputError(f"the weights of {source!r} are not whole; missing keys: {', '.join(missing[:5])}")

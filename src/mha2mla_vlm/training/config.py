@@ -56,6 +56,9 @@ class FinetuneConfig(Strict):
     lora_rank: int | None = option(None, "Train LoRA adapters of this rank and merge them at the end.")
     dtype: str = option("auto", "Number format of frozen weights; what trains is float32.")
     bf16: bool = option(True, "Compute in bfloat16 (autocast).")
+    attn_implementation: str | None = option(
+        None, "sdpa, eager, flash_attention_2; else transformers' choice."
+    )
     gradient_checkpointing: bool = option(False, "Compute activations again instead of storing them.")
     eval_records: int = option(128, "Chats to measure on, held out from the data if none are given.")
     evaluate_every: int | None = option(None, "Steps between measurements; else before and after alone.")

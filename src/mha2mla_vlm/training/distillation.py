@@ -15,6 +15,8 @@ from transformers import PreTrainedModel
 from mha2mla_vlm.data import IGNORE_INDEX
 from mha2mla_vlm.modeling import decoder_layers
 
+_AFTER = ("lm_head.", "model.language_model.norm.")  # parameters behind the language model's layers
+
 
 def answer_columns(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Columns that predict an answer token, `[K]`, and the tokens they predict, `[B, K]`."""
@@ -63,6 +65,30 @@ def share_frozen(teacher: PreTrainedModel, student: PreTrainedModel) -> int:
             setattr(teacher.get_submodule(path), leaf, own)
             shared += own.numel()
     return shared
+
+
+def same_inputs(teacher: PreTrainedModel, student: PreTrainedModel) -> bool:
+    """Whether both language models get the same embeddings: frozen and equal parameters before them."""
+    before = [
+        {n: p for n, p in model.named_parameters() if ".layers." not in n.rpartition("language_model")[2]}
+        for model in (teacher, student)
+    ]
+    names = [{n for n in found if not n.startswith(_AFTER)} for found in before]
+    return names[0] == names[1] and all(
+        not before[1][n].requires_grad and torch.equal(before[0][n], before[1][n]) for n in names[0]
+    )
+
+
+@contextlib.contextmanager
+def language_inputs(model: PreTrainedModel) -> Iterator[dict[str, Any]]:
+    """Within the context, what the language model was given last: embeddings, positions, mask."""
+    given: dict[str, Any] = {}
+
+    def keep(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        given.update({k: v for k, v in kwargs.items() if k != "token_modality"})
+
+    with _removed(model.model.language_model.register_forward_pre_hook(keep, with_kwargs=True)):
+        yield given
 
 
 @contextlib.contextmanager

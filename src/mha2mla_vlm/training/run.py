@@ -68,8 +68,9 @@ def finetune(
     }
     folder = path.with_name(path.name + ".partial")
     processor = load_processor(checkpoint)
-    model = load(checkpoint, dtype=config.dtype)
-    original = None if teacher is None else load(teacher, dtype=config.dtype)
+    how = {"dtype": config.dtype, "attn_implementation": config.attn_implementation}
+    model = load(checkpoint, **how)
+    original = None if teacher is None else load(teacher, **how)
     if original is not None:
         check_comparable(model, original)
     dtype = model.dtype

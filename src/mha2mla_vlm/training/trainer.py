@@ -25,8 +25,10 @@ from mha2mla_vlm.training.distillation import (
     cross_entropy_sum,
     divergence,
     fed,
+    language_inputs,
     layer_inputs,
     relative_errors,
+    same_inputs,
     share_frozen,
 )
 
@@ -50,6 +52,7 @@ class RecoveryTrainer(Trainer):
             teacher.to(self.args.device).requires_grad_(False)
             if not self.is_fsdp_enabled and not self.is_deepspeed_enabled:  # whose parameters are shards
                 share_frozen(teacher, self._converted())
+            self._same_inputs = same_inputs(teacher, self._converted())
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Sampler[int] | None:
         if not self.recipe.shuffle:
@@ -88,21 +91,27 @@ class RecoveryTrainer(Trainer):
         """The mean over the answer tokens of a whole step, in all processes."""
         labels = inputs.pop("labels")
         columns, targets = answer_columns(labels)
-        logits = model(**inputs, use_cache=False, logits_to_keep=columns).logits
+        with language_inputs(self._converted()) as given:
+            logits = model(**inputs, use_cache=False, logits_to_keep=columns).logits
         if self.aligning:
             found, wanted = self._pairs
             layers = [found[i] for i in sorted(wanted)], [wanted[i] for i in sorted(wanted)]
             error = relative_errors(*layers, inputs["attention_mask"].bool())
             loss = error * (targets != IGNORE_INDEX).sum() + 0.0 * logits.sum()
         else:
-            loss = self._answer_loss(inputs, logits, columns, targets)
+            loss = self._answer_loss(inputs, given, logits, columns, targets)
         if num_items_in_batch is None:
             num_items_in_batch = (targets != IGNORE_INDEX).sum().clamp(min=1)
         loss = loss / num_items_in_batch * self.accelerator.num_processes
         return (loss, {"logits": logits}) if return_outputs else loss
 
     def _answer_loss(
-        self, inputs: dict[str, Any], logits: torch.Tensor, columns: torch.Tensor, targets: torch.Tensor
+        self,
+        inputs: dict[str, Any],
+        given: dict[str, Any],
+        logits: torch.Tensor,
+        columns: torch.Tensor,
+        targets: torch.Tensor,
     ) -> torch.Tensor:
         share = self.recipe.distillation
         loss = logits.sum() * 0.0
@@ -110,7 +119,7 @@ class RecoveryTrainer(Trainer):
             loss = loss + (1 - share) * cross_entropy_sum(logits, targets)
         if share > 0:
             is_answer = targets != IGNORE_INDEX
-            teacher = self._teacher_logits(inputs, columns)
+            teacher = self._teacher_logits(inputs, columns, given)
             loss = loss + share * divergence(logits[is_answer], teacher[is_answer]).sum()
         return loss
 
@@ -120,9 +129,16 @@ class RecoveryTrainer(Trainer):
         return self.teacher
 
     @torch.no_grad()
-    def _teacher_logits(self, inputs: dict[str, Any], columns: Any) -> torch.Tensor:
+    def _teacher_logits(
+        self, inputs: dict[str, Any], columns: Any, given: dict[str, Any] | None = None
+    ) -> torch.Tensor:
+        """`[B, K, V]`; from what the student's language model was `given`, if it would get the same."""
+        teacher = self._teacher
         with self.accelerator.autocast():
-            return self._teacher(**inputs, use_cache=False, logits_to_keep=columns).logits
+            if given is None or not self._same_inputs:
+                return teacher(**inputs, use_cache=False, logits_to_keep=columns).logits
+            hidden = teacher.model.language_model(**given).last_hidden_state
+            return teacher.lm_head(hidden[:, columns])
 
     @torch.no_grad()
     def prediction_step(
@@ -132,9 +148,9 @@ class RecoveryTrainer(Trainer):
         inputs = self._prepare_inputs(inputs)
         labels = inputs.pop("labels")
         columns, targets = answer_columns(labels)
-        with self.accelerator.autocast():
+        with self.accelerator.autocast(), language_inputs(self._converted()) as given:
             logits = model(**inputs, use_cache=False, logits_to_keep=columns).logits
-        teacher = None if self.teacher is None else self._teacher_logits(inputs, columns)
+        teacher = None if self.teacher is None else self._teacher_logits(inputs, columns, given)
         rows = [
             chat_sums(logits[b], targets[b], columns, None if teacher is None else teacher[b])
             for b in range(len(labels))
