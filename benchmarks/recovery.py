@@ -7,6 +7,7 @@ Recipes, each trained once for every number of examples, 16 to a step, on chats 
 - ours: our conversion, then the default of `mha2mla finetune` (one stage, the same settings everywhere);
 - published: partial RoPE (mkl), stage 1 on as many examples, MD-SVD, stage 2 on them again, labels alone; its
   learning rate is the best of three for each stage and budget, by a pilot of 256 examples;
+- variants: ours with one thing changed, on 1,024 examples at the smallest budget;
 - control: the original, trained on labels, for a model can also gain by training alone.
 
 Measured on held-out pictures of test scans. Rows go to `OUT/MODEL.jsonl`, the plot of all rows to `OUT`, and
@@ -39,7 +40,23 @@ UNIFORM = {0.375: (2, 4), 0.25: (4, 4), 0.1875: (4, 8)}  # head dim by R, by d_k
 EXAMPLES = (64, 256, 1024, 4096)
 PILOT = 256
 RATES = (1e-5, 1e-4, 1e-3)
-RECIPES = ("ours", "published", "control")
+RECIPES = ("ours", "published", "control", "variants")
+VARIANTS: dict[str, dict[str, Any]] = {
+    "the default": {},
+    "labels alone": {"distillation": 0.0},
+    "half labels": {"distillation": 0.5},
+    "half of the steps align layers first": {"alignment": 0.5},
+    "all steps align layers": {"alignment": 1.0},
+    "constant rate, decay over the last tenth": {"decay": 0.1},
+    "a third of the rate": {"learning_rate": 0.05 / 256 / 3},
+    "three times the rate": {"learning_rate": 0.05 / 256 * 3},
+    "trains keys-and-values": {"trains": "keys-and-values"},
+    "trains factors": {"trains": "factors"},
+    "trains layers": {"trains": "layers"},
+    "LoRA of rank 16, ten times the rate": {"lora_rank": 16, "learning_rate": 0.5 / 256},
+}
+KEPT = ("exact_match", "kl", "cross_entropy", "steps", "seconds_per_step", "peak_memory_bytes")
+VARIED = (0.1875, 1024)  # budget, examples
 COMMON: dict[str, Any] = {
     "batch_size": 8,
     "gradient_accumulation": 2,
@@ -166,10 +183,22 @@ def control(bench: Bench) -> Iterator[tuple[int, dict[str, Any]]]:
         yield count, bench.tuned(bench.name, "control-tuned", count, distillation=0.0)
 
 
+def variants(bench: Bench) -> None:
+    """Rows of ours with one thing changed."""
+    budget, count = VARIED
+    start = bench.converted(f"ours-{budget}", ConversionConfig(budget=budget), "ours")
+    done = {row["recipe"] for row in bench.rows()}
+    for name, change in VARIANTS.items():
+        if name not in done:
+            result = bench.tuned(start, "variant-tuned", count, **change)
+            kept = ("exact_match_before", "kl_before", *KEPT)
+            bench.add(recipe=name, budget=budget, examples=count, **{k: result[k] for k in kept})
+
+
 def run(bench: Bench, budgets: list[float], recipes: list[str]) -> None:
     """All rows of one model that are not yet in its file."""
     runs = [("control", 1.0)] if "control" in recipes else []
-    runs += [(recipe, budget) for budget in budgets for recipe in recipes if recipe != "control"]
+    runs += [(r, budget) for budget in budgets for r in recipes if r in ("ours", "published")]
     for recipe, budget in runs:
         done = {(row["recipe"], row["budget"], row["examples"]) for row in bench.rows()}
         if all((recipe, budget, count) in done for count in (0, *EXAMPLES)):
@@ -186,9 +215,7 @@ def run(bench: Bench, budgets: list[float], recipes: list[str]) -> None:
                 bench.add(recipe=recipe, budget=budget, examples=0, **measured)
                 done.add((recipe, budget, 0))
             if (recipe, budget, count) not in done:
-                kept = ("exact_match", "kl", "cross_entropy", "steps", "seconds_per_step")
-                kept += ("peak_memory_bytes", "learning_rates")
-                row = {name: result[name] for name in kept if name in result}
+                row = {name: result[name] for name in (*KEPT, "learning_rates") if name in result}
                 bench.add(recipe=recipe, budget=budget, examples=count, **row)
 
 
@@ -208,6 +235,28 @@ def table(rows_of: dict[str, list[dict[str, Any]]]) -> str:
                     ]
                     title = "original (control)" if recipe == "control" else recipe
                     lines.append(f"| `zoo:{name}` | {budget:.4g} | {title} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def variants_table(rows_of: dict[str, list[dict[str, Any]]]) -> str:
+    """Markdown: a row for each variant and model."""
+    budget, count = VARIED
+    lines = [
+        f"Ours with one thing changed, {budget:.4g} of the cache, {count:,} examples:",
+        "",
+        "| model | variant | exact match | KL | seconds a step |",
+        "|---|---|---|---|---|",
+    ]
+    for name, rows in rows_of.items():
+        found = [row for row in rows if row["recipe"] in VARIANTS]
+        if found:
+            before = found[0]["exact_match_before"], found[0]["kl_before"]
+            lines.append(f"| `zoo:{name}` | untrained | {before[0]:.1%} | {before[1]:.4f} | |")
+        lines += [
+            f"| `zoo:{name}` | {row['recipe']} | {row['exact_match']:.1%} | {row['kl']:.4f} "
+            f"| {row['seconds_per_step']:.2f} |"
+            for row in found
+        ]
     return "\n".join(lines) + "\n"
 
 
@@ -263,7 +312,10 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING)
     options.output.mkdir(parents=True, exist_ok=True)
     for name in () if options.table else options.models:
-        run(Bench(name, options.output, options.work, options.pictures), options.budgets, options.recipes)
+        bench = Bench(name, options.output, options.work, options.pictures)
+        run(bench, options.budgets, options.recipes)
+        if "variants" in options.recipes:
+            variants(bench)
     rows_of = {
         name: [json.loads(line) for line in path.read_text().splitlines()]
         for name in ZOO_NAMES
@@ -274,7 +326,7 @@ def main() -> None:
     if options.output == DOCS / "recovery":
         page = DOCS / "finetuning.md"
         before, _ = page.read_text(encoding="utf-8").split(MARK)
-        page.write_text(f"{before}{MARK}\n\n{text}", encoding="utf-8")
+        page.write_text(f"{before}{MARK}\n\n{text}\n{variants_table(rows_of)}", encoding="utf-8")
     print(json.dumps({"output": str(options.output), "models": list(rows_of)}))
 
 

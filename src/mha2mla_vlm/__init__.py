@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from mha2mla_vlm.errors import InputError
     from mha2mla_vlm.evaluation import evaluate
     from mha2mla_vlm.sources import load_records
+    from mha2mla_vlm.training.config import FinetuneConfig
+    from mha2mla_vlm.training.run import finetune
     from mha2mla_vlm.zoo import zoo_path
 
 __version__ = "0.1.0"
@@ -34,11 +36,14 @@ _MODULES = {
     "load_records": "sources",
     "InputError": "errors",
     "evaluate": "evaluation",
+    "FinetuneConfig": "training.config",
+    "finetune": "training.run",
     "zoo_path": "zoo",
 }
 
 __all__ = [
     "ConversionConfig",
+    "FinetuneConfig",
     "InputError",
     "LatentCache",
     "MLAConfig",
@@ -47,6 +52,7 @@ __all__ = [
     "cache_bytes",
     "convert",
     "evaluate",
+    "finetune",
     "load",
     "load_processor",
     "load_records",
