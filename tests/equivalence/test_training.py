@@ -30,11 +30,10 @@ def trainer_of(family, tmp_path, chats=None, model=None, **config):
     """A trainer of a random converted model with its original as teacher, in float32."""
     teacher, processor = original(family)
     model = random_mla(family)[0] if model is None else model
-    recipe = FinetuneConfig(
-        **{"bf16": False, "batch_size": 3, "gradient_accumulation": 1, "max_steps": 2, "save_every": 100}
-        | config
-    )
-    chats = Chats(chats or records(family), range(len(chats or records(family))))
+    values = {"bf16": False, "batch_size": 3, "gradient_accumulation": 1, "max_steps": 2}
+    recipe = FinetuneConfig(**values | {"training_arguments": {"report_to": []}} | config)
+    chats = chats or records(family)
+    chats = Chats(chats, range(len(chats)))
     return make_trainer(prepare(model, recipe), processor, chats, chats, recipe, tmp_path, teacher)
 
 

@@ -58,14 +58,8 @@ def finetune(
             "or train on labels alone with --distillation 0"
         )
     records, eval_records = _records(data), None if eval_data is None else _records(eval_data)
-    names = [None if x is None else x if isinstance(x, str) else str(x)[:200] for x in (data, eval_data)]
-    settings = {
-        "checkpoint": str(checkpoint),
-        "data": names[0],
-        "eval_data": names[1],
-        "teacher": None if teacher is None else str(teacher),
-        **asdict(config),
-    }
+    sources = {"checkpoint": checkpoint, "data": data, "eval_data": eval_data, "teacher": teacher}
+    settings = {key: _name(source) for key, source in sources.items()} | asdict(config)
     folder = path.with_name(path.name + ".partial")
     processor = load_processor(checkpoint)
     how = {"dtype": config.dtype, "attn_implementation": config.attn_implementation}
@@ -258,6 +252,13 @@ def write_model(trainer: RecoveryTrainer, folder: Path, dtype: torch.dtype) -> N
         state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()}
         model.config.dtype = dtype
         model.save_pretrained(folder, state_dict=state)
+
+
+def _name(source: Source | None) -> str | None:
+    """How a source is told from others; of records, how many."""
+    if source is None or isinstance(source, (str, Path)):
+        return None if source is None else str(source)
+    return f"{len(source)} records"
 
 
 def _records(source: Source) -> Sequence[Record]:
