@@ -39,10 +39,13 @@ def answers_right(guesses: torch.Tensor, batch: BatchFeature) -> list[bool]:
     tells what decoding would give.
     """
     inside = predicted(batch)[0]
-    first = inside & ~nn.functional.pad(inside, (1, 0))[:-1]
-    number = first.cumsum(0)[inside]
-    wrong = guesses != batch["labels"][0, 1:][inside]
-    return [not bool(wrong[number == i].any()) for i in range(1, int(first.sum()) + 1)]
+    return all_right(inside.nonzero()[:, 0], guesses == batch["labels"][0, 1:][inside])
+
+
+def all_right(places: torch.Tensor, right: torch.Tensor) -> list[bool]:
+    """Of each run of neighbouring `places [A]`, whether all of them are `right [A]`."""
+    starts = (places.diff() > 1).nonzero()[:, 0] + 1
+    return [bool(run.all()) for run in right.tensor_split(starts.cpu()) if len(run)]
 
 
 def mean_kl(

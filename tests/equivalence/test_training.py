@@ -26,9 +26,10 @@ def records(name, count=6):
     return [Record(messages=chat.messages, images=chat.images) for chat in chats]
 
 
-def trainer_of(family, tmp_path, chats=None, model=None, **config):
+def trainer_of(family, tmp_path, chats=None, model=None, teacher=None, **config):
     """A trainer of a random converted model with its original as teacher, in float32."""
-    teacher, processor = original(family)
+    own, processor = original(family)
+    teacher = own if teacher is None else teacher
     model = random_mla(family)[0] if model is None else model
     values = {"bf16": False, "batch_size": 3, "gradient_accumulation": 1, "max_steps": 2}
     recipe = FinetuneConfig(**values | {"training_arguments": {"report_to": []}} | config)
@@ -78,6 +79,26 @@ def test_distillation_is_the_divergence_on_answers(family, tmp_path):
         loss = trainer.compute_loss(trainer.model, dict(batch))
     torch.testing.assert_close(loss, 0.25 * kl + 0.75 * labels)
     assert kl > 0.1
+
+
+def test_a_teacher_that_sees_otherwise_is_asked_itself(tmp_path):
+    """Embeddings are taken from the student only where they are the teacher's own."""
+    trainer = trainer_of("qwen2_5_vl", tmp_path)
+    teacher, _ = original("qwen2_5_vl")
+    nn.init.normal_(teacher.get_input_embeddings().weight)
+    batch = batch_of(trainer)
+    own = trainer.compute_loss(trainer.model, dict(batch))
+    other = trainer_of("qwen2_5_vl", tmp_path, teacher=teacher)
+    assert abs(float(other.compute_loss(other.model, dict(batch)) - own)) > 0.1
+    with torch.no_grad():
+        inputs = {k: v for k, v in batch.items() if k != "labels"}
+        is_answer = batch["labels"][:, 1:] != IGNORE_INDEX
+        found, wanted = (
+            model(**inputs, use_cache=False).logits[:, :-1][is_answer].log_softmax(-1)
+            for model in (other.model, teacher)
+        )
+        kl = (wanted.exp() * (wanted - found)).sum(-1).mean()
+        torch.testing.assert_close(other.compute_loss(other.model, dict(batch)), kl)
 
 
 def test_measures_are_those_of_evaluate(family, tmp_path):

@@ -165,9 +165,15 @@ def _arguments(config: FinetuneConfig, folder: Path, examples: int, hidden: int)
         "report_to": ["tensorboard"] if find_spec("tensorboard") else [],
     }
     try:
-        return TrainingArguments(**(values | config.training_arguments))
+        arguments = TrainingArguments(**(values | config.training_arguments))
     except (TypeError, ValueError) as error:
         raise InputError(f"transformers refuses the training arguments: {error}") from None
+    if arguments.n_gpu > 1:  # the trainer would copy the model to all of them in every step
+        raise InputError(
+            f"{arguments.n_gpu} GPUs are visible to one process; run under accelerate launch, "
+            "or leave one visible (CUDA_VISIBLE_DEVICES=0)"
+        )
+    return arguments
 
 
 def _train(trainer: RecoveryTrainer, folder: Path) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
 from mha2mla_vlm.data import IGNORE_INDEX
+from mha2mla_vlm.evaluation import all_right
 from mha2mla_vlm.progress import console
 from mha2mla_vlm.training.config import FinetuneConfig
 from mha2mla_vlm.training.distillation import (
@@ -162,20 +163,13 @@ class RecoveryTrainer(Trainer):
 def chat_sums(
     logits: torch.Tensor, targets: torch.Tensor, columns: torch.Tensor, teacher: torch.Tensor | None
 ) -> torch.Tensor:
-    """Of one chat: answer tokens, their cross-entropy and KL (nan without a teacher), answers, right ones.
-
-    Greedy decoding follows a right answer up to its first error, so one pass over the right answers
-    tells what decoding would give.
-    """
+    """Of one chat: answer tokens, their cross-entropy and KL (nan without a teacher), answers, right ones."""
     inside = targets != IGNORE_INDEX
-    place, wanted = columns[inside], targets[inside]
-    number = torch.cat([place.new_zeros(1), (place.diff() > 1).cumsum(0)]) if len(place) else place
-    wrong = logits[inside].argmax(-1) != wanted
-    answers = int(number[-1]) + 1 if len(place) else 0
-    missed = len(number[wrong].unique())
+    wanted = targets[inside]
+    marks = all_right(columns[inside], logits[inside].argmax(-1) == wanted)
     kl = torch.nan if teacher is None else float(divergence(logits[inside], teacher[inside]).sum())
     loss = float(cross_entropy_sum(logits[inside][None], wanted[None]))
-    return torch.tensor([len(wanted), loss, kl, answers, answers - missed], device=logits.device)
+    return torch.tensor([len(wanted), loss, kl, len(marks), sum(marks)], device=logits.device)
 
 
 def metrics(prediction: Any) -> dict[str, float]:
