@@ -45,6 +45,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "the default": {},
     "labels alone": {"distillation": 0.0},
     "half labels": {"distillation": 0.5},
+    "answers alone": {"attention_loss": 0.0},
+    "ten times the weight of attention": {"attention_loss": 10.0},
     "half of the steps align layers first": {"alignment": 0.5},
     "all steps align layers": {"alignment": 1.0},
     "constant rate, decay over the last tenth": {"decay": 0.1},

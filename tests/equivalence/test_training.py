@@ -12,7 +12,7 @@ from mha2mla_vlm.data import IGNORE_INDEX, Record, encode_with_labels
 from mha2mla_vlm.evaluation import answer_log_probs, answers_right, predicted
 from mha2mla_vlm.modeling import decoder_layers
 from mha2mla_vlm.training.config import FinetuneConfig
-from mha2mla_vlm.training.distillation import share_frozen
+from mha2mla_vlm.training.distillation import attention_outputs, share_frozen
 from mha2mla_vlm.training.freezing import set_trained
 from mha2mla_vlm.training.records import Chats
 from mha2mla_vlm.training.run import make_trainer, prepare
@@ -67,7 +67,7 @@ def test_labels_alone_are_the_models_own_loss(family, tmp_path):
 
 def test_distillation_is_the_divergence_on_answers(family, tmp_path):
     """KL of whole logits at the places of answers, and shares of it and of the labels' loss."""
-    trainer = trainer_of(family, tmp_path, distillation=0.25)
+    trainer = trainer_of(family, tmp_path, distillation=0.25, attention_loss=0.0)
     batch = batch_of(trainer)
     inputs = {k: v for k, v in batch.items() if k != "labels"}
     is_answer = batch["labels"][:, 1:] != IGNORE_INDEX
@@ -81,14 +81,38 @@ def test_distillation_is_the_divergence_on_answers(family, tmp_path):
     assert kl > 0.1
 
 
+def test_attention_outputs_are_part_of_distillation(family, tmp_path):
+    """Squared error over squared norm, of all tokens but padding, mean over layers."""
+    losses = []
+    for weight in (0.0, 2.0):
+        trainer = trainer_of(family, tmp_path, distillation=0.5, attention_loss=weight)
+        batch = batch_of(trainer)
+        with torch.no_grad():
+            losses.append(trainer.compute_loss(trainer.model, dict(batch)))
+    inputs = {k: v for k, v in batch.items() if k != "labels"}
+    with (
+        torch.no_grad(),
+        attention_outputs(trainer.model) as found,
+        attention_outputs(trainer.teacher) as wanted,
+    ):
+        trainer.model(**inputs, use_cache=False)
+        trainer.teacher(**inputs, use_cache=False)
+    real = batch["attention_mask"].bool()
+    errors = [
+        (found[i][real] - wanted[i][real]).norm() ** 2 / wanted[i][real].norm() ** 2 for i in sorted(wanted)
+    ]
+    assert len(errors) == len(decoder_layers(trainer.model))
+    torch.testing.assert_close(losses[1] - losses[0], 0.5 * 2.0 * torch.stack(errors).mean())
+
+
 def test_a_teacher_that_sees_otherwise_is_asked_itself(tmp_path):
     """Embeddings are taken from the student only where they are the teacher's own."""
-    trainer = trainer_of("qwen2_5_vl", tmp_path)
+    trainer = trainer_of("qwen2_5_vl", tmp_path, attention_loss=0.0)
     teacher, _ = original("qwen2_5_vl")
     nn.init.normal_(teacher.get_input_embeddings().weight)
     batch = batch_of(trainer)
     own = trainer.compute_loss(trainer.model, dict(batch))
-    other = trainer_of("qwen2_5_vl", tmp_path, teacher=teacher)
+    other = trainer_of("qwen2_5_vl", tmp_path, teacher=teacher, attention_loss=0.0)
     assert abs(float(other.compute_loss(other.model, dict(batch)) - own)) > 0.01
     with torch.no_grad():
         inputs = {k: v for k, v in batch.items() if k != "labels"}

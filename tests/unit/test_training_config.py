@@ -22,6 +22,7 @@ BAD = {
     "a number for a switch": ("bf16: 1", "bf16 = 1"),
     "unknown policy": ("trains: everything", "attention-and-norms"),
     "share above 1": ("distillation: 1.5", "distillation = 1.5"),
+    "weight below 0": ("attention_loss: -1.0", "attention_loss = -1.0"),
     "no steps": ("max_steps: 0", "max_steps = 0"),
     "warm-up and decay over all": ("warmup: 0.7\ndecay: 0.7", "more than all"),
     "unknown format": ("dtype: int8", "bfloat16"),

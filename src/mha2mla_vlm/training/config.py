@@ -40,7 +40,8 @@ class FinetuneConfig(Strict):
     """
 
     trains: str = option("attention-and-norms", "What trains: a policy, by name or published alias.")
-    distillation: float = option(1.0, "Share of the KL to the original in the loss; 0 is labels alone.")
+    distillation: float = option(1.0, "Share of the original in the loss; 0 is labels alone.")
+    attention_loss: float = option(1.0, "Weight of its attention outputs beside the KL to its answers.")
     alignment: float = option(0.0, "Share of the steps that first align the layers' attention outputs.")
     learning_rate: float | None = option(None, "Peak learning rate; else 0.05 over the hidden size.")
     warmup: float = option(0.1, "Share of the steps over which the learning rate grows, linearly.")
@@ -79,6 +80,8 @@ class FinetuneConfig(Strict):
                 raise InputError(f"{name} = {getattr(self, name)}: give a share from 0 to 1")
         if self.warmup + self.decay > 1:
             raise InputError("warmup and decay together are more than all steps")
+        if self.attention_loss < 0:
+            raise InputError(f"attention_loss = {self.attention_loss}: give a weight of 0 or more")
         for name in _POSITIVE:
             value = getattr(self, name)
             if value is not None and value <= 0:

@@ -5,7 +5,7 @@ C hidden, V vocabulary.
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -39,12 +39,15 @@ def divergence(logits: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
 
 
 def relative_errors(
-    found: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor], mask: torch.Tensor
+    found: dict[int, torch.Tensor], wanted: dict[int, torch.Tensor], mask: torch.Tensor
 ) -> torch.Tensor:
-    """Squared error of `[B, T, C]` over the squared norm of what was wanted, mean over layers."""
+    """Squared error of each layer's `[B, T, C]` over the squared norm of what was wanted, mean over layers.
+
+    `mask [B, T]` leaves padding out.
+    """
     errors = [
-        (x.float() - y.float())[mask].square().sum() / y.float()[mask].square().sum()
-        for x, y in zip(found, wanted, strict=True)
+        (found[layer].float() - y.float())[mask].square().sum() / y.float()[mask].square().sum()
+        for layer, y in wanted.items()
     ]
     return torch.stack(errors).mean()
 

@@ -78,8 +78,8 @@ class RecoveryTrainer(Trainer):
         batch = self._prepare_inputs({k: v for k, v in inputs.items() if k != "labels"})
         with attention_outputs(self._teacher) as wanted, layer_inputs(self._teacher) as given:
             self._teacher_logits(batch, 1)
-        with fed(student, given), attention_outputs(student) as found:
-            self._pairs = found, wanted
+        self._wanted = wanted
+        with fed(student, given):
             return super().training_step(model, inputs, *args, **kwargs)
 
     def compute_loss(
@@ -92,36 +92,41 @@ class RecoveryTrainer(Trainer):
         """The mean over the answer tokens of a whole step, in all processes."""
         labels = inputs.pop("labels")
         columns, targets = answer_columns(labels)
-        with language_inputs(self._converted()) as given:
+        student = self._converted()
+        with language_inputs(student) as given, attention_outputs(student) as found:
             logits = model(**inputs, use_cache=False, logits_to_keep=columns).logits
+        is_answer = targets != IGNORE_INDEX
         if self.aligning:
-            found, wanted = self._pairs
-            layers = [found[i] for i in sorted(wanted)], [wanted[i] for i in sorted(wanted)]
-            error = relative_errors(*layers, inputs["attention_mask"].bool())
-            loss = error * (targets != IGNORE_INDEX).sum() + 0.0 * logits.sum()
+            error = relative_errors(found, self._wanted, inputs["attention_mask"].bool())
+            loss = error * is_answer.sum() + 0.0 * logits.sum()
         else:
-            loss = self._answer_loss(inputs, given, logits, columns, targets)
+            share = self.recipe.distillation
+            loss = (1 - share) * cross_entropy_sum(logits, targets)
+            if share > 0:
+                loss = loss + share * self._distillation_loss(
+                    inputs, given, found, logits, columns, is_answer
+                )
         if num_items_in_batch is None:
-            num_items_in_batch = (targets != IGNORE_INDEX).sum().clamp(min=1)
+            num_items_in_batch = is_answer.sum().clamp(min=1)
         loss = loss / num_items_in_batch * self.accelerator.num_processes
         return (loss, {"logits": logits}) if return_outputs else loss
 
-    def _answer_loss(
+    def _distillation_loss(
         self,
         inputs: dict[str, Any],
         given: dict[str, Any],
+        found: dict[int, torch.Tensor],
         logits: torch.Tensor,
         columns: torch.Tensor,
-        targets: torch.Tensor,
+        is_answer: torch.Tensor,
     ) -> torch.Tensor:
-        share = self.recipe.distillation
-        loss = logits.sum() * 0.0
-        if share < 1:
-            loss = loss + (1 - share) * cross_entropy_sum(logits, targets)
-        if share > 0:
-            is_answer = targets != IGNORE_INDEX
+        """KL to the teacher's answers, and the error of what the layers' attention `found`."""
+        with attention_outputs(self._teacher) as wanted:
             teacher = self._teacher_logits(inputs, columns, given)
-            loss = loss + share * divergence(logits[is_answer], teacher[is_answer]).sum()
+        loss = divergence(logits[is_answer], teacher[is_answer]).sum()
+        if self.recipe.attention_loss > 0:
+            error = relative_errors(found, wanted, inputs["attention_mask"].bool())
+            loss = loss + self.recipe.attention_loss * error * is_answer.sum()
         return loss
 
     @property
