@@ -306,7 +306,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=ZOO_NAMES, default=ZOO_NAMES)
     parser.add_argument("--budgets", nargs="*", type=float, choices=BUDGETS, default=BUDGETS)
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=RECIPES)
-    parser.add_argument("--pictures", type=int, default=200, help="held-out pictures")
+    parser.add_argument("--pictures", type=int, default=128, help="held-out pictures")
     parser.add_argument("--table", action="store_true", help="write table and plot of the rows there are")
     options = parser.parse_args()
     transformers_logging.set_verbosity_error()

@@ -61,7 +61,7 @@ class FinetuneConfig(Strict):
         None, "sdpa, eager, flash_attention_2; else transformers' choice."
     )
     gradient_checkpointing: bool = option(False, "Compute activations again instead of storing them.")
-    eval_records: int = option(128, "Chats to measure on, held out from the data if none are given.")
+    eval_records: int = option(128, "Chats held out from the data to measure on, unless some are given.")
     evaluate_every: int | None = option(None, "Steps between measurements; else before and after alone.")
     save_every: int | None = option(None, "Steps between checkpoints; else ten in a run.")
     workers: int = option(0, "Processes a GPU that read and prepare chats.")

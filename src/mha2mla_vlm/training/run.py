@@ -299,7 +299,7 @@ def _chosen(
     chosen = choose(records, processor, held_out=0 if eval_records else config.eval_records, **how)
     if eval_records is not None:
         others = choose(eval_records, processor, held_out=0, **how)
-        chosen = Chosen(**chosen.to_dict() | {"held_out": others.train[: config.eval_records]})
+        chosen = Chosen(**chosen.to_dict() | {"held_out": others.train})
     folder.mkdir(parents=True, exist_ok=True)
     _write(path, {"settings": settings, "chosen": chosen.to_dict()})
     return chosen
