@@ -19,6 +19,7 @@ logger = logging.getLogger(__name__)
 
 _LLAVA_ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
 _CHUNK = 2**20  # bytes of a JSON list read at a time
+_LONGEST = 2**26  # characters of a string in it, beyond which a record is broken and not unfinished
 _SPACE = re.compile(r"\s*")
 
 
@@ -170,7 +171,8 @@ def _json_list(file: BinaryIO, path: Path) -> Iterator[tuple[int, int, int, Any]
             if end == len(text):  # a number might go on
                 raise json.JSONDecodeError("the list does not end", text, end)
         except json.JSONDecodeError as error:
-            more = file.read(_CHUNK)
+            hopeless = len(text) - error.pos > _LONGEST
+            more = b"" if hopeless else file.read(_CHUNK)
             if not more:
                 raise InputError(f"{path}: broken JSON after record {number}: {error.msg}") from None
             try:

@@ -146,3 +146,14 @@ def test_a_broken_line_is_told_when_it_is_asked_for(folder):
         stored[1]
     with pytest.raises(InputError, match="line 4 is not UTF-8"):
         stored[2]
+
+
+def test_a_broken_list_is_not_read_to_its_end(folder, monkeypatch):
+    """A record that is wrong, not unfinished, is told at once, however long the file goes on."""
+    monkeypatch.setattr("mha2mla_vlm.sources._CHUNK", 64)
+    monkeypatch.setattr("mha2mla_vlm.sources._LONGEST", 512)
+    path = folder / "data.json"
+    good = json.dumps({"conversations": turns("What?", "2")})
+    path.write_bytes(f"[{good}, {{broken}}, {good}, ".encode() + b" " * 10_000 + b"\xff")
+    with pytest.raises(InputError, match="broken JSON after record 1"):
+        StoredRecords(path)

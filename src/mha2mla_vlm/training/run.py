@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.util import find_spec
-from math import isnan
+from math import ceil, isnan
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +136,8 @@ def make_trainer(
 def _arguments(config: FinetuneConfig, folder: Path, examples: int, hidden: int) -> TrainingArguments:
     """A recipe as transformers says it; raises `InputError` for what transformers refuses."""
     per_step = config.batch_size * config.gradient_accumulation * _processes().num_processes
-    steps = config.max_steps or max(1, int(config.epochs * -(-examples // per_step)))
+    steps = config.max_steps or ceil(config.epochs * ceil(examples / per_step))
+    warmup = round(config.warmup * steps)
     values: dict[str, Any] = {
         "output_dir": str(folder),
         "per_device_train_batch_size": config.batch_size,
@@ -147,8 +148,11 @@ def _arguments(config: FinetuneConfig, folder: Path, examples: int, hidden: int)
         "learning_rate": config.rate(hidden),
         "weight_decay": config.weight_decay,
         "lr_scheduler_type": "warmup_stable_decay",
-        "warmup_steps": round(config.warmup * steps),
-        "lr_scheduler_kwargs": {"num_decay_steps": round(config.decay * steps), "decay_type": "1-sqrt"},
+        "warmup_steps": warmup,
+        "lr_scheduler_kwargs": {
+            "num_decay_steps": min(round(config.decay * steps), steps - warmup),
+            "decay_type": "1-sqrt",
+        },
         "bf16": config.bf16,
         "use_cpu": not torch.accelerator.is_available(),
         "logging_steps": max(1, steps // 100),
@@ -231,14 +235,14 @@ def _peak_memory() -> int:
 def last_checkpoint(folder: Path) -> str | None:
     """The last whole checkpoint; one that was being written when the run was killed is removed."""
     found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
-    whole = [path for path in found if _is_json(path / "trainer_state.json")]  # written last
+    whole = [path for path in found if _is_readable(path / "trainer_state.json")]  # written last
     if _processes().is_main_process:
         for path in set(found) - set(whole):
             shutil.rmtree(path)
     return str(whole[-1]) if whole else None
 
 
-def _is_json(path: Path) -> bool:
+def _is_readable(path: Path) -> bool:
     try:
         json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -189,6 +189,7 @@ class ProgressBar(TrainerCallback):
     def __init__(self, path: Path) -> None:
         self.path = path
         self.stack = contextlib.ExitStack()
+        self.bar: Progress | None = None
         self.steps, self.seconds = 0, 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -217,7 +218,7 @@ class ProgressBar(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Move the bar."""
         self.steps, self.seconds = self.steps + 1, self.seconds + time.monotonic() - self.begin
-        if state.is_world_process_zero:
+        if self.bar is not None:
             self.bar.update(self.task, completed=state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
@@ -226,7 +227,7 @@ class ProgressBar(TrainerCallback):
             return
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
-        if "loss" in logs and hasattr(self, "bar"):
+        if "loss" in logs and self.bar is not None:
             self.bar.update(self.task, loss=f"loss {logs['loss']:.4f}")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
