@@ -108,7 +108,9 @@ class RecoveryTrainer(Trainer):
                 )
         if num_items_in_batch is None:
             num_items_in_batch = is_answer.sum().clamp(min=1)
-        loss = loss / num_items_in_batch * self.accelerator.num_processes
+        loss = loss / num_items_in_batch
+        if self.args.average_tokens_across_devices:  # then the tokens are those of all processes
+            loss = loss * self.accelerator.num_processes
         return (loss, {"logits": logits}) if return_outputs else loss
 
     def _distillation_loss(
