@@ -2,4 +2,5 @@
 
 from mha2mla_vlm.cli import main
 
-main()
+if __name__ == "__main__":
+    main()
