@@ -186,6 +186,7 @@ def _mirrored(config_class: type) -> Callable[[Callable[..., None]], Callable[..
     hints = get_type_hints(config_class)
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        """The command with a signature that typer reads the options from."""
         signature = inspect_module.signature(command, eval_str=True)
         parameters = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
         for field in fields(config_class):

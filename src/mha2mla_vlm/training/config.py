@@ -1,6 +1,6 @@
 """What a fine-tuning does, as a recipe file or the command line says it."""
 
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_origin
@@ -126,8 +126,3 @@ def read_recipe(path: str | Path | None, **given: Any) -> FinetuneConfig:
     return FinetuneConfig.from_dict(
         values | {key: value for key, value in given.items() if value is not None}
     )
-
-
-def write_recipe(config: FinetuneConfig, path: Path) -> None:
-    """As a file that `read_recipe` reads back."""
-    path.write_text(yaml.safe_dump(asdict(config), sort_keys=False), encoding="utf-8")

@@ -90,7 +90,7 @@ def language_inputs(model: PreTrainedModel) -> Iterator[dict[str, Any]]:
     def keep(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         given.update({k: v for k, v in kwargs.items() if k != "token_modality"})
 
-    with _removed(model.model.language_model.register_forward_pre_hook(keep, with_kwargs=True)):
+    with model.model.language_model.register_forward_pre_hook(keep, with_kwargs=True):
         yield given
 
 
@@ -107,7 +107,7 @@ def attention_outputs(model: PreTrainedModel) -> Iterator[dict[int, torch.Tensor
 
     with contextlib.ExitStack() as hooks:
         for index, layer in enumerate(decoder_layers(model)):
-            hooks.enter_context(_removed(layer.self_attn.register_forward_hook(keep(index))))
+            hooks.enter_context(layer.self_attn.register_forward_hook(keep(index)))
         yield outputs
 
 
@@ -124,7 +124,7 @@ def layer_inputs(model: PreTrainedModel) -> Iterator[dict[int, torch.Tensor]]:
 
     with contextlib.ExitStack() as hooks:
         for index, layer in enumerate(decoder_layers(model)):
-            hooks.enter_context(_removed(layer.register_forward_pre_hook(keep(index))))
+            hooks.enter_context(layer.register_forward_pre_hook(keep(index)))
         yield inputs
 
 
@@ -143,13 +143,5 @@ def fed(model: PreTrainedModel, inputs: dict[int, torch.Tensor]) -> Iterator[Non
 
     with contextlib.ExitStack() as hooks:
         for index, layer in enumerate(decoder_layers(model)):
-            hooks.enter_context(_removed(layer.register_forward_pre_hook(replace(index))))
+            hooks.enter_context(layer.register_forward_pre_hook(replace(index)))
         yield
-
-
-@contextlib.contextmanager
-def _removed(handle: Any) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        handle.remove()
