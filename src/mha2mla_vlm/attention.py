@@ -4,7 +4,7 @@ Shapes: B batch, T new tokens, S all tokens, H query heads, G KV heads, M = H / 
 head, D head dim, R rope dims kept per head, N = D - R, r latent dims (`kv_lora_rank`).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -14,37 +14,13 @@ from transformers import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
-from mha2mla_vlm.cache import Kind, Run, TokenModality
+from mha2mla_vlm.absorption import Piece, Up, absorb, attend, attend_pieces, dense_mask, expand, split_up
+from mha2mla_vlm.cache import Kind, Pieces, Run, TokenModality, filled_length
+from mha2mla_vlm.chunked import attend_chunks
 from mha2mla_vlm.config import SHARED
 from mha2mla_vlm.rope import one_table, rotate
 
 EXPAND_CHUNK = 1024  # cached tokens expanded at a time when many new ones meet four times as many
-QUERY_BLOCK = 256  # new tokens that meet them at a time
-
-Up = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]  # `MLAAttention._up`
-
-
-def dense_mask(mask: torch.Tensor | None, new: int, total: int, device: torch.device) -> torch.Tensor | None:
-    """Any mask that transformers gives to attention, as one over scores `[.., T, S]`; None hides nothing.
-
-    None means causal; `[B, S]` is padding alone, to which causality is added; `[B, 1, T, S]` is
-    complete, as bool (True is kept) or to be added.
-    """
-    if mask is not None and mask.ndim == 4:
-        return mask[..., :total]
-    if mask is None and new == 1:
-        return None
-    causal = torch.ones(new, total, dtype=torch.bool, device=device).tril(total - new)
-    return causal if mask is None else causal & mask[:, None, None, :total].bool()
-
-
-def masked(scores: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """Scores with a `dense_mask` applied."""
-    if mask is None:
-        return scores
-    if mask.dtype == torch.bool:
-        return scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-    return scores + mask
 
 
 class MLAAttention(nn.Module):
@@ -118,23 +94,42 @@ class MLAAttention(nn.Module):
             self.k_rope_proj(hidden_states).view(batch, new, self.kv_heads, self.rope_dim).transpose(1, 2)
         )
         k_rope = rotate(k_rope, cos, sin)
-        latent = self._down(hidden_states, token_modality)
+        latent = self._down(hidden_states, token_modality)[:, None]
+        filled = None
         if past_key_values is not None:
-            latent, k_rope = past_key_values.update(latent[:, None], k_rope, self.layer_idx)
-            latent = latent[:, 0]
-        cached = latent.shape[1] > new and not self.training
-        if cached and self._can_absorb(new, attention_mask):
-            mask = dense_mask(attention_mask, new, latent.shape[1], latent.device)
-            output, weights = self._absorbed(q_rope, q_nope, latent, k_rope, token_modality, mask)
-        elif cached and latent.shape[1] > 4 * self.expand_chunk and _is_dense(attention_mask):
-            mask = dense_mask(attention_mask, new, latent.shape[1], latent.device)
-            queries = torch.cat([q_rope, q_nope], dim=-1)
-            output, weights = self._chunked(queries, latent, k_rope, token_modality, mask), None
-        else:
-            keys, values = self._expand(latent, k_rope, token_modality)
-            queries = torch.cat([q_rope, q_nope], dim=-1)
-            output, weights = self._attend(queries, keys, values, attention_mask, **kwargs)
+            latent, k_rope = past_key_values.update(latent, k_rope, self.layer_idx)
+            filled = filled_length(past_key_values, self.layer_idx)
+        stored = latent if isinstance(latent, Pieces) else (latent[:, 0], k_rope)
+        output, weights = self._over(stored, q_rope, q_nope, token_modality, attention_mask, filled, **kwargs)
         return self.o_proj(output.reshape(batch, new, -1)), weights
+
+    def _over(
+        self,
+        stored: Piece | Pieces,
+        q_rope: torch.Tensor,
+        q_nope: torch.Tensor,
+        modality: TokenModality | None,
+        mask: Any,
+        filled: torch.Tensor | None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Attention over cached and new tokens by the path that suits; `[B, T, H, D]`."""
+        new = q_rope.shape[2]
+        total = stored.length if isinstance(stored, Pieces) else stored[0].shape[1]
+        cached = total > new and not self.training and (mask is None or isinstance(mask, torch.Tensor))
+        if cached and self._can_absorb(new):
+            dense = dense_mask(mask, new, total, q_rope.device, filled)
+            return self._absorbed(stored, q_rope, q_nope, modality, dense), None
+        queries = torch.cat([q_rope, q_nope], dim=-1)
+        if cached and total > 4 * self.expand_chunk:
+            dense = dense_mask(mask, new, total, q_rope.device, filled)
+            chunks = self._expanded_chunks(stored, modality)
+            return attend_chunks(queries, chunks, dense, self.scaling), None
+        latent, k_rope = stored.whole() if isinstance(stored, Pieces) else stored
+        keys, values = self._expand(latent, k_rope, modality)
+        if isinstance(mask, torch.Tensor):  # a static cache has masks of its whole length
+            mask = mask[..., :total]
+        return self._attend(queries, keys, values, mask, **kwargs)
 
     def _pair_columns(self, table: torch.Tensor) -> torch.Tensor:
         """Columns of the kept pairs of `[B, T, D]`, per KV head: `[B, G, T, R/2]`."""
@@ -154,8 +149,8 @@ class MLAAttention(nn.Module):
     def _down(self, hidden_states: torch.Tensor, modality: TokenModality | None) -> torch.Tensor:
         """Latents of the new tokens, `[B, T, r]`."""
         new = hidden_states.shape[1]
-        total = modality.mask.shape[1] if modality is not None else new
-        return self._by_modality(self.kv_a_proj, hidden_states, modality, total - new, total)
+        latest = None if modality is None else modality.new or modality
+        return self._by_modality(self.kv_a_proj, hidden_states, latest, 0, new)
 
     def _by_modality(
         self,
@@ -206,152 +201,48 @@ class MLAAttention(nn.Module):
         dropout = self.attention_dropout if self.training else 0.0
         return backend(self, queries, keys, values, mask, dropout=dropout, scaling=self.scaling, **kwargs)
 
-    def _can_absorb(self, new: int, mask: Any) -> bool:
+    def _can_absorb(self, new: int) -> bool:
         factorised = all(isinstance(up, nn.Linear) for up in self.kv_b_proj.values())
-        return factorised and new <= self.absorb_limit and _is_dense(mask)
+        return factorised and new <= self.absorb_limit
 
-    def _up(self, name: str) -> Up:
-        """Key and value blocks of an up projection: `[G, N, r]`, `[G, D, r]`, `[G, N, 1]`, `[G, 1, D]`."""
-        weight, bias = _whole(self.kv_b_proj[name].weight), _whole(self.kv_b_proj[name].bias)
-        split = [self.nope_dim, self.head_dim]
-        key, value = weight.view(self.kv_heads, sum(split), -1).split(split, dim=1)
-        if bias is None:
-            return key, value, None, None
-        key_bias, value_bias = bias.view(self.kv_heads, sum(split)).split(split, dim=1)
-        return key, value, key_bias[:, :, None], value_bias[:, None, :]
+    def _ups(self) -> tuple[Up, ...]:
+        """The up projection of each modality; gathering shards needs all, in order, in every process."""
+        ups = (self.kv_b_proj[name] for name in self.modalities)
+        return tuple(split_up(_whole(up.weight), _whole(up.bias), self.kv_heads, self.nope_dim) for up in ups)
 
     def _absorbed(
         self,
+        stored: Piece | Pieces,
         q_rope: torch.Tensor,
         q_nope: torch.Tensor,
-        latent: torch.Tensor,
-        k_rope: torch.Tensor,
-        modality: TokenModality | None,
-        mask: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Attention over latents; returns `[B, T, H, D]` and the weights `[B, H, T, S]`."""
-        batch, heads, new, _ = q_nope.shape
-        total = latent.shape[1]
-        grouped = (batch, self.kv_heads, self.num_key_value_groups * new)
-        scores = (q_rope.reshape(*grouped, self.rope_dim) @ k_rope.transpose(-1, -2)).view(
-            batch, heads, new, total
-        )
-        nope = q_nope.reshape(*grouped, self.nope_dim)
-        # all of them, in order: gathering shards needs the same calls from every process
-        ups = {name: self._up(name) for name in self.modalities}
-        scores = scores + self._latent_scores(nope, latent, ups, modality).view(batch, heads, new, total)
-        weights = masked(scores * self.scaling, mask).softmax(dim=-1, dtype=torch.float32).to(latent.dtype)
-        output = self._latent_values(weights.view(batch, heads * new, total), latent, ups, modality)
-        return output.view(batch, heads, new, self.head_dim).transpose(1, 2), weights
-
-    def _runs(self, modality: TokenModality | None, total: int) -> tuple[Run, ...]:
-        return (Run(0, total, Kind.TEXT),) if self.modalities == SHARED else self._known(modality).runs
-
-    def _names(self, kind: Kind) -> tuple[str, ...]:
-        """Modalities that occur in a run."""
-        if self.modalities == SHARED:
-            return SHARED
-        return {Kind.TEXT: ("text",), Kind.VISION: ("vision",), Kind.MIXED: ("text", "vision")}[kind]
-
-    def _latent_scores(
-        self, nope: torch.Tensor, latent: torch.Tensor, ups: dict[str, Up], modality: TokenModality | None
-    ) -> torch.Tensor:
-        """Scores of `nope [B, G, M*T, N]` with each token's latent, `[B, H*T, S]`.
-
-        The key bias differs between modalities, so it does not cancel in the softmax.
-        """
-        batch = nope.shape[0]
-        runs = self._runs(modality, latent.shape[1])
-        moved = {}
-        for name in {name for run in runs for name in self._names(run.kind)}:
-            key, _, bias, _ = ups[name]
-            constant = 0.0 if bias is None else (nope @ bias).reshape(batch, -1, 1)
-            moved[name] = ((nope @ key).reshape(batch, -1, latent.shape[-1]), constant)
-        parts = []
-        for start, stop, kind in runs:
-            by_name = []
-            for name in self._names(kind):
-                query, constant = moved[name]
-                by_name.append(query @ latent[:, start:stop].transpose(-1, -2) + constant)
-            parts.append(by_name[0] if len(by_name) == 1 else self._pick(modality, start, stop, *by_name))
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
-
-    def _pick(
-        self, modality: TokenModality | None, start: int, stop: int, text: torch.Tensor, vision: torch.Tensor
-    ) -> torch.Tensor:
-        visual = self._known(modality).mask[:, None, start:stop].to(text.device)
-        return torch.where(visual, vision, text)
-
-    def _latent_values(
-        self, weights: torch.Tensor, latent: torch.Tensor, ups: dict[str, Up], modality: TokenModality | None
-    ) -> torch.Tensor:
-        """Values of all tokens under `weights [B, H*T, S]`, then expanded: `[B, H*T, D]`."""
-        batch = latent.shape[0]
-        sums: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-        for start, stop, kind in self._runs(modality, latent.shape[1]):
-            names = self._names(kind)
-            for name in names:
-                part = weights[..., start:stop]
-                if len(names) == 2:
-                    none = torch.zeros_like(part)
-                    part = self._pick(
-                        modality, start, stop, *((part, none) if name == "text" else (none, part))
-                    )
-                mixed, mass = part @ latent[:, start:stop], part.sum(-1, keepdim=True)
-                if name in sums:
-                    mixed, mass = mixed + sums[name][0], mass + sums[name][1]
-                sums[name] = mixed, mass
-        outputs = []
-        for name, (mixed, mass) in sums.items():
-            _, value, _, bias = ups[name]
-            output = mixed.view(batch, self.kv_heads, -1, latent.shape[-1]) @ value.transpose(-1, -2)
-            outputs.append(output if bias is None else output + mass.view(batch, self.kv_heads, -1, 1) * bias)
-        return outputs[0] if len(outputs) == 1 else outputs[0] + outputs[1]
-
-    def _chunked(
-        self,
-        queries: torch.Tensor,
-        latent: torch.Tensor,
-        k_rope: torch.Tensor,
         modality: TokenModality | None,
         mask: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Expanded attention with keys and values of one chunk of tokens in memory at a time.
+        """Attention over latents; returns `[B, T, H, D]`."""
+        ups = self._ups()
+        queries = absorb(q_rope, q_nope, ups, self.scaling)
+        total = stored.length if isinstance(stored, Pieces) else stored[0].shape[1]
+        runs: tuple[Run, ...] = (Run(0, total, Kind.TEXT),)
+        visual = None
+        if self.modalities != SHARED:
+            known = self._known(modality)
+            runs, visual = known.runs, known.mask.to(q_rope.device)
+        if isinstance(stored, Pieces):
+            sums = attend_pieces(queries, stored, runs, visual, mask)
+        else:
+            sums = attend(queries, stored, runs, visual, mask)
+        return expand(sums, ups, q_rope.shape[2])
 
-        Softmax over chunks is accumulated as in online softmax; returns `[B, T, H, D]`.
-        """
-        top = queries.new_full((*queries.shape[:3], 1), -torch.inf, dtype=torch.float32)
-        mass, output = torch.zeros_like(top), torch.zeros(queries.shape, device=queries.device)
-        for start in range(0, latent.shape[1], self.expand_chunk):
-            stop = min(start + self.expand_chunk, latent.shape[1])
-            keys, values = self._expand(latent[:, start:stop], k_rope[:, :, start:stop], modality, start)
-            for first in range(0, queries.shape[2], QUERY_BLOCK):
-                rows = slice(first, first + QUERY_BLOCK)
-                seen = None if mask is None else mask[..., rows, start:stop]
-                part, part_mass, part_top = self._softmax_part(queries[:, :, rows], keys, values, seen)
-                new_top = torch.maximum(top[:, :, rows], part_top)
-                old, fresh = (top[:, :, rows] - new_top).exp(), (part_top - new_top).exp()
-                output[:, :, rows] = output[:, :, rows] * old + part * fresh
-                mass[:, :, rows] = mass[:, :, rows] * old + part_mass * fresh
-                top[:, :, rows] = new_top
-        return (output / mass).to(queries.dtype).transpose(1, 2)
-
-    def _softmax_part(
-        self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Values summed under unnormalised weights `[B, H, T, D]`, and sum and maximum `[B, H, T, 1]`."""
-        batch, heads, new, dim = queries.shape
-        grouped = (batch, self.kv_heads, self.num_key_value_groups * new)
-        scores = queries.reshape(*grouped, dim) @ keys.transpose(-1, -2)
-        scores = masked(scores.view(batch, heads, new, -1).float() * self.scaling, mask)
-        top = scores.amax(-1, keepdim=True)
-        weights = (scores - top).exp()
-        output = weights.to(values.dtype).view(*grouped, -1) @ values
-        return output.view(batch, heads, new, dim).float(), weights.sum(-1, keepdim=True), top
-
-
-def _is_dense(mask: Any) -> bool:
-    return mask is None or isinstance(mask, torch.Tensor)
+    def _expanded_chunks(
+        self, stored: Piece | Pieces, modality: TokenModality | None
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Keys and values of stored tokens, chunk by chunk."""
+        start = 0
+        for latent, k_rope in stored if isinstance(stored, Pieces) else (stored,):
+            for a in range(0, latent.shape[1], self.expand_chunk):
+                b = a + self.expand_chunk
+                yield self._expand(latent[:, a:b], k_rope[:, :, a:b], modality, start + a)
+            start += latent.shape[1]
 
 
 def _whole(parameter: Any) -> Any:

@@ -3,14 +3,15 @@
 Shapes: B batch, T new tokens, S all tokens, G KV heads, R rope dims per head, r latent dims.
 """
 
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, NamedTuple, Self
 
 import torch
-from transformers import Cache, DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers import Cache, DynamicCache, StaticCache
+from transformers.cache_utils import DynamicLayer, StaticLayer
 
 from mha2mla_vlm.config import AttentionSizes, MLAConfig
 from mha2mla_vlm.errors import InputError
@@ -45,6 +46,7 @@ class TokenModality:
 
     mask: torch.Tensor
     runs: tuple[Run, ...]
+    new: "TokenModality | None" = None  # the last of these tokens, where others were cached before
 
     @classmethod
     def from_mask(cls, mask: torch.Tensor) -> Self:
@@ -75,11 +77,26 @@ class TokenModality:
                 runs[-1] = Run(runs[-1].start, stop + length, kind)
             else:
                 runs.append(Run(start + length, stop + length, kind))
-        return TokenModality(torch.cat([self.mask, new.mask.to(self.mask.device)], dim=1), _few(runs))
+        return TokenModality(torch.cat([self.mask, new.mask.to(self.mask.device)], dim=1), _few(runs), new)
 
 
 def _few(runs: Sequence[Run]) -> tuple[Run, ...]:
     return tuple(runs) if len(runs) <= MAX_RUNS else (Run(0, runs[-1].stop, Kind.MIXED),)
+
+
+class Pieces(ABC):
+    """Tokens that a layer hands out piece by piece, because it does not hold them as they are used."""
+
+    length: int
+
+    @abstractmethod
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Latents `[B, n, r]` and rotated keys `[B, G, n, R]` of the next n tokens, until all are out."""
+
+    def whole(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """All tokens at once."""
+        latents, keys = zip(*self, strict=True)
+        return torch.cat(latents, dim=1), torch.cat(keys, dim=2)
 
 
 class LatentLayer(DynamicLayer):
@@ -177,6 +194,46 @@ class LatentCache(DynamicCache):
             self.token_modality = TokenModality(mask[rows.to(mask.device)], self.token_modality.runs)
 
 
+class LatentStaticLayer(StaticLayer):
+    """A layer of fixed room, for `torch.compile`: latents `[B, 1, room, r]`, keys `[B, G, room, R]`."""
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """As transformers does, but keys and values differ in their number of heads."""
+        super().lazy_initialization(key_states, value_states[:, :1])
+        shape = (*value_states.shape[:2], self.max_cache_len, value_states.shape[-1])
+        self.values = torch.zeros(shape, dtype=self.dtype, device=self.device)
+        if not torch.compiler.is_compiling():
+            torch._dynamo.mark_static_address(self.values)
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write latents and rotated keys; returns the whole room, or a prompt alone if it is the first."""
+        first = not self.is_initialized
+        whole = super().update(key_states, value_states, *args, **kwargs)
+        return (key_states, value_states) if first else whole
+
+
+def hold_latents(cache: StaticCache) -> None:
+    """Make an empty static cache, which transformers sizes for keys and values, one of latents.
+
+    Raises `InputError` if it is not empty, or not of plain layers.
+    """
+    if all(isinstance(layer, LatentStaticLayer) for layer in cache.layers):
+        return
+    if any(type(layer) is not StaticLayer or layer.is_initialized for layer in cache.layers):
+        raise InputError(
+            "this static cache was set up for keys and values; give a new StaticCache(config, max_cache_len)"
+        )
+    cache.layers = [LatentStaticLayer(max_cache_len=layer.max_cache_len) for layer in cache.layers]
+
+
+def filled_length(cache: Cache, layer_idx: int) -> torch.Tensor | None:
+    """Tokens in a layer that returns its whole room; None for others, whose tensors are their tokens."""
+    layer = cache.layers[layer_idx]
+    return layer.cumulative_length if isinstance(layer, LatentStaticLayer) else None
+
+
 def track_modality(cache: Cache | None, new_mask: torch.Tensor) -> TokenModality:
     """Modality of all tokens, the cached and the new ones of `new_mask [B, T]`, and remember it.
 
@@ -185,6 +242,8 @@ def track_modality(cache: Cache | None, new_mask: torch.Tensor) -> TokenModality
     differ needs a `LatentCache`, whose modality follows. Raises `InputError` for a cache whose rows
     or tokens were not filled through this model.
     """
+    if isinstance(cache, StaticCache):
+        return _track_static(cache, new_mask)
     new = TokenModality.from_mask(new_mask)
     if cache is None:
         return new
@@ -198,6 +257,29 @@ def track_modality(cache: Cache | None, new_mask: torch.Tensor) -> TokenModality
         new = _match_rows(known.part(0, past), new_mask.shape[0]).extend(new)
     cache.token_modality = new
     return new
+
+
+def _track_static(cache: StaticCache, new_mask: torch.Tensor) -> TokenModality:
+    """As `track_modality`, with one mask for the whole room and without waiting for the device.
+
+    Which tokens are visual is then known on the device alone, so all are of kind MIXED but for those of
+    a prompt that is the first.
+    """
+    room, new = cache.layers[0].max_cache_len, new_mask.shape[1]
+    if not cache.layers[0].is_initialized:
+        mask = torch.zeros(len(new_mask), room, dtype=torch.bool, device=new_mask.device)
+        mask[:, :new] = new_mask
+        torch._dynamo.mark_static_address(mask)
+        first = TokenModality.from_mask(new_mask)
+        rest = (Run(new, room, Kind.MIXED),) if new < room else ()
+        cache.token_modality = TokenModality(mask, (Run(0, room, Kind.MIXED),))
+        return TokenModality(mask, (*first.runs, *rest), first)
+    known: TokenModality | None = getattr(cache, "token_modality", None)
+    if known is None or len(known.mask) != len(new_mask):
+        raise InputError("the static cache holds tokens of unknown modality; give one that this model filled")
+    positions = torch.arange(new, device=new_mask.device) + cache.layers[0].cumulative_length
+    known.mask.index_copy_(1, positions, new_mask)
+    return TokenModality(known.mask, known.runs, TokenModality(new_mask, (Run(0, new, Kind.MIXED),)))
 
 
 def _match_rows(known: TokenModality, rows: int) -> TokenModality:

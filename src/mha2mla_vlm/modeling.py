@@ -18,12 +18,13 @@ from transformers import (
 )
 
 from mha2mla_vlm.attention import MLAAttention
-from mha2mla_vlm.cache import LatentCache, track_modality
+from mha2mla_vlm.cache import LatentCache, hold_latents, track_modality
 from mha2mla_vlm.config import SHARED, AttentionSizes, MLAConfig
 from mha2mla_vlm.errors import InputError
 from mha2mla_vlm.families import FAMILIES, get_family
 from mha2mla_vlm.families.base import Family
 
+CACHES = ("dynamic", "offloaded", "static", "offloaded_static", "quantized")
 REMOTE_MODULE = "modeling_mha2mla"
 _REMOTE_CODE = '''"""For trust_remote_code=True; the code itself is in the package mha2mla-vlm."""
 
@@ -80,9 +81,7 @@ class MLAMixin(_Model):
         if inputs["use_cache"] and cache is None:
             cache = inputs["past_key_values"] = LatentCache()
         if isinstance(cache, StaticCache):
-            raise InputError(
-                "a static cache does not hold latents; leave the cache out, or give a DynamicCache"
-            )
+            hold_latents(cache)
         if self.mla_config.modalities != SHARED:
             names = ("input_ids", "inputs_embeds", "mm_token_type_ids")
             visual = self._visual_mask(*(inputs.get(name) for name in names))
@@ -118,11 +117,12 @@ class MLAMixin(_Model):
             if generation_config.is_assistant:
                 model_kwargs["past_key_values"].activate_past_recording()
             return None
-        if wanted is not None and wanted not in ("offloaded", "quantized"):
-            raise InputError(
-                f"cache_implementation {wanted!r} does not hold latents; use dynamic, offloaded or quantized"
-            )
+        if wanted is not None and wanted not in CACHES:
+            raise InputError(f"unknown cache_implementation {wanted!r}; use one of {', '.join(CACHES)}")
         return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+
+    def _get_static_cache_init_shape(self) -> None:
+        """None: a static cache takes the shapes of latents from the first of them."""
 
     def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
         """As transformers does, plus the module that loads the folder with `trust_remote_code=True`."""

@@ -12,6 +12,7 @@ from mha2mla_vlm.errors import InputError
 
 BATCH = ["image", "text", "two images"]
 NEW = 6
+ROOM = 256
 
 
 def generate(model, inputs, **kwargs):
@@ -169,11 +170,67 @@ def test_plain_dynamic_cache_holds_latents_too(family):
     )
 
 
-def test_static_cache_is_refused(family):
+@pytest.mark.parametrize("limit", [0, 10**6], ids=["expanded", "absorbed"])
+@pytest.mark.parametrize("prompts", [["text"], ["two images"], BATCH], ids=str)
+def test_a_static_cache_gives_the_same_tokens(family, prompts, limit):
     model, processor = random_mla(family)
-    inputs = prompt_inputs(family, processor, ["text"])
-    with pytest.raises(InputError, match="static"):
-        generate(model, inputs, cache_implementation="static")
+    inputs = prompt_inputs(family, processor, prompts)
+    expected = generate(set_attention(model, absorb_limit=limit), inputs)
+    output = model.generate(
+        **inputs,
+        cache_implementation="static",
+        return_dict_in_generate=True,
+        max_new_tokens=NEW,
+        min_new_tokens=NEW,
+        do_sample=False,
+        suppress_tokens=list(model.visual_token_ids),
+    )
+    assert torch.equal(output.sequences[:, inputs["input_ids"].shape[1] :], expected)
+    room = output.past_key_values.layers[0].max_cache_len
+    assert cache_bytes(output.past_key_values) == bytes_per_token(model.config, itemsize=4) * room * len(
+        prompts
+    )
+
+
+def test_a_static_cache_serves_beams_and_a_second_prompt(family):
+    model, processor = random_mla(family)
+    inputs = prompt_inputs(family, processor, ["image", "text"])
+    expected = generate(model, inputs, num_beams=3)
+    assert torch.equal(generate(model, inputs, num_beams=3, cache_implementation="static"), expected)
+    cache = StaticCache(config=model.config.get_text_config(), max_cache_len=ROOM)
+    for prompts in (["image", "text"], ["text", "two turns"]):
+        inputs = prompt_inputs(family, processor, prompts)
+        cache.reset()
+        got = generate(model, inputs, past_key_values=cache)
+        assert torch.equal(got, generate(model, inputs))
+
+
+@pytest.mark.parametrize("shared", [("shared",), ("text", "vision")])
+def test_decoding_compiles_once_for_all_tokens_and_prompts(family, shared):
+    model, processor = random_mla(family, modalities=shared)
+    torch._dynamo.reset()
+    step = torch.compile(model.forward, backend="eager", fullgraph=True)
+    with torch._dynamo.config.patch(error_on_recompile=True), torch.no_grad():
+        for prompt in ("image", "two images"):
+            inputs = prompt_inputs(family, processor, [prompt])
+            cache = StaticCache(config=model.config.get_text_config(), max_cache_len=ROOM)
+            expected = generate(model, inputs)[0]
+            token = model(**inputs, past_key_values=cache, use_cache=True).logits[0, -1]
+            mask = torch.zeros(1, ROOM, dtype=torch.long)
+            mask[:, : inputs["input_ids"].shape[1]] = 1
+            positions = with_positions(model, inputs)["position_ids"][..., -1:]
+            for wanted in expected:
+                token[list(model.visual_token_ids)] = -torch.inf
+                assert token.argmax() == wanted
+                positions = positions + 1
+                mask[:, int(mask.sum())] = 1
+                token = step(
+                    input_ids=token.argmax()[None, None],
+                    attention_mask=mask,
+                    position_ids=positions,
+                    past_key_values=cache,
+                    use_cache=True,
+                ).logits[0, -1]
 
 
 def test_embeddings_alone_need_token_types(family):
@@ -232,12 +289,20 @@ def test_video_tokens_are_visual_and_decode_alike():
     assert torch.equal(generate(set_attention(model, absorb_limit=10**6), inputs), expected)
 
 
-def test_static_cache_object_is_refused(family):
+def test_static_cache_of_keys_and_values_is_refused(family):
     model, processor = random_mla(family)
     inputs = prompt_inputs(family, processor, ["text"])
     cache = StaticCache(config=model.config.get_text_config(), max_cache_len=64)
+    cache.early_initialization(1, 2, 64, torch.float32, torch.device("cpu"))
     with pytest.raises(InputError, match="static"):
         model(**inputs, past_key_values=cache, use_cache=True)
+
+
+def test_unknown_cache_is_refused(family):
+    model, processor = random_mla(family)
+    inputs = prompt_inputs(family, processor, ["text"])
+    with pytest.raises((InputError, ValueError), match="sliding_window"):
+        generate(model, inputs, cache_implementation="sliding_window")
 
 
 def test_embeddings_with_token_types_are_the_ids(family):
