@@ -5,17 +5,18 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from mha2mla_vlm.families import FAMILIES
 
+if not torch.cuda.is_available():  # read when Triton is first imported
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 sys.path.insert(0, str(Path(__file__).parent))
 
 
 def pytest_configure(config):
     """Keep parallel workers from fighting over cores."""
     if "PYTEST_XDIST_WORKER" in os.environ:
-        import torch
-
         torch.set_num_threads(1)
 
 

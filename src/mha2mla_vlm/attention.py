@@ -5,7 +5,8 @@ head, D head dim, R rope dims kept per head, N = D - R, r latent dims (`kv_lora_
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from importlib.util import find_spec
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -14,12 +15,23 @@ from transformers import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
-from mha2mla_vlm.absorption import Piece, Up, absorb, attend, attend_pieces, dense_mask, expand, split_up
+from mha2mla_vlm.absorption import (
+    Piece,
+    Queries,
+    Up,
+    absorb,
+    attend,
+    attend_pieces,
+    dense_mask,
+    expand,
+    split_up,
+)
 from mha2mla_vlm.cache import Kind, Pieces, Run, TokenModality, filled_length
 from mha2mla_vlm.chunked import attend_chunks
 from mha2mla_vlm.config import SHARED
 from mha2mla_vlm.rope import one_table, rotate
 
+DecodeBackend = Literal["auto", "torch", "triton"]  # auto: Triton on a GPU, where it is installed
 EXPAND_CHUNK = 1024  # cached tokens expanded at a time when many new ones meet four times as many
 
 
@@ -55,6 +67,7 @@ class MLAAttention(nn.Module):
         self.is_causal = True
         self.modalities = modalities
         self.expand_chunk = EXPAND_CHUNK
+        self.decode_backend: DecodeBackend = "auto"
         # the rule below which absorbed arithmetic is less: T * 2 * H * r against r * G * (N + D)
         self.absorb_limit = self.kv_heads * (self.nope_dim + self.head_dim) // (2 * self.heads)
         hidden, outputs = source.q_proj.in_features, self.kv_heads * (self.nope_dim + self.head_dim)
@@ -119,7 +132,7 @@ class MLAAttention(nn.Module):
         cached = total > new and not self.training and (mask is None or isinstance(mask, torch.Tensor))
         if cached and self._can_absorb(new):
             dense = dense_mask(mask, new, total, q_rope.device, filled)
-            return self._absorbed(stored, q_rope, q_nope, modality, dense), None
+            return self._absorbed(stored, q_rope, q_nope, modality, dense, filled), None
         queries = torch.cat([q_rope, q_nope], dim=-1)
         if cached and total > 4 * self.expand_chunk:
             dense = dense_mask(mask, new, total, q_rope.device, filled)
@@ -217,6 +230,7 @@ class MLAAttention(nn.Module):
         q_nope: torch.Tensor,
         modality: TokenModality | None,
         mask: torch.Tensor | None,
+        filled: torch.Tensor | None,
     ) -> torch.Tensor:
         """Attention over latents; returns `[B, T, H, D]`."""
         ups = self._ups()
@@ -229,9 +243,20 @@ class MLAAttention(nn.Module):
             runs, visual = known.runs, known.mask.to(q_rope.device)
         if isinstance(stored, Pieces):
             sums = attend_pieces(queries, stored, runs, visual, mask)
+        elif kernels := self._kernels(stored, queries):
+            sums = kernels.attend(queries, stored, visual, mask, filled)
         else:
             sums = attend(queries, stored, runs, visual, mask)
         return expand(sums, ups, q_rope.shape[2])
+
+    def _kernels(self, stored: Piece, queries: Queries) -> Any:
+        """The module of GPU kernels, if they are to be used on these tensors."""
+        wanted, on_gpu = self.decode_backend, stored[0].is_cuda
+        if wanted == "torch" or (wanted == "auto" and not (on_gpu and find_spec("triton"))):
+            return None
+        from mha2mla_vlm.kernels import triton_decode
+
+        return triton_decode if triton_decode.can_run(stored, queries) else None
 
     def _expanded_chunks(
         self, stored: Piece | Pieces, modality: TokenModality | None

@@ -1,0 +1,258 @@
+"""Flash decoding over latents in Triton; `absorption.attend` is its specification.
+
+The cache is split along its tokens. Each program takes the query rows of some KV heads over one split,
+once for each modality that the split holds, with that modality's absorbed query; runs of tokens are
+long, so nearly all splits hold one. A second kernel merges splits by their log-sum-exp and keeps
+modalities apart, for each has its own value up projection.
+
+Shapes: B batch, T new tokens, S all tokens, G KV heads, M query heads per KV head, R rope dims, r
+latent dims, K modalities, P splits; Q = G * M * T rows, ordered by KV head, head in its group, token.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from mha2mla_vlm.absorption import Piece, Queries, Sums
+
+LEAST = 16  # what a side of `tl.dot` must have
+SPLIT_SIZES = (128, 4096)  # tokens of a split, least and most
+PROGRAMS = 528  # that a split size aims at: four for each of 132 multiprocessors
+NO_MASK, BOOL_MASK, ADDED_MASK = 0, 1, 2
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@triton.jit
+def _split_kernel(
+    q_rope, q_latent, constant, latent, k_rope, visual, mask, filled, mixed, lse,
+    rows, row_group, new, total, rank, rope_dim, kinds, splits,
+    latent_b, latent_s, key_b, key_g, key_s, visual_b, mask_b, mask_t,
+    MASK: tl.constexpr, FILLED: tl.constexpr, CONSTANT: tl.constexpr, VISUAL: tl.constexpr,
+    KINDS: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, SPLIT: tl.constexpr,
+    RANK: tl.constexpr, ROPE: tl.constexpr,
+):  # fmt: skip
+    batch, split, block = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    start = split * SPLIT
+    stop = tl.minimum(start + SPLIT, total)
+    if FILLED:
+        stop = tl.minimum(stop, tl.load(filled).to(tl.int32))
+    row = block * ROWS + tl.arange(0, ROWS)
+    dim, column, token = tl.arange(0, RANK), tl.arange(0, ROPE), tl.arange(0, TILE)
+    in_rows, in_rank = row < rows, dim < rank
+    # rotated keys of the groups that these rows belong to, side by side; a row meets those of its own
+    group = block * ROWS // row_group + column // rope_dim
+    in_keys = group * row_group < tl.minimum(rows, (block + 1) * ROWS)
+    own = (row[:, None] // row_group == group[None, :]) & in_rows[:, None]
+    at = (batch * rows + row) * rope_dim
+    rope = tl.load(
+        q_rope + at[:, None] + (column % rope_dim)[None, :], mask=own & in_keys[None, :], other=0.0
+    )
+
+    inside = start + tl.arange(0, SPLIT)
+    flags = tl.zeros([SPLIT], tl.int32)
+    if VISUAL:
+        flags = tl.load(visual + batch * visual_b + inside, mask=inside < stop, other=0).to(tl.int32)
+    count = tl.sum(flags)
+    for kind in tl.static_range(KINDS):
+        present = (count > 0) if kind == 1 else (count < stop - start)
+        here = (batch * splits + split) * kinds + kind
+        top = tl.full([ROWS], float("-inf"), tl.float32)
+        mass = tl.zeros([ROWS], tl.float32)
+        acc = tl.zeros([ROWS, RANK], tl.float32)
+        if present:
+            place = ((kind * tl.num_programs(0) + batch) * rows + row) * rank
+            query = tl.load(
+                q_latent + place[:, None] + dim[None, :], mask=in_rows[:, None] & in_rank[None, :], other=0.0
+            )
+            added = tl.zeros([ROWS], tl.float32)
+            if CONSTANT and kind == 0:
+                added = tl.load(constant + batch * rows + row, mask=in_rows, other=0.0).to(tl.float32)
+            for first in range(start, stop, TILE):
+                s = first + token
+                seen = s < stop
+                tile = tl.load(
+                    latent + batch * latent_b + s[:, None].to(tl.int64) * latent_s + dim[None, :],
+                    mask=seen[:, None] & in_rank[None, :],
+                    other=0.0,
+                )
+                keys = tl.load(
+                    k_rope
+                    + batch * key_b
+                    + group[None, :].to(tl.int64) * key_g
+                    + s[:, None].to(tl.int64) * key_s
+                    + (column % rope_dim)[None, :],
+                    mask=seen[:, None] & in_keys[None, :],
+                    other=0.0,
+                )
+                scores = tl.dot(query, tl.trans(tile), input_precision="ieee")
+                scores += tl.dot(rope, tl.trans(keys), input_precision="ieee")
+                scores += added[:, None]
+                if VISUAL:
+                    is_visual = tl.load(visual + batch * visual_b + s, mask=seen, other=0).to(tl.int32)
+                    seen = seen & (is_visual == kind)
+                shown = seen[None, :] & in_rows[:, None]
+                if MASK != 0:
+                    cell = mask + batch * mask_b + (row % new)[:, None] * mask_t + s[None, :]
+                    if MASK == 1:
+                        shown = shown & (tl.load(cell, mask=shown, other=0) != 0)
+                    else:
+                        scores += tl.load(cell, mask=shown, other=0.0).to(tl.float32)
+                scores = tl.where(shown, scores, float("-inf"))
+                highest = tl.maximum(top, tl.max(scores, 1))
+                finite = tl.where(highest == float("-inf"), 0.0, highest)
+                weights = tl.exp(scores - finite[:, None])
+                rescale = tl.exp(top - finite)
+                mass = mass * rescale + tl.sum(weights, 1)
+                acc = acc * rescale[:, None] + tl.dot(weights.to(tile.dtype), tile, input_precision="ieee")
+                top = highest
+            safe = tl.where(mass > 0, mass, 1.0)
+            cells = (here * rows + row) * rank
+            tl.store(
+                mixed + cells[:, None] + dim[None, :],
+                acc / safe[:, None],
+                mask=in_rows[:, None] & in_rank[None, :],
+            )
+            top = tl.where(mass > 0, top + tl.log(safe), float("-inf"))
+        tl.store(lse + here * rows + row, top, mask=in_rows)
+
+
+@triton.jit
+def _merge_kernel(
+    mixed, lse, output, text_mass, rows, rank, splits,
+    KINDS: tl.constexpr, RANK: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    batch, row, kind = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    part, dim = tl.arange(0, PARTS), tl.arange(0, RANK)
+    first = batch * splits * KINDS
+    logs = tl.load(lse + (first + part) * rows + row, mask=part < splits * KINDS, other=float("-inf"))
+    top = tl.max(logs, 0)
+    top = tl.where(top == float("-inf"), 0.0, top)
+    exps = tl.exp(logs - top)
+    mass = tl.sum(exps, 0)
+    mass = tl.where(mass > 0, mass, 1.0)
+    acc = tl.zeros([RANK], tl.float32)
+    for split in range(splits):
+        here = first + split * KINDS + kind
+        weight = tl.exp(tl.load(lse + here * rows + row) - top) / mass + tl.zeros([RANK], tl.float32)
+        used = (dim < rank) & (weight > 0)  # nothing was written for a modality that a split lacks
+        values = tl.load(mixed + (here * rows + row) * rank + dim, mask=used, other=0.0)
+        acc += weight * values
+    at = (kind * tl.num_programs(0) + batch) * rows + row
+    tl.store(output + at * rank + dim, acc.to(output.dtype.element_ty), mask=dim < rank)
+    if kind == 0:
+        text = tl.sum(tl.where(part % KINDS == 0, exps, 0.0), 0) / mass
+        tl.store(text_mass + batch * rows + row, text.to(text_mass.dtype.element_ty))
+
+
+def can_run(stored: Piece, queries: Queries) -> bool:
+    """Whether the kernels take these tensors: a number format that they know, and no gradients."""
+    tensors = (*stored, queries.rope, *queries.latent)
+    graded = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    return not graded and all(x.dtype == stored[0].dtype and x.dtype in DTYPES for x in tensors)
+
+
+def attend(
+    queries: Queries,
+    piece: Piece,
+    visual: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    filled: torch.Tensor | None = None,
+) -> Sums:
+    """`absorption.attend` over tokens whose modality is `visual [B, S]` (None: one modality).
+
+    `filled` is how many of the S tokens there are, if a mask hides the others: they are not read.
+    """
+    output, text_mass = _decode(
+        queries.rope.contiguous(),
+        torch.stack(queries.latent),
+        queries.text_constant,
+        *piece,
+        visual,
+        mask,
+        filled,
+    )
+    if len(queries.latent) == 1:
+        return Sums((output[0],), None)
+    return Sums((output[0], output[1]), text_mass)
+
+
+@torch.library.custom_op("mha2mla_vlm::latent_decode", mutates_args=())
+def _decode(
+    q_rope: torch.Tensor,
+    q_latent: torch.Tensor,
+    constant: torch.Tensor | None,
+    latent: torch.Tensor,
+    k_rope: torch.Tensor,
+    visual: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    filled: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Summed latents `[K, B, Q, r]` and the weight of text tokens `[B, Q, 1]`."""
+    kinds, batch, rows, rank = q_latent.shape
+    groups, row_group, rope_dim = q_rope.shape[1:]
+    total, mask = latent.shape[1], _row_mask(mask, batch)
+    new = 1 if mask is None else mask.shape[1]
+    block_rows, tile = _tile(rows, rank)
+    blocks = triton.cdiv(rows, block_rows)
+    split = split_size(total, batch * blocks)
+    splits = triton.cdiv(total, split)
+    k_rope, latent = _rows_dense(k_rope), _rows_dense(latent)
+    mixed = latent.new_empty(batch, splits, kinds, rows, rank, dtype=torch.float32)
+    lse = latent.new_empty(batch, splits, kinds, rows, dtype=torch.float32)
+    met_groups = min(groups, (block_rows - 1) // row_group + 2)
+    _split_kernel[(batch, splits, blocks)](
+        q_rope, q_latent, constant, latent, k_rope, visual, mask, filled, mixed, lse,
+        rows, row_group, new, total, rank, rope_dim, kinds, splits,
+        *latent.stride()[:2], *k_rope.stride()[:3], 0 if visual is None else visual.stride(0),
+        *((0, 0) if mask is None else mask.stride()[:2]),
+        MASK=_mask_kind(mask), FILLED=filled is not None, CONSTANT=constant is not None,
+        VISUAL=visual is not None, KINDS=kinds, ROWS=block_rows, TILE=tile, SPLIT=split,
+        RANK=_power(rank), ROPE=_power(met_groups * rope_dim), num_warps=8 if rank > 256 else 4,
+    )  # fmt: skip
+    output, text_mass = torch.empty_like(q_latent), latent.new_empty(batch, rows, 1)
+    _merge_kernel[(batch, rows, kinds)](
+        mixed, lse, output, text_mass, rows, rank, splits,
+        KINDS=kinds, RANK=_power(rank), PARTS=_power(splits * kinds),
+    )  # fmt: skip
+    return output, text_mass
+
+
+@_decode.register_fake
+def _(q_rope, q_latent, constant, latent, k_rope, visual, mask, filled):
+    _, batch, rows, _ = q_latent.shape
+    return torch.empty_like(q_latent), latent.new_empty(batch, rows, 1)
+
+
+def split_size(total: int, programs: int) -> int:
+    """Tokens of a split, a power of two, so that `programs` a split fill a GPU."""
+    least, most = SPLIT_SIZES
+    wanted = max(total * programs // PROGRAMS, 1)
+    return min(max(triton.next_power_of_2(wanted), least), most)
+
+
+def _tile(rows: int, rank: int) -> tuple[int, int]:
+    """Query rows and tokens of a tile, so that its sums stay in registers."""
+    most = 32 if rank <= 512 else 16
+    return min(_power(rows), most), 64 if rank <= 256 else 32 if rank <= 512 else 16
+
+
+def _power(size: int) -> int:
+    return max(LEAST, triton.next_power_of_2(size))
+
+
+def _rows_dense(x: torch.Tensor) -> torch.Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _row_mask(mask: torch.Tensor | None, batch: int) -> torch.Tensor | None:
+    """A mask over scores as `[B, T, S]`, without copying where it is the same for all rows of a batch."""
+    if mask is None:
+        return None
+    flat = mask[:, 0] if mask.ndim == 4 else mask
+    return _rows_dense(flat).expand(batch, -1, -1)
+
+
+def _mask_kind(mask: torch.Tensor | None) -> int:
+    if mask is None:
+        return NO_MASK
+    return BOOL_MASK if mask.dtype == torch.bool else ADDED_MASK
