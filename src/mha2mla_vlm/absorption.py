@@ -80,11 +80,12 @@ def expand(sums: Sums, ups: Sequence[Up], new: int) -> torch.Tensor:
     for latent, up in zip(sums.latent, ups, strict=True):
         if latent is not None:
             grouped = latent.view(len(latent), kv_heads, -1, latent.shape[-1])
-            outputs.append(grouped @ up.value.transpose(-1, -2))
+            # in this order also fast on a CPU where a KV head has one query head
+            outputs.append((up.value @ grouped.transpose(-1, -2)).transpose(-1, -2))
     output = outputs[0] if len(outputs) == 1 else outputs[0] + outputs[1]
     bias = _mixed_bias(sums, ups)
     output = output if bias is None else output + bias
-    return output.view(len(output), -1, new, output.shape[-1]).transpose(1, 2)
+    return output.reshape(len(output), -1, new, output.shape[-1]).transpose(1, 2)
 
 
 def _mixed_bias(sums: Sums, ups: Sequence[Up]) -> torch.Tensor | None:

@@ -5,8 +5,7 @@ head, D head dim, R rope dims kept per head, N = D - R, r latent dims (`kv_lora_
 """
 
 from collections.abc import Callable, Iterator
-from importlib.util import find_spec
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,7 +16,6 @@ from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from mha2mla_vlm.absorption import (
     Piece,
-    Queries,
     Up,
     absorb,
     attend,
@@ -29,9 +27,9 @@ from mha2mla_vlm.absorption import (
 from mha2mla_vlm.cache import Kind, Pieces, Run, TokenModality, filled_length
 from mha2mla_vlm.chunked import attend_chunks
 from mha2mla_vlm.config import SHARED
+from mha2mla_vlm.kernels import DecodeBackend, find_kernel
 from mha2mla_vlm.rope import one_table, rotate
 
-DecodeBackend = Literal["auto", "torch", "triton"]  # auto: Triton on a GPU, where it is installed
 EXPAND_CHUNK = 1024  # cached tokens expanded at a time when many new ones meet four times as many
 
 
@@ -234,7 +232,6 @@ class MLAAttention(nn.Module):
     ) -> torch.Tensor:
         """Attention over latents; returns `[B, T, H, D]`."""
         ups = self._ups()
-        queries = absorb(q_rope, q_nope, ups, self.scaling)
         total = stored.length if isinstance(stored, Pieces) else stored[0].shape[1]
         runs: tuple[Run, ...] = (Run(0, total, Kind.TEXT),)
         visual = None
@@ -242,21 +239,13 @@ class MLAAttention(nn.Module):
             known = self._known(modality)
             runs, visual = known.runs, known.mask.to(q_rope.device)
         if isinstance(stored, Pieces):
-            sums = attend_pieces(queries, stored, runs, visual, mask)
-        elif kernels := self._kernels(stored, queries):
-            sums = kernels.attend(queries, stored, visual, mask, filled)
-        else:
-            sums = attend(queries, stored, runs, visual, mask)
-        return expand(sums, ups, q_rope.shape[2])
-
-    def _kernels(self, stored: Piece, queries: Queries) -> Any:
-        """The module of GPU kernels, if they are to be used on these tensors."""
-        wanted, on_gpu = self.decode_backend, stored[0].is_cuda
-        if wanted == "torch" or (wanted == "auto" and not (on_gpu and find_spec("triton"))):
-            return None
-        from mha2mla_vlm.kernels import triton_decode
-
-        return triton_decode if triton_decode.can_run(stored, queries) else None
+            queries = absorb(q_rope, q_nope, ups, self.scaling)
+            return expand(attend_pieces(queries, stored, runs, visual, mask), ups, q_rope.shape[2])
+        kernel = find_kernel(self.decode_backend, q_rope, q_nope, ups, stored, mask)
+        if kernel is not None:
+            return kernel(q_rope, q_nope, ups, self.scaling, stored, visual, mask, filled)
+        queries = absorb(q_rope, q_nope, ups, self.scaling)
+        return expand(attend(queries, stored, runs, visual, mask), ups, q_rope.shape[2])
 
     def _expanded_chunks(
         self, stored: Piece | Pieces, modality: TokenModality | None

@@ -1,5 +1,11 @@
 """The Triton kernel gives what its PyTorch specification gives; in Triton's interpreter without a GPU."""
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from helpers import prompt_inputs, random_mla, set_attention
@@ -171,3 +177,12 @@ def test_models_decode_alike(family, modalities, how):
     expected = model.generate(**inputs, **options)
     set_attention(model, decode_backend="triton")
     assert torch.equal(model.generate(**inputs, **options), expected)
+
+
+def test_compiles_for_an_h200_and_fits_its_shared_memory():
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    script = Path(__file__).parents[1] / "processes" / "compile_triton.py"
+    result = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr
+    needed = json.loads(result.stdout)
+    assert all(0 < size <= 227 * 1024 for size in needed), needed

@@ -1,1 +1,44 @@
-"""Fused attention over latents. Importing a module here needs what it is written in."""
+"""Fused decoding over latents: which kernel takes given tensors. Importing loads none of them."""
+
+import functools
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from typing import Literal
+
+import torch
+
+from mha2mla_vlm.absorption import Piece, Up
+
+DecodeBackend = Literal["auto", "torch", "triton", "cpp"]
+BACKENDS: tuple[DecodeBackend, ...] = ("auto", "torch", "triton", "cpp")
+Decode = Callable[..., torch.Tensor]
+
+
+def find_kernel(
+    backend: DecodeBackend,
+    q_rope: torch.Tensor,
+    q_nope: torch.Tensor,
+    ups: Sequence[Up],
+    piece: Piece,
+    mask: torch.Tensor | None,
+) -> Decode | None:
+    """The `decode` of the kernel to use on these tensors; None for plain PyTorch.
+
+    `auto` is Triton on a GPU, the C++ kernel on a CPU, and PyTorch where those cannot run. Both kernels
+    have the arguments of `cpu_decode.decode`.
+    """
+    on_gpu = q_rope.is_cuda
+    if backend == "triton" or (backend == "auto" and on_gpu and _has_triton()):
+        from mha2mla_vlm.kernels import triton_decode
+
+        return triton_decode.decode if triton_decode.can_run(q_rope, q_nope, ups, piece) else None
+    if backend == "cpp" or (backend == "auto" and not on_gpu):
+        from mha2mla_vlm.kernels import cpu_decode
+
+        return cpu_decode.decode if cpu_decode.can_run(q_rope, q_nope, ups, piece, mask) else None
+    return None
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None

@@ -9,11 +9,13 @@ Shapes: B batch, T new tokens, S all tokens, G KV heads, M query heads per KV he
 latent dims, K modalities, P splits; Q = G * M * T rows, ordered by KV head, head in its group, token.
 """
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 
-from mha2mla_vlm.absorption import Piece, Queries, Sums
+from mha2mla_vlm.absorption import Piece, Queries, Sums, Up, absorb, expand
 
 LEAST = 16  # what a side of `tl.dot` must have
 SPLIT_SIZES = (128, 4096)  # tokens of a split, least and most
@@ -144,11 +146,26 @@ def _merge_kernel(
         tl.store(text_mass + batch * rows + row, text.to(text_mass.dtype.element_ty))
 
 
-def can_run(stored: Piece, queries: Queries) -> bool:
+def can_run(q_rope: torch.Tensor, q_nope: torch.Tensor, ups: Sequence[Up], piece: Piece) -> bool:
     """Whether the kernels take these tensors: a number format that they know, and no gradients."""
-    tensors = (*stored, queries.rope, *queries.latent)
+    tensors = (q_rope, q_nope, *piece, *(up.key for up in ups))
     graded = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-    return not graded and all(x.dtype == stored[0].dtype and x.dtype in DTYPES for x in tensors)
+    return not graded and all(x.dtype == q_rope.dtype and x.dtype in DTYPES for x in tensors)
+
+
+def decode(
+    q_rope: torch.Tensor,
+    q_nope: torch.Tensor,
+    ups: Sequence[Up],
+    scaling: float,
+    piece: Piece,
+    visual: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    filled: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Attention over latents, as `cpu_decode.decode`; the up projections are PyTorch's."""
+    queries = absorb(q_rope, q_nope, ups, scaling)
+    return expand(attend(queries, piece, visual, mask, filled), ups, q_rope.shape[2])
 
 
 def attend(
@@ -207,7 +224,8 @@ def _decode(
         *((0, 0) if mask is None else mask.stride()[:2]),
         MASK=_mask_kind(mask), FILLED=filled is not None, CONSTANT=constant is not None,
         VISUAL=visual is not None, KINDS=kinds, ROWS=block_rows, TILE=tile, SPLIT=split,
-        RANK=_power(rank), ROPE=_power(met_groups * rope_dim), num_warps=8 if rank > 256 else 4,
+        RANK=_power(rank), ROPE=_power(met_groups * rope_dim),
+        **_launch(rank),
     )  # fmt: skip
     output, text_mass = torch.empty_like(q_latent), latent.new_empty(batch, rows, 1)
     _merge_kernel[(batch, rows, kinds)](
@@ -234,6 +252,11 @@ def _tile(rows: int, rank: int) -> tuple[int, int]:
     """Query rows and tokens of a tile, so that its sums stay in registers."""
     most = 32 if rank <= 512 else 16
     return min(_power(rows), most), 64 if rank <= 256 else 32 if rank <= 512 else 16
+
+
+def _launch(rank: int) -> dict[str, int]:
+    """Warps, so that sums fit registers, and tiles on their way, so that they fit shared memory."""
+    return {"num_warps": 8 if rank > 128 else 4, "num_stages": 3 if rank <= 512 else 2}
 
 
 def _power(size: int) -> int:

@@ -1,0 +1,90 @@
+"""Time and memory of functions, taken in turn so that a busy machine is unkind to all alike."""
+
+import contextlib
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROUNDS = (5, 200)  # least and most
+WARM_UP = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timing:
+    """Seconds of a call: the median, and the quartiles around it."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, seconds: list[float]) -> "Timing":
+        """Of at least two calls."""
+        low, median, high = statistics.quantiles(seconds, n=4)
+        return cls(median=median, low=low, high=high)
+
+
+def time_in_turn(
+    functions: Mapping[str, Callable[[], Any]], *, device: torch.device, seconds: float = 1.0
+) -> dict[str, Timing]:
+    """Time each function round by round for about `seconds` altogether, five rounds at least."""
+    for function in functions.values():
+        for _ in range(WARM_UP):
+            function()
+    taken: dict[str, list[float]] = {name: [] for name in functions}
+    stop = time.perf_counter() + seconds
+    least, most = ROUNDS
+    for done in range(most):
+        if done >= least and time.perf_counter() > stop:
+            break
+        for name, function in functions.items():
+            wait(device)
+            start = time.perf_counter()
+            function()
+            wait(device)
+            taken[name].append(time.perf_counter() - start)
+    return {name: Timing.of(values) for name, values in taken.items()}
+
+
+def wait(device: torch.device) -> None:
+    """Until the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@contextlib.contextmanager
+def peak_memory(device: torch.device) -> Iterator[dict[str, int | None]]:
+    """Within the context, watch memory; the dict then has `bytes`, the most that was held over the start.
+
+    On a GPU allocated memory, else the process's resident memory, or None where Linux does not tell it.
+    """
+    found: dict[str, int | None] = {"bytes": None}
+    start = _reset_peak(device)
+    yield found
+    if start is not None:
+        found["bytes"] = max(_peak(device) - start, 0)
+
+
+def _reset_peak(device: torch.device) -> int | None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device)
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        return _status("VmRSS")
+    except OSError:
+        return None
+
+
+def _peak(device: torch.device) -> int:
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _status("VmHWM")
+
+
+def _status(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))

@@ -1,0 +1,548 @@
+// Decoding over latents on a CPU with AVX-512 BF16; absorption.py in the same package is its specification.
+//
+// One kernel does it all: it moves the key half of the up projections to the queries, attends over the
+// cache in one pass (scores, softmax and sums of a tile of tokens while they are in the L2 cache), and
+// applies the value half. Everything is one product of bfloat16 pairs, summed in float32:
+//     out[i][lane] += sum over k of a[i][k] * x[k][lane]
+// where a is queries or weights, and x is rows packed so that a vector holds 16 lanes of pairs.
+//
+// Shapes: B batch, T new tokens, S all tokens, G KV heads, M query heads per KV head, R rope dims, N other
+// dims, D head dim, r latent dims, K modalities; Q = G * M * T rows, ordered by KV head, head, token.
+
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+
+namespace {
+
+constexpr int LANES = 16;   // float32 in a vector
+constexpr int TILE = 64;    // tokens at a time
+constexpr int MOST_ROWS = 6;    // of a product at once, over 4 blocks of lanes: 24 sums stay in registers
+constexpr float LOWEST = -1e30f;
+
+using bf16 = uint16_t;
+
+int up_to(int size, int step) { return (size + step - 1) / step * step; }
+
+float number(bf16 x) {
+  uint32_t bits = uint32_t(x) << 16;
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+__m512i load(const bf16* row, int count) {  // up to 32 numbers, the others 0
+  if (count >= 32) return _mm512_loadu_si512(row);
+  return count <= 0 ? _mm512_setzero_si512() : _mm512_maskz_loadu_epi16((1u << count) - 1, row);
+}
+
+// exp of numbers up to 0, to 2e-7 of their size; what is below -87 gives 2e-38
+__m512 exp_of(__m512 x) {
+  x = _mm512_max_ps(x, _mm512_set1_ps(-87.f));
+  const __m512 whole = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
+  __m512 rest = _mm512_fnmadd_ps(whole, _mm512_set1_ps(0.693145752f), x);
+  rest = _mm512_fnmadd_ps(whole, _mm512_set1_ps(1.42860677e-6f), rest);
+  __m512 sum = _mm512_set1_ps(1.f / 720);
+  for (float term : {1.f / 120, 1.f / 24, 1.f / 6, 0.5f, 1.f, 1.f})
+    sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(term));
+  return _mm512_scalef_ps(sum, whole);
+}
+
+// Memory to bring into the L2 cache while something is computed, line by line: a region, then others of one
+// size at equal distances.
+struct Fetch {
+  const char* at = nullptr;
+  long lines = 0;
+  const char* next = nullptr;
+  long next_lines = 0, distance = 0;
+  int regions = 0;
+
+  const char* take(long wanted, long* lines_taken) {
+    if (lines == 0 && regions > 0) {
+      at = next, lines = next_lines;
+      next += distance, --regions;
+    }
+    const char* from = at;
+    *lines_taken = std::min(wanted, lines);
+    at += *lines_taken * 64, lines -= *lines_taken;
+    return from;
+  }
+};
+
+// What `product` works on; rows of `a` are `a_row` pairs apart, vectors of x for the next 16 lanes `x_block`
+// vectors, rows of `out` `out_row` numbers.
+struct Operands {
+  const uint32_t* a;
+  long a_row;
+  const __m512i* x;
+  long x_block;
+  int pairs;
+  float* out;
+  long out_row;
+  const char* fetch = nullptr;
+  long fetch_lines = 0;
+};
+
+template <int ROWS, int BLOCKS>
+void product_of(const Operands& o) {
+  __m512 sum[ROWS][BLOCKS];
+  for (int i = 0; i < ROWS; ++i)
+    for (int j = 0; j < BLOCKS; ++j) sum[i][j] = _mm512_loadu_ps(o.out + i * o.out_row + j * LANES);
+  for (int k = 0; k < o.pairs; ++k) {
+    if (k < o.fetch_lines) _mm_prefetch(o.fetch + 64 * k, _MM_HINT_T1);
+    __m512bh lanes[BLOCKS];
+    for (int j = 0; j < BLOCKS; ++j) lanes[j] = (__m512bh)_mm512_load_si512(o.x + j * o.x_block + k);
+#pragma GCC unroll 16
+    for (int i = 0; i < ROWS; ++i) {
+      const __m512bh one = (__m512bh)_mm512_set1_epi32(o.a[i * o.a_row + k]);
+#pragma GCC unroll 4
+      for (int j = 0; j < BLOCKS; ++j) sum[i][j] = _mm512_dpbf16_ps(sum[i][j], one, lanes[j]);
+    }
+  }
+  for (int i = 0; i < ROWS; ++i)
+    for (int j = 0; j < BLOCKS; ++j) _mm512_storeu_ps(o.out + i * o.out_row + j * LANES, sum[i][j]);
+}
+
+template <int ROWS, int BLOCKS>
+void product_sized(int rows, const Operands& o) {
+  if constexpr (ROWS > 0) {
+    if (rows == ROWS)
+      product_of<ROWS, BLOCKS>(o);
+    else
+      product_sized<ROWS - 1, BLOCKS>(rows, o);
+  }
+}
+
+// out[i][lane] += sum over k of a[i][k] x[k][lane], for rows i and 16 lanes of each of `blocks` blocks.
+void product(int rows, int blocks, Operands o, Fetch* fetch = nullptr) {
+  const int parts = (rows + MOST_ROWS - 1) / MOST_ROWS;
+  while (blocks > 0) {
+    const int some = blocks >= 4 ? 4 : 1;
+    Operands part = o;
+    for (int done = 0, left = parts; left > 0; --left) {
+      const int size = (rows - done + left - 1) / left;
+      if (fetch) part.fetch = fetch->take(o.pairs, &part.fetch_lines);
+      if (some == 4)
+        product_sized<MOST_ROWS, 4>(size, part);
+      else
+        product_sized<MOST_ROWS, 1>(size, part);
+      done += size, part.a += size * o.a_row, part.out += size * o.out_row;
+    }
+    blocks -= some, o.x += some * o.x_block, o.out += some * LANES;
+  }
+}
+
+// 16 rows as lanes: x[k] holds the k-th pair of each row; what is `ahead` numbers further is fetched meanwhile
+void pack_rows(const bf16* from, long row, int rows, int width, __m512i* x, long ahead = 0) {
+  for (int at = 0; at < width; at += 32) {
+    __m512i r[16], t[16];
+    if (ahead)
+      for (int i = 0; i < 16; ++i) _mm_prefetch((const char*)(from + i * row + at + ahead), _MM_HINT_T1);
+    for (int i = 0; i < 16; ++i) r[i] = i < rows ? load(from + i * row + at, width - at) : _mm512_setzero_si512();
+    for (int i = 0; i < 16; i += 2) {
+      t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+      t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4) {
+      r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+      r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+      r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+      r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+    }
+    for (int i = 0; i < 4; ++i) {
+      t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
+      t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
+      t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
+      t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
+    }
+    const int pairs = std::min(16, (width - at + 1) / 2);
+    for (int i = 0; i < 4; ++i) {
+      r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+      r[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
+      r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
+      r[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
+    }
+    for (int i = 0; i < pairs; ++i) _mm512_store_si512(x + at / 2 + i, r[i]);
+  }
+}
+
+// columns as lanes: x[c * pairs + k] holds rows 2k and 2k + 1 of columns 16c to 16c + 15
+void pack_columns(const bf16* from, long row, int rows, int width, __m512i* x, long ahead = 0) {
+  alignas(64) static const int16_t order[64] = {
+      0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39, 8,  40, 9,  41, 10, 42,
+      11, 43, 12, 44, 13, 45, 14, 46, 15, 47, 16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53,
+      22, 54, 23, 55, 24, 56, 25, 57, 26, 58, 27, 59, 28, 60, 29, 61, 30, 62, 31, 63};
+  const __m512i low = _mm512_load_si512(order), high = _mm512_load_si512(order + 32);
+  const int pairs = (rows + 1) / 2;
+  for (int k = 0; k < pairs; ++k) {
+    const bf16 *one = from + 2 * k * row, *two = one + row;
+    for (int at = 0; at < width; at += 32) {
+      if (ahead) _mm_prefetch((const char*)(one + ahead), _MM_HINT_T1), _mm_prefetch((const char*)(two + ahead), _MM_HINT_T1);
+      const __m512i a = load(one, width - at);
+      const __m512i b = 2 * k + 1 < rows ? load(two, width - at) : _mm512_setzero_si512();
+      _mm512_store_si512(x + at / 16 * pairs + k, _mm512_permutex2var_epi16(a, low, b));
+      if (width - at > 16)
+        _mm512_store_si512(x + (at / 16 + 1) * pairs + k, _mm512_permutex2var_epi16(a, high, b));
+      one += 32, two += 32;
+    }
+  }
+}
+
+void round_row(const float* from, int width, uint32_t* to) {  // float32 to pairs of bfloat16
+  for (int at = 0; at < width; at += LANES)
+    _mm256_storeu_si256((__m256i*)((bf16*)to + at), (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(from + at)));
+}
+
+template <typename X>
+X* buffer(long count) {
+  return (X*)std::aligned_alloc(64, std::max(64L, (count * long(sizeof(X)) + 63) / 64 * 64));
+}
+
+}  // namespace
+
+extern "C" {
+
+struct Up {
+  const bf16 *key, *value;  // [G, N, r] and [G, D, r], rows dense
+  long group;               // numbers from one KV head to the next
+  const bf16 *key_bias, *value_bias;  // [G, N] and [G, D], or null
+  long bias_group;
+};
+
+struct Call {
+  int batch, groups, row_group, new_tokens, rope, nope, head, rank, kinds, threads;
+  long total;
+  float scaling;
+  const bf16 *q_rope, *q_nope;  // [B, Q, R] and [B, Q, N], dense
+  Up up[2];
+  const bf16* latent;  // [B, S, r]
+  long latent_batch, latent_token;
+  const bf16* k_rope;  // [B, G, S, R]
+  long key_batch, key_group, key_token;
+  const uint8_t* visual;  // [B, S], or null where there is one modality
+  long visual_batch;
+  const uint8_t* mask;  // [B, T, S], what is seen, or null
+  long mask_batch, mask_row;
+  bf16* out;  // [B, Q, D], dense
+};
+}
+
+namespace {
+
+// The sums of one thread's tokens.
+struct Part {
+  float *sums, *top, *mass, *text;  // [K, Q, r], [Q], [Q], [Q]
+};
+
+struct Sizes {
+  int rows, rank, pairs, key_pairs, columns;
+  int sums_row, query_row;  // float32 and pairs to the next row: a cache line over, not to share cache sets
+  explicit Sizes(const Call& c)
+      : rows(c.groups * c.row_group),
+        rank(up_to(c.rank, 32)),
+        pairs((c.rank + 1) / 2),
+        key_pairs((c.rope + 1) / 2),
+        columns(up_to(c.rank, LANES)),
+        sums_row(rank + LANES),
+        query_row(rank / 2 + LANES) {}
+};
+
+// What a thread works in; kept from call to call.
+struct Scratch {
+  __m512i *rows = nullptr, *columns = nullptr;
+  float *scores = nullptr, *other = nullptr;
+  uint32_t *weights = nullptr, *pairs = nullptr;
+  long size = 0;
+
+  void fit(const Call& c, const Sizes& z) {
+    const long width = std::max({z.rank, up_to(c.rope, 32), up_to(c.nope, 32), 32});
+    const long tile = std::max(TILE, up_to(std::max(c.nope, c.head), LANES));
+    const long wanted = z.rows * 100000L + width * 100 + tile;
+    if (wanted == size) return;
+    for (void* p : {(void*)rows, (void*)columns, (void*)scores, (void*)other, (void*)weights, (void*)pairs})
+      std::free(p);
+    rows = buffer<__m512i>(TILE / LANES * width / 2);
+    columns = buffer<__m512i>(tile / 2 * (width / LANES));
+    scores = buffer<float>(z.rows * long(TILE));
+    other = buffer<float>(z.rows * std::max<long>(TILE, width));
+    weights = buffer<uint32_t>(2 * z.rows * TILE / 2);
+    pairs = buffer<uint32_t>(2 * z.rows * width / 2);
+    size = wanted;
+  }
+};
+
+thread_local Scratch scratch;
+
+// queries[k][row] = q_nope Wk, as pairs, and constants[k][row] = q_nope . bk
+void absorb(const Call& c, const Sizes& z, int b, int g, uint32_t* queries, float* constants) {
+  Scratch& s = scratch;
+  const int first = g * c.row_group, nope_pairs = up_to(c.nope, 2) / 2;
+  const bf16* nope = c.q_nope + (long(b) * z.rows + first) * c.nope;
+  for (int i = 0; i < c.row_group; ++i) {
+    std::memset(s.pairs + i * nope_pairs, 0, nope_pairs * 4);
+    std::memcpy(s.pairs + i * nope_pairs, nope + i * c.nope, c.nope * 2);
+  }
+  for (int k = 0; k < c.kinds; ++k) {
+    const Up& up = c.up[k];
+    uint32_t* to = queries + (long(k) * z.rows + first) * z.query_row;
+    pack_columns(up.key + g * up.group, c.rank, c.nope, c.rank, s.columns, 8 * long(c.rank));
+    std::memset(s.other, 0, c.row_group * long(z.rank) * 4);
+    product(c.row_group, z.columns / LANES, {s.pairs, nope_pairs, s.columns, nope_pairs, nope_pairs, s.other, z.rank});
+    for (int i = 0; i < c.row_group; ++i) {
+      round_row(s.other + long(i) * z.rank, z.rank, to + long(i) * z.query_row);
+      float sum = 0;
+      for (int n = 0; up.key_bias && n < c.nope; ++n)
+        sum += number(nope[i * c.nope + n]) * number(up.key_bias[g * up.bias_group + n]);
+      constants[k * z.rows + first + i] = sum;
+    }
+  }
+}
+
+// Which of 16 tokens are visual, for each block of a tile; returns how many of all.
+int visual_bits(const Call& c, int b, long token, int count, uint32_t* seen) {
+  int visual = 0;
+  for (int at = 0; at < TILE; at += LANES) {
+    seen[at / LANES] = 0;
+    if (!c.visual || at >= count) continue;
+    const uint32_t some = count - at >= LANES ? 0xffff : (1u << (count - at)) - 1;
+    const __m128i bytes = _mm_maskz_loadu_epi8(some, c.visual + b * c.visual_batch + token + at);
+    seen[at / LANES] = _mm_test_epi8_mask(bytes, bytes);
+    visual += __builtin_popcount(seen[at / LANES]);
+  }
+  return visual;
+}
+
+// Scores of a tile of tokens, not yet scaled.
+void score(const Call& c, const Sizes& z, int b, long token, int count, const uint32_t* seen, int visual,
+           const uint32_t* queries, const float* constants, Fetch* fetch) {
+  Scratch& s = scratch;
+  const int blocks = (count + LANES - 1) / LANES;
+  const bf16* latent = c.latent + b * c.latent_batch + token * c.latent_token;
+  for (int j = 0; j < blocks; ++j)
+    pack_rows(latent + j * LANES * c.latent_token, c.latent_token, count - j * LANES, c.rank, s.rows + j * z.pairs);
+  const int first = visual == count ? c.kinds - 1 : 0, last = visual ? c.kinds - 1 : 0;
+  for (int k = first; k <= last; ++k) {
+    float* to = k == first ? s.scores : s.other;
+    for (int i = 0; i < z.rows; ++i)
+      for (int at = 0; at < TILE; at += LANES)
+        _mm512_storeu_ps(to + i * TILE + at, _mm512_set1_ps(constants[k * z.rows + i]));
+    product(z.rows, blocks,
+            {queries + long(k) * z.rows * z.query_row, z.query_row, s.rows, z.pairs, z.pairs, to, TILE}, fetch);
+  }
+  for (int i = 0; first != last && i < z.rows; ++i)
+    for (int at = 0; at < TILE; at += LANES)
+      _mm512_mask_storeu_ps(s.scores + i * TILE + at, seen[at / LANES], _mm512_loadu_ps(s.other + i * TILE + at));
+  for (int g = 0; g < c.groups; ++g) {
+    const long row = long(g) * c.row_group;
+    const bf16* keys = c.k_rope + b * c.key_batch + g * c.key_group + token * c.key_token;
+    for (int j = 0; j < blocks; ++j)
+      pack_rows(keys + j * LANES * c.key_token, c.key_token, count - j * LANES, c.rope, s.rows + j * z.key_pairs);
+    const uint32_t* q = (const uint32_t*)(c.q_rope + (long(b) * z.rows + row) * c.rope);
+    product(c.row_group, blocks,
+            {q, c.rope / 2, s.rows, z.key_pairs, z.key_pairs, s.scores + row * TILE, TILE});
+  }
+}
+
+// Softmax weights of a tile as pairs, by modality, from its scores; the sums so far are scaled to the new top.
+void weigh(const Call& c, const Sizes& z, int b, long token, int count, const uint32_t* seen, bool both, Part part) {
+  Scratch& s = scratch;
+  const __m512 scaling = _mm512_set1_ps(c.scaling);
+  const int blocks = (count + LANES - 1) / LANES;
+  for (int i = 0; i < z.rows; ++i) {
+    const uint8_t* mask = c.mask ? c.mask + b * c.mask_batch + (i % c.new_tokens) * c.mask_row + token : nullptr;
+    float* row = s.scores + i * TILE;
+    __mmask16 valid[TILE / LANES];
+    __m512 highest = _mm512_set1_ps(LOWEST);
+    for (int j = 0; j < blocks; ++j) {
+      valid[j] = count - j * LANES >= LANES ? 0xffff : (1u << (count - j * LANES)) - 1;
+      if (mask) {
+        const __m128i bytes = _mm_maskz_loadu_epi8(valid[j], mask + j * LANES);
+        valid[j] = _mm_test_epi8_mask(bytes, bytes);
+      }
+      const __m512 value = _mm512_mul_ps(_mm512_loadu_ps(row + j * LANES), scaling);
+      _mm512_storeu_ps(row + j * LANES, value);
+      highest = _mm512_mask_max_ps(highest, valid[j], highest, value);
+    }
+    const float top = std::max(part.top[i], _mm512_reduce_max_ps(highest));
+    if (top > part.top[i]) {
+      const float scale = std::exp(part.top[i] - top);
+      for (int k = 0; k < c.kinds; ++k) {
+        float* sums = part.sums + (long(k) * z.rows + i) * z.sums_row;
+        for (int at = 0; at < z.rank; at += LANES)
+          _mm512_store_ps(sums + at, _mm512_mul_ps(_mm512_load_ps(sums + at), _mm512_set1_ps(scale)));
+      }
+      part.mass[i] *= scale, part.text[i] *= scale, part.top[i] = top;
+    }
+    __m512 mass = _mm512_setzero_ps(), text = _mm512_setzero_ps();
+    bf16* to = (bf16*)s.weights + i * TILE;
+    for (int j = 0; j < TILE / LANES; ++j) {
+      const bool inside = j < blocks;
+      const __mmask16 is_visual = inside ? seen[j] : 0;
+      const __m512 shifted = _mm512_sub_ps(_mm512_loadu_ps(row + j * LANES), _mm512_set1_ps(top));
+      const __m512 value = inside ? _mm512_maskz_mov_ps(valid[j], exp_of(shifted)) : _mm512_setzero_ps();
+      mass = _mm512_add_ps(mass, value);
+      text = _mm512_mask_add_ps(text, ~is_visual, text, value);
+      const __mmask16 first = both ? ~is_visual : 0xffff;
+      _mm256_storeu_si256((__m256i*)(to + j * LANES), (__m256i)_mm512_cvtneps_pbh(_mm512_maskz_mov_ps(first, value)));
+      if (both)
+        _mm256_storeu_si256((__m256i*)(to + z.rows * TILE + j * LANES),
+                            (__m256i)_mm512_cvtneps_pbh(_mm512_maskz_mov_ps(is_visual, value)));
+    }
+    part.mass[i] += _mm512_reduce_add_ps(mass);
+    part.text[i] += _mm512_reduce_add_ps(text);
+  }
+}
+
+// The tile of tokens that comes next.
+Fetch ahead(const Call& c, int b, long token, long stop) {
+  const long count = std::min<long>(TILE, stop - token);
+  Fetch fetch;
+  if (count <= 0) return fetch;
+  fetch.at = (const char*)(c.latent + b * c.latent_batch + token * c.latent_token);
+  fetch.lines = count * c.latent_token / 32;
+  fetch.next = (const char*)(c.k_rope + b * c.key_batch + token * c.key_token);
+  fetch.next_lines = count * c.key_token / 32;
+  fetch.distance = c.key_group * 2;
+  fetch.regions = c.groups;
+  return fetch;
+}
+
+// Sums over the tokens `start` to `stop` of a row of the batch.
+void attend(const Call& c, const Sizes& z, int b, long start, long stop, const uint32_t* queries,
+            const float* constants, Part part) {
+  Scratch& s = scratch;
+  std::memset(part.sums, 0, long(c.kinds) * z.rows * z.sums_row * 4);
+  std::fill(part.top, part.top + z.rows, LOWEST);
+  std::memset(part.mass, 0, z.rows * 4);
+  std::memset(part.text, 0, z.rows * 4);
+  for (long token = start; token < stop; token += TILE) {
+    const int count = int(std::min<long>(TILE, stop - token));
+    uint32_t seen[TILE / LANES];
+    const int visual = visual_bits(c, b, token, count, seen);
+    Fetch fetch = ahead(c, b, token + TILE, stop);
+    score(c, z, b, token, count, seen, visual, queries, constants, &fetch);
+    const bool both = visual && visual < count;
+    weigh(c, z, b, token, count, seen, both, part);
+    pack_columns(c.latent + b * c.latent_batch + token * c.latent_token, c.latent_token, count, c.rank, s.columns);
+    const int pairs = (count + 1) / 2;
+    for (int k = 0; k < (both ? 2 : 1); ++k) {
+      const int kind = both ? k : visual ? c.kinds - 1 : 0;
+      const uint32_t* weights = s.weights + long(k) * z.rows * (TILE / 2);
+      float* sums = part.sums + long(kind) * z.rows * z.sums_row;
+      product(z.rows, z.columns / LANES, {weights, TILE / 2, s.columns, pairs, pairs, sums, z.sums_row}, &fetch);
+    }
+  }
+}
+
+// The outputs of the rows of one KV head, from the parts of their tokens.
+void expand(const Call& c, const Sizes& z, int b, int g, const Part* parts, int count) {
+  Scratch& s = scratch;
+  const int first = g * c.row_group;
+  float* output = s.scores;  // [row_group, TILE]
+  float shares[64], text_share[1 << 12];
+  for (int i = 0; i < c.row_group; ++i) {  // into the first part: scale each to the common top
+    const int row = first + i;
+    float top = LOWEST, mass = 0, text = 0;
+    for (int p = 0; p < count; ++p) top = std::max(top, parts[p].top[row]);
+    for (int p = 0; p < count; ++p) {
+      shares[p] = std::exp(parts[p].top[row] - top);
+      mass += parts[p].mass[row] * shares[p], text += parts[p].text[row] * shares[p];
+    }
+    const float whole = mass > 0 ? 1.f / mass : 0.f;
+    text_share[i] = text * whole;
+    for (int k = 0; k < c.kinds; ++k) {
+      float* sums = parts[0].sums + (long(k) * z.rows + row) * z.sums_row;
+      for (int at = 0; at < z.rank; at += LANES) {
+        __m512 sum = _mm512_setzero_ps();
+        for (int p = 0; p < count; ++p)
+          sum = _mm512_fmadd_ps(_mm512_load_ps(parts[p].sums + (sums - parts[0].sums) + at), _mm512_set1_ps(shares[p]), sum);
+        _mm512_store_ps(sums + at, _mm512_mul_ps(sum, _mm512_set1_ps(whole)));
+      }
+    }
+  }
+  bool used[2] = {false, false};
+  for (int i = 0; i < c.row_group; ++i) {
+    used[0] |= c.kinds == 1 || text_share[i] > 0;
+    used[1] |= c.kinds == 2 && text_share[i] < 1;
+  }
+  const long query_row = z.rank / 2;
+  for (int k = 0; k < c.kinds; ++k)
+    for (int i = 0; used[k] && i < c.row_group; ++i)
+      round_row(parts[0].sums + (long(k) * z.rows + first + i) * z.sums_row, z.rank,
+                s.pairs + (long(k) * c.row_group + i) * query_row);
+  for (int d = 0; d < c.head; d += TILE) {
+    const int lanes = std::min(TILE, c.head - d), blocks = (lanes + LANES - 1) / LANES;
+    std::memset(output, 0, c.row_group * TILE * 4);
+    for (int k = 0; k < c.kinds; ++k) {
+      if (!used[k]) continue;
+      const bf16* rows = c.up[k].value + g * c.up[k].group + long(d) * c.rank;
+      for (int j = 0; j < blocks; ++j)
+        pack_rows(rows + long(j) * LANES * c.rank, c.rank, lanes - j * LANES, c.rank, s.rows + j * z.pairs,
+                  LANES * long(c.rank));
+      const uint32_t* a = s.pairs + long(k) * c.row_group * query_row;
+      product(c.row_group, blocks, {a, query_row, s.rows, z.pairs, z.pairs, output, TILE});
+    }
+    for (int i = 0; i < c.row_group; ++i) {
+      for (int k = 0; k < c.kinds; ++k) {
+        const float share = c.kinds == 1 ? 1.f : k == 0 ? text_share[i] : 1.f - text_share[i];
+        for (int j = 0; c.up[k].value_bias && j < lanes; ++j)
+          output[i * TILE + j] += share * number(c.up[k].value_bias[g * c.up[k].bias_group + d + j]);
+      }
+      alignas(64) bf16 rounded[TILE];
+      for (int j = 0; j < blocks; ++j) round_row(output + i * TILE + j * LANES, LANES, (uint32_t*)rounded + j * LANES / 2);
+      std::memcpy(c.out + ((long(b) * z.rows + first + i) * c.head) + d, rounded, lanes * 2);
+    }
+  }
+}
+
+}  // namespace
+
+extern "C" void mha2mla_decode(const Call* call) {
+  const Call& c = *call;
+  const Sizes z(c);
+  const int parts = std::min(64, std::max(1, (c.threads + c.batch - 1) / c.batch));
+  const long part_size = long(c.kinds) * z.rows * z.sums_row + 3L * up_to(z.rows, LANES);
+  thread_local static float* memory = nullptr;
+  thread_local static long room = 0;
+  const long queries_size = long(c.kinds) * z.rows * z.query_row, constants_size = up_to(c.kinds * z.rows, LANES);
+  const long wanted = c.batch * (parts * part_size + queries_size + constants_size);
+  if (wanted > room) {
+    std::free(memory);
+    memory = buffer<float>(wanted);
+    room = wanted;
+  }
+  float* sums = memory;
+  uint32_t* queries = (uint32_t*)(sums + c.batch * parts * part_size);
+  float* constants = (float*)(queries + c.batch * queries_size);
+  const auto part_of = [&](int b, int p) {
+    float* at = sums + (long(b) * parts + p) * part_size;
+    float* tail = at + long(c.kinds) * z.rows * z.sums_row;
+    const int step = up_to(z.rows, LANES);
+    return Part{at, tail, tail + step, tail + 2 * step};
+  };
+  const long share = up_to(int((c.total + parts - 1) / parts), TILE);
+#pragma omp parallel num_threads(c.threads)
+  {
+    scratch.fit(c, z);
+#pragma omp for collapse(2)
+    for (int b = 0; b < c.batch; ++b)
+      for (int g = 0; g < c.groups; ++g)
+        absorb(c, z, b, g, queries + b * queries_size, constants + b * constants_size);
+#pragma omp for collapse(2) schedule(dynamic)
+    for (int b = 0; b < c.batch; ++b)
+      for (int p = 0; p < parts; ++p)
+        attend(c, z, b, std::min(c.total, p * share), std::min(c.total, (p + 1) * share), queries + b * queries_size,
+               constants + b * constants_size, part_of(b, p));
+#pragma omp for collapse(2)
+    for (int b = 0; b < c.batch; ++b)
+      for (int g = 0; g < c.groups; ++g) {
+        Part found[64];
+        for (int p = 0; p < parts; ++p) found[p] = part_of(b, p);
+        expand(c, z, b, g, found, parts);
+      }
+  }
+}

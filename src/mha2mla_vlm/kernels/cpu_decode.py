@@ -1,0 +1,177 @@
+"""The CPU kernel of `cpu_decode.cpp`: built with the machine's C++ compiler when it is first needed.
+
+It needs Linux on x86-64 with AVX-512 BF16 (AMD from Zen 4 on, Intel from Sapphire Rapids on) and g++
+or clang++. The library is kept in the user's cache folder (`XDG_CACHE_HOME`), under a name that its
+source, compiler and processor decide.
+"""
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from mha2mla_vlm.absorption import Piece, Up
+
+logger = logging.getLogger(__name__)
+SOURCE = Path(__file__).with_suffix(".cpp")
+FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-fopenmp")
+MOST_ROWS = 4096  # query rows of a KV head
+
+_long, _int, _pointer = ctypes.c_long, ctypes.c_int, ctypes.c_void_p
+
+
+class _Up(ctypes.Structure):
+    _fields_ = (
+        ("key", _pointer), ("value", _pointer), ("group", _long),
+        ("key_bias", _pointer), ("value_bias", _pointer), ("bias_group", _long),
+    )  # fmt: skip
+
+
+class _Call(ctypes.Structure):
+    _fields_ = (
+        *((name, _int) for name in (
+            "batch", "groups", "row_group", "new_tokens", "rope", "nope", "head", "rank", "kinds", "threads",
+        )),
+        ("total", _long), ("scaling", ctypes.c_float),
+        ("q_rope", _pointer), ("q_nope", _pointer), ("up", _Up * 2),
+        ("latent", _pointer), ("latent_batch", _long), ("latent_token", _long),
+        ("k_rope", _pointer), ("key_batch", _long), ("key_group", _long), ("key_token", _long),
+        ("visual", _pointer), ("visual_batch", _long),
+        ("mask", _pointer), ("mask_batch", _long), ("mask_row", _long),
+        ("out", _pointer),
+    )  # fmt: skip
+
+
+def can_run(
+    q_rope: torch.Tensor, q_nope: torch.Tensor, ups: Sequence[Up], piece: Piece, mask: torch.Tensor | None
+) -> bool:
+    """Whether the kernel takes these tensors, and can be built here."""
+    tensors = (q_rope, q_nope, *piece, *(up.key for up in ups))
+    if any(x.device.type != "cpu" or x.dtype != torch.bfloat16 for x in tensors):
+        return False
+    graded = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    fits = q_rope.shape[1] * q_rope.shape[2] <= MOST_ROWS * ups[0].key.shape[0] and q_rope.shape[-1] % 2 == 0
+    known_mask = mask is None or mask.dtype == torch.bool
+    if graded or not fits or not known_mask or torch.compiler.is_compiling():
+        return False
+    return library() is not None
+
+
+def decode(
+    q_rope: torch.Tensor,
+    q_nope: torch.Tensor,
+    ups: Sequence[Up],
+    scaling: float,
+    piece: Piece,
+    visual: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    filled: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Attention of `q_rope [B, H, T, R]` and `q_nope [B, H, T, N]` over latents, `[B, T, H, D]`.
+
+    `visual [B, S]` is the modality of tokens (None: one modality), `mask` a `dense_mask` of bool, and
+    `filled` the number of tokens in use, if a mask hides the others.
+    """
+    call_library = library()
+    assert call_library is not None, "can_run says so"
+    batch, heads, new, _ = q_rope.shape
+    groups, head_dim = ups[0].value.shape[:2]
+    q_rope, q_nope = q_rope.contiguous(), q_nope.contiguous()
+    latent, k_rope = (x if x.stride(-1) == 1 else x.contiguous() for x in piece)
+    total = latent.shape[1] if filled is None else int(filled)
+    out = q_rope.new_empty(batch, heads, new, head_dim)
+    call = _Call(
+        batch=batch, groups=groups, row_group=heads * new // groups, new_tokens=new,
+        rope=q_rope.shape[-1], nope=q_nope.shape[-1], head=head_dim, rank=latent.shape[-1],
+        kinds=len(ups), threads=torch.get_num_threads(), total=total, scaling=scaling,
+        q_rope=q_rope.data_ptr(), q_nope=q_nope.data_ptr(), up=(_Up * 2)(*map(_up_of, ups)),
+        latent=latent.data_ptr(), latent_batch=latent.stride(0), latent_token=latent.stride(1),
+        k_rope=k_rope.data_ptr(), key_batch=k_rope.stride(0), key_group=k_rope.stride(1),
+        key_token=k_rope.stride(2), out=out.data_ptr(),
+    )  # fmt: skip
+    if visual is not None and len(ups) == 2:
+        visual = visual if visual.stride(-1) == 1 else visual.contiguous()
+        call.visual, call.visual_batch = visual.data_ptr(), visual.stride(0)
+    if mask is not None:
+        rows = (mask[:, 0] if mask.ndim == 4 else mask).contiguous()
+        rows = rows.expand(batch, new, -1)
+        call.mask, call.mask_batch, call.mask_row = rows.data_ptr(), rows.stride(0), rows.stride(1)
+    call_library.mha2mla_decode(ctypes.byref(call))
+    return out.transpose(1, 2)
+
+
+def _up_of(up: Up) -> _Up:
+    biases = (None, None, 0)
+    if up.key_bias is not None and up.value_bias is not None:
+        biases = (up.key_bias.data_ptr(), up.value_bias.data_ptr(), up.key_bias.stride(0))
+    return _Up(up.key.data_ptr(), up.value.data_ptr(), up.key.stride(0), *biases)
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The kernel, built if it has to be; None, with the reason in the log, where it cannot be."""
+    compiler = next(filter(None, map(shutil.which, ("g++", "clang++", "c++"))), None)
+    if compiler is None or not _has_instructions():
+        logger.info("no CPU kernel: it needs a C++ compiler and a processor with AVX-512 BF16")
+        return None
+    path = _folder() / f"cpu_decode-{_fingerprint(compiler)}.so"
+    try:
+        if not path.exists():
+            logger.info("building the CPU kernel, once: %s", path)
+            _build(compiler, path)
+        return ctypes.CDLL(str(path))
+    except (OSError, subprocess.CalledProcessError) as error:
+        reason = getattr(error, "stderr", None) or error
+        logger.warning("no CPU kernel, decoding is slower: %s", reason)
+        return None
+
+
+def _has_instructions() -> bool:
+    if platform.system() != "Linux" or platform.machine() != "x86_64":
+        return False
+    return "avx512_bf16" in _processor()
+
+
+def _processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line for line in lines if line.startswith("flags")), "")
+
+
+def _fingerprint(compiler: str) -> str:
+    version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
+    parts = (SOURCE.read_bytes(), version, _processor().encode(), " ".join(FLAGS).encode())
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
+
+
+def _folder() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    folder = Path(base) / "mha2mla_vlm"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        folder = Path(tempfile.mkdtemp(prefix="mha2mla_vlm-"))
+    return folder
+
+
+def _build(compiler: str, path: Path) -> None:
+    """Compile to a temporary file beside `path`, then rename it.
+
+    OpenMP is not linked: its functions are those that PyTorch has loaded, so that both share threads.
+    """
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        compiled, linked = Path(folder, "kernel.o"), Path(folder, "kernel.so")
+        for command in (
+            [compiler, *FLAGS, "-c", str(SOURCE), "-o", str(compiled)],
+            [compiler, "-shared", str(compiled), "-o", str(linked)],
+        ):
+            subprocess.run(command, capture_output=True, check=True, text=True)
+        linked.rename(path)
