@@ -117,7 +117,7 @@ class LatentLayer(DynamicLayer):
             return super().update(key_states, value_states, *args, **kwargs)  # in-place writes break autograd
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        start = self.get_seq_length()
+        start = self._recent_length()
         stop = start + key_states.shape[-2]
         buffers = self._writable(key_states, value_states, start, stop)
         for buffer, new in zip(buffers, (key_states, value_states), strict=True):
@@ -125,6 +125,10 @@ class LatentLayer(DynamicLayer):
         self._buffers = buffers
         self.keys, self.values = (buffer[:, :, :stop] for buffer in buffers)
         return self.keys, self.values
+
+    def _recent_length(self) -> int:
+        """Tokens in `keys` and `values`: all but those that a subclass keeps in another form."""
+        return self.keys.shape[2] if self.is_initialized and self.keys.ndim == 4 else 0
 
     def _writable(
         self, latent: torch.Tensor, rope: torch.Tensor, start: int, stop: int
@@ -317,10 +321,31 @@ def bytes_per_token(config: Any, *, itemsize: int = 2) -> int:
 def cache_bytes(cache: Cache, *, allocated: bool = False) -> int:
     """Bytes of the tensors in a cache: of its tokens, or with `allocated` of the storage behind them.
 
-    Counts keys and values, that is latents and rotated keys. The modality of tokens adds one byte
+    Counts latents and rotated keys, if quantised with their ranges. The modality of tokens adds one byte
     for each token of the sequence, once for all layers, which is not counted.
     """
-    tensors = [t for layer in cache.layers for t in (layer.keys, layer.values) if isinstance(t, torch.Tensor)]
+    tensors = [tensor for layer in cache.layers for tensor in _stored(layer)]
     if allocated:
         return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _stored(layer: Any) -> Iterator[torch.Tensor]:
+    """The tensors that a cache layer holds, of ours or of transformers' quantised ones."""
+    if hasattr(layer, "tensors"):
+        yield from layer.tensors()
+        return
+    for name in ("keys", "values", "_quantized_keys", "_quantized_values"):
+        yield from _tensors_in(getattr(layer, name, None))
+
+
+def _tensors_in(value: Any) -> Iterator[torch.Tensor]:
+    """Plain tensors in tuples, dicts and tensors that are made of others."""
+    if isinstance(value, torch.Tensor) and hasattr(value, "__tensor_flatten__"):
+        for name in value.__tensor_flatten__()[0]:
+            yield from _tensors_in(getattr(value, name))
+    elif isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict | tuple | list):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _tensors_in(part)

@@ -23,6 +23,7 @@ from mha2mla_vlm.config import SHARED, AttentionSizes, MLAConfig
 from mha2mla_vlm.errors import InputError
 from mha2mla_vlm.families import FAMILIES, get_family
 from mha2mla_vlm.families.base import Family
+from mha2mla_vlm.quantized_cache import quantized_cache
 
 CACHES = ("dynamic", "offloaded", "static", "offloaded_static", "quantized")
 REMOTE_MODULE = "modeling_mha2mla"
@@ -116,6 +117,10 @@ class MLAMixin(_Model):
             model_kwargs["past_key_values"] = LatentCache()
             if generation_config.is_assistant:
                 model_kwargs["past_key_values"].activate_past_recording()
+            return None
+        config = dict(generation_config.cache_config or {})
+        if not given and wanted == "quantized" and config.get("backend", "latent") == "latent":
+            model_kwargs["past_key_values"] = quantized_cache(**config)
             return None
         if wanted is not None and wanted not in CACHES:
             raise InputError(f"unknown cache_implementation {wanted!r}; use one of {', '.join(CACHES)}")

@@ -160,6 +160,48 @@ def test_other_caches_run(family, how):
         assert torch.equal(got, generate(model, inputs))
 
 
+@pytest.mark.parametrize("prompts", [["two images"], BATCH], ids=str)
+@pytest.mark.parametrize("limit", [0, 10**6], ids=["expanded", "absorbed"])
+@pytest.mark.parametrize("how", [{}, {"num_beams": 3}], ids=str)
+def test_a_cache_of_eight_bits_gives_the_same_tokens(family, prompts, limit, how):
+    model, processor = random_mla(family)
+    set_attention(model, absorb_limit=limit, expand_chunk=5)
+    inputs = prompt_inputs(family, processor, prompts)
+    config = {"nbits": 8, "q_group_size": 4, "residual_length": 4}
+    got = generate(model, inputs, cache_implementation="quantized", cache_config=config, **how)
+    assert torch.equal(got, generate(model, inputs, **how))
+
+
+def test_assisted_decoding_crops_a_quantized_cache(family):
+    model, processor = random_mla(family)
+    inputs = prompt_inputs(family, processor, ["image"])
+    config = {"nbits": 8, "q_group_size": 2, "residual_length": 2}
+    how = {"cache_implementation": "quantized", "cache_config": config}
+    expected = generate(model, inputs)
+    assert torch.equal(generate(model, inputs, prompt_lookup_num_tokens=3, **how), expected)
+
+
+def test_a_quantized_cache_holds_few_bytes(family):
+    model, processor = random_mla(family, rope_dim=16, rank=40)
+    inputs = prompt_inputs(family, processor, ["two images"])
+    how = {"cache_implementation": "quantized", "return_dict_in_generate": True, "max_new_tokens": 4}
+    sizes = {}
+    for bits in (8, 4, 2):
+        cache = model.generate(
+            **inputs, **how, cache_config={"nbits": bits, "q_group_size": 16}
+        ).past_key_values
+        sizes[bits] = cache_bytes(cache) / cache.get_seq_length()
+    plain = bytes_per_token(model.config, itemsize=4)
+    assert sizes[2] < sizes[4] < sizes[8] < plain
+
+
+def test_unknown_quantization_is_refused(family):
+    model, processor = random_mla(family)
+    inputs = prompt_inputs(family, processor, ["text"])
+    with pytest.raises(InputError, match="nbits is 3"):
+        generate(model, inputs, cache_implementation="quantized", cache_config={"nbits": 3})
+
+
 def test_plain_dynamic_cache_holds_latents_too(family):
     model, processor = random_mla(family)
     inputs = prompt_inputs(family, processor, BATCH)
