@@ -1,12 +1,15 @@
-"""Random tiny models, prompts of every shape, and ways to run a model piece by piece."""
+"""Random tiny models, prompts of every shape, and ways to run a model piece by piece, or a command."""
 
 import copy
 import functools
 import random
+import sys
 
+import pytest
 import torch
 from transformers import Cache
 
+from mha2mla_vlm.cli import main
 from mha2mla_vlm.data import Record, encode
 from mha2mla_vlm.modeling import decoder_layers, mla_classes
 from mha2mla_vlm.zoo.architectures import new_model
@@ -147,3 +150,12 @@ def set_attention(model, **values):
 def real_tokens(logits, inputs):
     """Logits of the tokens that are not padding."""
     return logits[inputs["attention_mask"].bool()]
+
+
+def run_command(monkeypatch, capsys, *arguments):
+    """Exit code, stdout and stderr of a command."""
+    monkeypatch.setattr(sys, "argv", ["mha2mla", *map(str, arguments)])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    output = capsys.readouterr()
+    return ended.value.code, output.out, output.err

@@ -1,15 +1,13 @@
 """Bad input: one clear line on stderr, exit code 2, nothing left on disk."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
-from helpers import original, random_mla
+from helpers import original, random_mla, run_command
 from PIL import Image
 
 from mha2mla_vlm.checkpoint import save
-from mha2mla_vlm.cli import main
 from mha2mla_vlm.zoo.chats import write_chats
 
 
@@ -22,15 +20,6 @@ def workspace(tmp_path_factory):
     (folder / "data").mkdir()
     write_chats("qwen2_5_vl", folder / "data", split="test", count=4, seed=0)
     return folder
-
-
-def run(monkeypatch, capsys, *arguments):
-    """Exit code, stdout and stderr of a command."""
-    monkeypatch.setattr(sys, "argv", ["mha2mla", *map(str, arguments)])
-    with pytest.raises(SystemExit) as ended:
-        main()
-    output = capsys.readouterr()
-    return ended.value.code, output.out, output.err
 
 
 def write_data(path, entry):
@@ -69,7 +58,7 @@ def test_convert_refuses_settings(monkeypatch, capsys, workspace, case):
     options, named = CONVERT[case]
     output = workspace / "out"
     command = ["convert", workspace / "model", "--data", workspace / "data", "-o", output, *options]
-    refused(*run(monkeypatch, capsys, *command), named)
+    refused(*run_command(monkeypatch, capsys, *command), named)
     assert not output.exists()
 
 
@@ -114,7 +103,7 @@ def test_bad_data_is_refused(monkeypatch, capsys, workspace, tmp_path, command, 
     data, named = make(tmp_path)
     output = tmp_path / "out"
     extra = ["-o", output] if command == "convert" else []
-    result = run(monkeypatch, capsys, command, workspace / "model", "--data", data, *extra)
+    result = run_command(monkeypatch, capsys, command, workspace / "model", "--data", data, *extra)
     refused(*result, named)
     assert not output.exists()
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".out")]
@@ -125,7 +114,7 @@ def test_unknown_family_is_refused_with_the_supported_ones(monkeypatch, capsys, 
     model.mkdir()
     (model / "config.json").write_text(json.dumps({"model_type": "bert", "hidden_size": 8}))
     command = ["convert", model, "--data", workspace / "data", "-o", tmp_path / "out"]
-    code, out, err = run(monkeypatch, capsys, *command)
+    code, out, err = run_command(monkeypatch, capsys, *command)
     refused(code, out, err, "bert")
     assert all(family in err for family in ("qwen2_5_vl", "llava_next", "llava"))
     assert not (tmp_path / "out").exists()
@@ -141,7 +130,7 @@ def test_output_that_is_not_empty_is_refused(monkeypatch, capsys, workspace, tmp
         ["zoo", "build", "llava", "-o", output],
         ["demo", "-o", output],
     ):
-        refused(*run(monkeypatch, capsys, *command), str(output))
+        refused(*run_command(monkeypatch, capsys, *command), str(output))
     assert [path.name for path in output.iterdir()] == ["precious.txt"]
 
 
@@ -151,7 +140,7 @@ def test_truncated_weights_are_refused(monkeypatch, capsys, workspace, tmp_path)
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-500])
     command = ["convert", folder, "--data", workspace / "data", "-o", tmp_path / "out"]
-    refused(*run(monkeypatch, capsys, *command), str(folder))
+    refused(*run_command(monkeypatch, capsys, *command), str(folder))
     assert not (tmp_path / "out").exists()
 
 
@@ -175,12 +164,12 @@ def test_other_commands_refuse(monkeypatch, capsys, workspace, tmp_path, command
     places = {"MODEL": workspace / "model", "DATA": workspace / "data", "OUT": tmp_path / "out"}
     places["PUBLISHED"] = Path(__file__).parents[1] / "fixtures" / "published" / "llava" / "stage2"
     command = [places.get(word, word) for word in command]
-    refused(*run(monkeypatch, capsys, *command), named)
+    refused(*run_command(monkeypatch, capsys, *command), named)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_usage_errors_exit_with_2(monkeypatch, capsys):
-    code, out, err = run(monkeypatch, capsys, "convert", "--no-such-option")
+    code, out, err = run_command(monkeypatch, capsys, "convert", "--no-such-option")
     assert code == 2
     assert out == ""
     assert "--no-such-option" in err
@@ -191,7 +180,7 @@ def test_outputs_that_cannot_be_made_are_refused_before_work(monkeypatch, capsys
     (tmp_path / "file").write_text("")
     for output in (".", "file", "file/sub"):
         command = ["convert", workspace / "model", "--data", workspace / "data", "-o", output]
-        refused(*run(monkeypatch, capsys, *command), output)
+        refused(*run_command(monkeypatch, capsys, *command), output)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
@@ -206,14 +195,14 @@ def test_a_baseline_of_another_family_is_refused(monkeypatch, capsys, workspace,
         "--baseline",
         tmp_path / "llava",
     ]
-    refused(*run(monkeypatch, capsys, *command), "baseline")
+    refused(*run_command(monkeypatch, capsys, *command), "baseline")
 
 
 @pytest.mark.parametrize("mla", [[], {"qk_rope_head_dim": "8"}, {"qk_rope_head_dim": [8]}], ids=str)
 def test_a_config_that_no_conversion_wrote_is_refused(monkeypatch, capsys, workspace, tmp_path, mla):
     config = json.loads((workspace / "model" / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "qwen2_5_vl_mla", "mla": mla}))
-    refused(*run(monkeypatch, capsys, "inspect", tmp_path), "")
+    refused(*run_command(monkeypatch, capsys, "inspect", tmp_path), "")
 
 
 def test_inspecting_truncated_weights_is_refused(monkeypatch, capsys, tmp_path):
@@ -221,4 +210,4 @@ def test_inspecting_truncated_weights_is_refused(monkeypatch, capsys, tmp_path):
     folder = save(model, processor, tmp_path / "torn")
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-500])
-    refused(*run(monkeypatch, capsys, "inspect", folder), "model.safetensors")
+    refused(*run_command(monkeypatch, capsys, "inspect", folder), "model.safetensors")

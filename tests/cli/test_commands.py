@@ -8,22 +8,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import original
+from helpers import original, run_command
 
 from mha2mla_vlm import load, load_processor, load_records
 from mha2mla_vlm.checkpoint import save
-from mha2mla_vlm.cli import main
 from mha2mla_vlm.zoo.chats import write_chats
 
 
 def run(monkeypatch, capsys, *arguments):
     """Result of a command: the last line of its standard output."""
-    monkeypatch.setattr(sys, "argv", ["mha2mla", *map(str, arguments)])
-    with pytest.raises(SystemExit) as ended:
-        main()
-    output = capsys.readouterr()
-    assert ended.value.code == 0, output.err
-    return json.loads(output.out.splitlines()[-1])
+    code, out, err = run_command(monkeypatch, capsys, *arguments)
+    assert code == 0, err
+    return json.loads(out.splitlines()[-1])
 
 
 @pytest.fixture

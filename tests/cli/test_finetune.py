@@ -10,11 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import original
+from helpers import original, run_command
 
 from mha2mla_vlm import ConversionConfig, convert, load, load_records
 from mha2mla_vlm.checkpoint import save
-from mha2mla_vlm.cli import main
 from mha2mla_vlm.zoo.chats import write_chats
 
 SMALL = ("--no-bf16", "--batch-size", 2, "--gradient-accumulation", 2, "--eval-records", 2)
@@ -48,11 +47,8 @@ def command(workspace, checkpoint, output, *options):
 
 def run(monkeypatch, capsys, arguments):
     """Exit code, result and stderr of a command."""
-    monkeypatch.setattr(sys, "argv", ["mha2mla", *map(str, arguments)])
-    with pytest.raises(SystemExit) as ended:
-        main()
-    output = capsys.readouterr()
-    return ended.value.code, output.out and json.loads(output.out.splitlines()[-1]), output.err
+    code, out, err = run_command(monkeypatch, capsys, *arguments)
+    return code, out and json.loads(out.splitlines()[-1]), err
 
 
 def losses(output):

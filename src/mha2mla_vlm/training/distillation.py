@@ -5,11 +5,13 @@ C hidden, V vocabulary.
 """
 
 import contextlib
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from mha2mla_vlm.data import IGNORE_INDEX
@@ -95,19 +97,26 @@ def language_inputs(model: PreTrainedModel) -> Iterator[dict[str, Any]]:
 
 
 @contextlib.contextmanager
+def _hooked(
+    modules: Iterable[nn.Module], register: Callable[..., RemovableHandle], hook: Callable[..., Any]
+) -> Iterator[None]:
+    """Within the context, each module calls `hook` with its index ahead of what `register` has it give."""
+    with contextlib.ExitStack() as hooks:
+        for index, module in enumerate(modules):
+            hooks.enter_context(register(module, functools.partial(hook, index)))
+        yield
+
+
+@contextlib.contextmanager
 def attention_outputs(model: PreTrainedModel) -> Iterator[dict[int, torch.Tensor]]:
     """Within the context, what each layer's attention gives, `[B, T, C]`."""
     outputs: dict[int, torch.Tensor] = {}
 
-    def keep(index: int) -> Any:
-        def hook(_: nn.Module, args: Any, output: Any) -> None:
-            outputs[index] = output[0]
+    def keep(index: int, _: nn.Module, args: Any, output: Any) -> None:
+        outputs[index] = output[0]
 
-        return hook
-
-    with contextlib.ExitStack() as hooks:
-        for index, layer in enumerate(decoder_layers(model)):
-            hooks.enter_context(layer.self_attn.register_forward_hook(keep(index)))
+    attentions = [layer.self_attn for layer in decoder_layers(model)]
+    with _hooked(attentions, nn.Module.register_forward_hook, keep):
         yield outputs
 
 
@@ -116,15 +125,10 @@ def layer_inputs(model: PreTrainedModel) -> Iterator[dict[int, torch.Tensor]]:
     """Within the context, what goes into each layer, `[B, T, C]`."""
     inputs: dict[int, torch.Tensor] = {}
 
-    def keep(index: int) -> Any:
-        def hook(_: nn.Module, args: Any) -> None:
-            inputs[index] = args[0]
+    def keep(index: int, _: nn.Module, args: Any) -> None:
+        inputs[index] = args[0]
 
-        return hook
-
-    with contextlib.ExitStack() as hooks:
-        for index, layer in enumerate(decoder_layers(model)):
-            hooks.enter_context(layer.register_forward_pre_hook(keep(index)))
+    with _hooked(decoder_layers(model), nn.Module.register_forward_pre_hook, keep):
         yield inputs
 
 
@@ -135,13 +139,8 @@ def fed(model: PreTrainedModel, inputs: dict[int, torch.Tensor]) -> Iterator[Non
     The graph stays whole, with gradients of zero: processes must agree on the parameters that have one.
     """
 
-    def replace(index: int) -> Any:
-        def hook(_: nn.Module, args: Any) -> Any:
-            return (inputs[index] + 0.0 * args[0], *args[1:])
+    def replace(index: int, _: nn.Module, args: Any) -> Any:
+        return (inputs[index] + 0.0 * args[0], *args[1:])
 
-        return hook
-
-    with contextlib.ExitStack() as hooks:
-        for index, layer in enumerate(decoder_layers(model)):
-            hooks.enter_context(layer.register_forward_pre_hook(replace(index)))
+    with _hooked(decoder_layers(model), nn.Module.register_forward_pre_hook, replace):
         yield
