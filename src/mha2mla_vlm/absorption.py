@@ -9,6 +9,7 @@ dims, D head dim, r latent dims; Q = H * T rows, ordered by KV head, head in its
 """
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -18,13 +19,42 @@ from mha2mla_vlm.cache import Kind, Run
 Piece = tuple[torch.Tensor, torch.Tensor]  # latents [B, n, r] and rotated keys [B, G, n, R] of n tokens
 
 
-class Up(NamedTuple):
-    """Key and value halves of an up projection: `[G, N, r]`, `[G, D, r]`, `[G, N, 1]`, `[G, 1, D]`."""
+@dataclass(frozen=True)
+class Up:
+    """`kv_b_proj` of one modality, `weight [G*(N+D), r]`, rows per KV head as N of keys and D of values.
 
-    key: torch.Tensor
-    value: torch.Tensor
-    key_bias: torch.Tensor | None
-    value_bias: torch.Tensor | None
+    Its halves are views: nothing is kept that could go stale.
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    kv_heads: int
+    nope_dim: int
+
+    @property
+    def rows(self) -> torch.Tensor:
+        """`[G, N + D, r]`."""
+        return self.weight.view(self.kv_heads, -1, self.weight.shape[-1])
+
+    @property
+    def key(self) -> torch.Tensor:
+        """`[G, N, r]`."""
+        return self.rows[:, : self.nope_dim]
+
+    @property
+    def value(self) -> torch.Tensor:
+        """`[G, D, r]`."""
+        return self.rows[:, self.nope_dim :]
+
+    @property
+    def key_bias(self) -> torch.Tensor | None:
+        """`[G, N, 1]`."""
+        return None if self.bias is None else self.bias.view(self.kv_heads, -1)[:, : self.nope_dim, None]
+
+    @property
+    def value_bias(self) -> torch.Tensor | None:
+        """`[G, 1, D]`."""
+        return None if self.bias is None else self.bias.view(self.kv_heads, -1)[:, None, self.nope_dim :]
 
 
 class Queries(NamedTuple):
@@ -50,33 +80,25 @@ class Sums(NamedTuple):
     text_mass: torch.Tensor | None
 
 
-def split_up(weight: torch.Tensor, bias: torch.Tensor | None, kv_heads: int, nope_dim: int) -> Up:
-    """The halves of `kv_b_proj`, `weight [G*(N+D), r]`, as views: nothing to keep, nothing to go stale."""
-    rows = weight.view(kv_heads, -1, weight.shape[-1])
-    key, value = rows[:, :nope_dim], rows[:, nope_dim:]
-    if bias is None:
-        return Up(key, value, None, None)
-    both = bias.view(kv_heads, -1)
-    return Up(key, value, both[:, :nope_dim, None], both[:, None, nope_dim:])
-
-
 def absorb(q_rope: torch.Tensor, q_nope: torch.Tensor, ups: Sequence[Up], scaling: float) -> Queries:
     """Queries `[B, H, T, R]` and `[B, H, T, N]` moved to where they meet latents."""
     batch, heads, new, _ = q_rope.shape
-    kv_heads = ups[0].key.shape[0]
+    kv_heads = ups[0].kv_heads
     grouped = (batch, kv_heads, heads // kv_heads * new)
     nope = (q_nope * scaling).reshape(*grouped, q_nope.shape[-1])
     latent = tuple((nope @ up.key).reshape(batch, heads * new, -1) for up in ups)
     constant = None
-    if len(ups) == 2 and ups[0].key_bias is not None and ups[1].key_bias is not None:
-        constant = (nope @ (ups[0].key_bias - ups[1].key_bias)).reshape(batch, heads * new, 1)
+    if len(ups) == 2:
+        first, last = ups[0].key_bias, ups[1].key_bias
+        if first is not None and last is not None:
+            constant = (nope @ (first - last)).reshape(batch, heads * new, 1)
     return Queries((q_rope * scaling).reshape(*grouped, q_rope.shape[-1]), latent, constant)
 
 
 def expand(sums: Sums, ups: Sequence[Up], new: int) -> torch.Tensor:
     """Outputs `[B, T, H, D]` of summed latents."""
     outputs = []
-    kv_heads = ups[0].value.shape[0]
+    kv_heads = ups[0].kv_heads
     for latent, up in zip(sums.latent, ups, strict=True):
         if latent is not None:
             grouped = latent.view(len(latent), kv_heads, -1, latent.shape[-1])

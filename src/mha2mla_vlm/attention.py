@@ -22,7 +22,6 @@ from mha2mla_vlm.absorption import (
     attend_pieces,
     dense_mask,
     expand,
-    split_up,
 )
 from mha2mla_vlm.cache import Kind, Pieces, Run, TokenModality, filled_length
 from mha2mla_vlm.chunked import attend_chunks
@@ -130,7 +129,7 @@ class MLAAttention(nn.Module):
         cached = total > new and not self.training and (mask is None or isinstance(mask, torch.Tensor))
         if cached and self._can_absorb(new):
             dense = dense_mask(mask, new, total, q_rope.device, filled)
-            return self._absorbed(stored, q_rope, q_nope, modality, dense, filled), None
+            return self.attend_absorbed(stored, q_rope, q_nope, modality, dense, filled), None
         queries = torch.cat([q_rope, q_nope], dim=-1)
         if cached and total > 4 * self.expand_chunk:
             dense = dense_mask(mask, new, total, q_rope.device, filled)
@@ -219,9 +218,9 @@ class MLAAttention(nn.Module):
     def _ups(self) -> tuple[Up, ...]:
         """The up projection of each modality; gathering shards needs all, in order, in every process."""
         ups = (self.kv_b_proj[name] for name in self.modalities)
-        return tuple(split_up(_whole(up.weight), _whole(up.bias), self.kv_heads, self.nope_dim) for up in ups)
+        return tuple(Up(_whole(up.weight), _whole(up.bias), self.kv_heads, self.nope_dim) for up in ups)
 
-    def _absorbed(
+    def attend_absorbed(
         self,
         stored: Piece | Pieces,
         q_rope: torch.Tensor,
@@ -230,7 +229,7 @@ class MLAAttention(nn.Module):
         mask: torch.Tensor | None,
         filled: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Attention over latents; returns `[B, T, H, D]`."""
+        """Attention over latents of rotated and other query parts `[B, H, T, R / N]`; `[B, T, H, D]`."""
         ups = self._ups()
         total = stored.length if isinstance(stored, Pieces) else stored[0].shape[1]
         runs: tuple[Run, ...] = (Run(0, total, Kind.TEXT),)

@@ -1,17 +1,28 @@
 """The command `mha2mla`: each command a few lines over the API, its result one JSON line on stdout."""
 
 import inspect as inspect_module
-import json
 import logging
 import sys
 from collections.abc import Callable
 from dataclasses import fields
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import typer
 
+from mha2mla_vlm.cli_options import (
+    CacheBitsOption,
+    DataOption,
+    DeviceOption,
+    DType,
+    DTypeOption,
+    FactorizationOption,
+    ModelArgument,
+    OutputOption,
+    SelectionOption,
+    finish,
+)
+from mha2mla_vlm.cli_zoo import zoo_app
 from mha2mla_vlm.errors import InputError
 from mha2mla_vlm.training.config import FinetuneConfig, read_recipe
 
@@ -22,50 +33,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     add_completion=False,
 )
-zoo_app = typer.Typer(
-    help="The shipped small models, and their data.", no_args_is_help=True, rich_markup_mode=None
-)
 app.add_typer(zoo_app, name="zoo")
-
-
-class DType(StrEnum):
-    """Number formats of weights."""
-
-    auto = "auto"
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
-
-class SplitName(StrEnum):
-    """Which scans pages are made of."""
-
-    train = "train"
-    test = "test"
-
-
-ModelArgument = Annotated[str, typer.Argument(help="A folder, a hub id, or zoo:NAME.", show_default=False)]
-DataOption = Annotated[
-    str,
-    typer.Option(
-        "--data", help="Chats: JSONL, LLaVA JSON, parquet, datasets folder, hub id.", show_default=False
-    ),
-]
-SelectionOption = Annotated[
-    str, typer.Option(help="high, low, uniform, 2-norm, mkl, rotation-kl or residual.")
-]
-FactorizationOption = Annotated[
-    str,
-    typer.Option(
-        help="none, weight-svd, activation-svd, md-svd, centered, output-weighted, "
-        "output-weighted-centered, split, only-key or only-value."
-    ),
-]
-OutputOption = Annotated[
-    Path, typer.Option("--output", "-o", help="Folder to write; new or empty.", show_default=False)
-]
-DTypeOption = Annotated[DType, typer.Option(help="Number format to run in; auto is the stored one.")]
-DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.")]
 
 
 def _load(name: str, dtype: DType, device: str) -> tuple[Any, Any]:
@@ -90,7 +58,7 @@ def demo(
         check_output(output)
     result = run_demo(model, pictures=pictures, output=output, device=device)
     print_table(result)
-    _finish(result)
+    finish(result)
 
 
 @app.command()
@@ -139,7 +107,7 @@ def convert(
     original, processor = _load(model, dtype, device)
     converted = convert_model(original, processor, records, config)
     save(converted, processor, output)
-    _finish({"output": str(output), **_conversion(original, converted)})
+    finish({"output": str(output), **_conversion(original, converted)})
 
 
 def _conversion(original: Any, converted: Any) -> dict[str, Any]:
@@ -178,7 +146,7 @@ def evaluate(
     records = load_records(data, limit=limit)
     model, processor = _load(checkpoint, dtype, device)
     reference = _load(baseline, dtype, device)[0] if baseline else None
-    _finish(evaluate_model(model, processor, records, baseline=reference, batch_size=batch_size))
+    finish(evaluate_model(model, processor, records, baseline=reference, batch_size=batch_size))
 
 
 def _mirrored(config_class: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -239,7 +207,7 @@ def finetune(
 
     result = finetune_model(checkpoint, data, output, recipe, eval_data=eval_data, teacher=teacher)
     if is_main_process():
-        _finish(result)
+        finish(result)
 
 
 @app.command()
@@ -248,12 +216,16 @@ def generate(
     prompt: Annotated[str, typer.Option(help="The question.", show_default=False)],
     image: Annotated[list[Path] | None, typer.Option(help="A picture; repeat for several.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    cache_bits: CacheBitsOption = None,
     dtype: DTypeOption = DType.auto,
     device: DeviceOption = "auto",
 ) -> None:
     """Answer a question about pictures, streamed to standard error; the result names the cache's bytes."""
     from mha2mla_vlm.generation import answer, prompt_record
+    from mha2mla_vlm.quantized_cache import QuantizationConfig
 
+    quantization = {} if cache_bits is None else {"nbits": cache_bits}
+    QuantizationConfig.from_dict(quantization)
     record = prompt_record(prompt, image or [])
     record.load_images()
     model, processor = _load(checkpoint, dtype, device)
@@ -261,9 +233,44 @@ def generate(
     def stream(text: str) -> None:
         print(text, end="", file=sys.stderr, flush=True)
 
-    result = answer(model, processor, record, max_new_tokens=max_new_tokens, stream=stream)
+    options = {"max_new_tokens": max_new_tokens, "quantization": quantization}
+    result = answer(model, processor, record, stream=stream, **options)
     print(file=sys.stderr)
-    _finish(result.to_dict())
+    finish(result.to_dict())
+
+
+@app.command()
+def bench(
+    checkpoint: ModelArgument,
+    baseline: Annotated[str, typer.Option(help="The original model.", show_default=False)],
+    context: Annotated[
+        list[int] | None, typer.Option(min=2, help="Tokens; repeat for several.  [default: 1k, 4k, 16k, 64k]")
+    ] = None,
+    batch: Annotated[
+        list[int] | None, typer.Option(min=1, help="Batch size; repeat for several.  [default: 1, 8]")
+    ] = None,
+    seconds: Annotated[float, typer.Option(min=0.0, help="Time for each comparison.")] = 2.0,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder for the rows and a plot; new or empty.")
+    ] = None,
+    dtype: DTypeOption = DType.bfloat16,
+    device: DeviceOption = "auto",
+) -> None:
+    """Bytes, seconds and memory of a converted model beside its original; above 1 is a gain."""
+    from mha2mla_vlm.bench.models import BATCHES, CONTEXTS, bench_models
+    from mha2mla_vlm.bench.report import print_rows, write_report
+    from mha2mla_vlm.checkpoint import check_output
+
+    if output is not None:
+        check_output(output)
+    (converted, _), (original, _) = (_load(name, dtype, device) for name in (checkpoint, baseline))
+    result = bench_models(
+        original, converted, contexts=context or CONTEXTS, batches=batch or BATCHES, seconds=seconds
+    )
+    print_rows(result)
+    if output is not None:
+        write_report(result, output)
+    finish(result)
 
 
 @app.command()
@@ -273,7 +280,7 @@ def inspect(checkpoint: ModelArgument) -> None:
 
     description = describe(checkpoint)
     print_layers(description)
-    _finish(description)
+    finish(description)
 
 
 @app.command("import-published")
@@ -298,7 +305,7 @@ def import_published(
     model = import_published(checkpoint, ranks)
     save(model, loaded, output)
     mla = model.mla_config
-    _finish(
+    finish(
         {
             "output": str(output),
             "family": model.config.model_type.removesuffix("_mla"),
@@ -308,59 +315,6 @@ def import_published(
             "processor": source,
         }
     )
-
-
-@zoo_app.command("list")
-def zoo_list() -> None:
-    """The shipped models."""
-    from mha2mla_vlm.zoo import ZOO_NAMES, ZOO_PREFIX, zoo_path
-
-    _finish({"models": [{"name": ZOO_PREFIX + name, "path": str(zoo_path(name))} for name in ZOO_NAMES]})
-
-
-@zoo_app.command("data")
-def zoo_data(
-    name: Annotated[str, typer.Argument(help="Name of a zoo model.", show_default=False)],
-    output: OutputOption,
-    split: Annotated[SplitName, typer.Option(help="Scans to draw from.")] = SplitName.test,
-    count: Annotated[int, typer.Option(min=1, help="Chats to write.")] = 500,
-    seed: Annotated[int, typer.Option(help="Equal arguments write equal bytes.")] = 0,
-) -> None:
-    """Write chats about pages of handwritten digits as JSONL and PNG files."""
-    from mha2mla_vlm.checkpoint import new_folder
-    from mha2mla_vlm.zoo import check_name
-    from mha2mla_vlm.zoo.chats import write_chats
-
-    bare = check_name(name)
-    with new_folder(output) as folder:
-        path = write_chats(bare, folder, split=split.value, count=count, seed=seed)
-    _finish({"data": str(output / path.name), "records": count, "split": split.value, "seed": seed})
-
-
-@zoo_app.command("build")
-def zoo_build(
-    name: Annotated[str, typer.Argument(help="Name of a zoo model.", show_default=False)],
-    output: OutputOption,
-    minutes: Annotated[float | None, typer.Option(min=0.01, help="Time to train for, at most.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of weights and data.")] = 0,
-) -> None:
-    """Train a zoo model from nothing; goes on where an interrupted run with the same output stopped."""
-    from mha2mla_vlm.checkpoint import check_output
-    from mha2mla_vlm.zoo import check_name
-    from mha2mla_vlm.zoo.recipe import Recipe, build
-
-    bare = check_name(name)
-    check_output(output)
-    partial = output.with_name(output.name + ".partial")
-    accuracy = build(bare, partial, Recipe(seed=seed, minutes=minutes))
-    if output.exists():
-        output.rmdir()
-    partial.rename(output)
-    _finish({"output": str(output), **accuracy})
-
-
-def _finish(result: dict[str, Any]) -> None:
-    print(json.dumps(result))
 
 
 def main() -> None:

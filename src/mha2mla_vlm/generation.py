@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, ProcessorMixin, TextStreamer
 
 from mha2mla_vlm.cache import cache_bytes
 from mha2mla_vlm.data import Record, encode
+from mha2mla_vlm.errors import InputError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,15 +58,23 @@ def answer(
     record: Record,
     *,
     max_new_tokens: int = 128,
+    quantization: dict[str, Any] | None = None,
     stream: Callable[[str], None] | None = None,
 ) -> Answer:
-    """Greedy answer to a chat that ends with a question; `stream` gets the text as it comes."""
+    """Greedy answer to a chat that ends with a question; `stream` gets the text as it comes.
+
+    `quantization` is a `QuantizationConfig` for the cache, as keyword arguments.
+    """
+    if quantization and getattr(model.config, "mla", None) is None:
+        raise InputError("a cache of few bits is for converted models; this one is an original")
+    cache = {"cache_implementation": "quantized", "cache_config": quantization} if quantization else {}
     inputs = encode(processor, [record], generation_prompt=True).to(model.device)
     output = model.generate(
         **inputs,
         do_sample=False,
         max_new_tokens=max_new_tokens,
         return_dict_in_generate=True,
+        **cache,
         streamer=_Streamer(processor.tokenizer, stream) if stream else None,
     )
     prompt_tokens = inputs["input_ids"].shape[1]

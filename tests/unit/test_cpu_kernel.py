@@ -1,10 +1,12 @@
 """The C++ kernel gives what its PyTorch specification gives in float32, to bfloat16's rounding."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from helpers import prompt_inputs, random_mla, set_attention
 
-from mha2mla_vlm.absorption import Up, absorb, attend, dense_mask, expand, split_up
+from mha2mla_vlm.absorption import Up, absorb, attend, dense_mask, expand
 from mha2mla_vlm.cache import TokenModality
 from mha2mla_vlm.kernels import cpu_decode, find_kernel
 
@@ -33,7 +35,7 @@ def case(shape, *, batch=1, new=1, total=150, modalities=2, bias=True, seed=0):
         return (torch.randn(*size) * scale).bfloat16()
 
     ups = tuple(
-        split_up(
+        Up(
             normal(groups * (nope + head_dim), rank, scale=2 * rank**-0.5),
             normal(groups * (nope + head_dim)) if bias else None,
             groups,
@@ -55,7 +57,9 @@ def visual_of(batch, total, start, stop):
 
 def both(queries, ups, piece, visual, mask=None, filled=None):
     """Outputs of the specification in float32, and of the kernel."""
-    exact = [Up(*(None if x is None else x.float() for x in up)) for up in ups]
+    exact = [
+        replace(up, weight=up.weight.float(), bias=None if up.bias is None else up.bias.float()) for up in ups
+    ]
     shown = torch.zeros(piece[0].shape[:2], dtype=torch.bool) if visual is None else visual
     runs = TokenModality.from_mask(shown).runs
     absorbed = absorb(*(x.float() for x in queries), exact, SCALING)

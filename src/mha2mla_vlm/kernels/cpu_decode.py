@@ -55,11 +55,13 @@ def can_run(
     q_rope: torch.Tensor, q_nope: torch.Tensor, ups: Sequence[Up], piece: Piece, mask: torch.Tensor | None
 ) -> bool:
     """Whether the kernel takes these tensors, and can be built here."""
-    tensors = (q_rope, q_nope, *piece, *(up.key for up in ups))
+    tensors = (q_rope, q_nope, *piece, *(up.weight for up in ups))
+    if not all(up.weight.is_contiguous() for up in ups):
+        return False
     if any(x.device.type != "cpu" or x.dtype != torch.bfloat16 for x in tensors):
         return False
     graded = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-    fits = q_rope.shape[1] * q_rope.shape[2] <= MOST_ROWS * ups[0].key.shape[0] and q_rope.shape[-1] % 2 == 0
+    fits = q_rope.shape[1] * q_rope.shape[2] <= MOST_ROWS * ups[0].kv_heads and q_rope.shape[-1] % 2 == 0
     known_mask = mask is None or mask.dtype == torch.bool
     if graded or not fits or not known_mask or torch.compiler.is_compiling():
         return False
@@ -84,7 +86,7 @@ def decode(
     call_library = library()
     assert call_library is not None, "can_run says so"
     batch, heads, new, _ = q_rope.shape
-    groups, head_dim = ups[0].value.shape[:2]
+    groups, head_dim = ups[0].kv_heads, q_rope.shape[-1] + q_nope.shape[-1]
     q_rope, q_nope = q_rope.contiguous(), q_nope.contiguous()
     latent, k_rope = (x if x.stride(-1) == 1 else x.contiguous() for x in piece)
     total = latent.shape[1] if filled is None else int(filled)
@@ -110,10 +112,16 @@ def decode(
 
 
 def _up_of(up: Up) -> _Up:
-    biases = (None, None, 0)
-    if up.key_bias is not None and up.value_bias is not None:
-        biases = (up.key_bias.data_ptr(), up.value_bias.data_ptr(), up.key_bias.stride(0))
-    return _Up(up.key.data_ptr(), up.value.data_ptr(), up.key.stride(0), *biases)
+    """Where the halves lie in a dense weight and bias."""
+    rows, rank = up.weight.shape
+    size, each = up.weight.element_size(), rows // up.kv_heads
+    key = up.weight.data_ptr()
+    bias = (
+        (None, None, 0)
+        if up.bias is None
+        else (up.bias.data_ptr(), up.bias.data_ptr() + up.nope_dim * size, each)
+    )
+    return _Up(key, key + up.nope_dim * rank * size, each * rank, *bias)
 
 
 @functools.cache

@@ -148,7 +148,7 @@ def _merge_kernel(
 
 def can_run(q_rope: torch.Tensor, q_nope: torch.Tensor, ups: Sequence[Up], piece: Piece) -> bool:
     """Whether the kernels take these tensors: a number format that they know, and no gradients."""
-    tensors = (q_rope, q_nope, *piece, *(up.key for up in ups))
+    tensors = (q_rope, q_nope, *piece, *(up.weight for up in ups))
     graded = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     return not graded and all(x.dtype == q_rope.dtype and x.dtype in DTYPES for x in tensors)
 

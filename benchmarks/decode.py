@@ -1,0 +1,144 @@
+"""A decoding step of attention at the shapes of the 7B models, original against converted, no checkpoint.
+
+    python benchmarks/decode.py                                # all shapes, d_kv 64 and 32
+    python benchmarks/decode.py --shape llava-1.5-7b --d-kv 32 --contexts 1024 16384
+
+Layers have random weights and caches random numbers, of the sizes that conversion with R = 32 gives; MLPs
+are left out. Layers take their turn, so that caches come from memory as in a whole model. Columns are
+those of `mha2mla bench`: `attention` from queries to the heads' outputs, against the fastest way that
+PyTorch has for the original; `layer` with all projections and the writing of the cache. Rows go to
+OUT/SHAPE-D_KV.json, and a table of all that are there to OUT/README.md.
+"""
+
+import argparse
+import datetime
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlavaConfig, LlavaNextConfig, PreTrainedConfig, Qwen2_5_VLConfig
+
+from mha2mla_vlm.bench.layers import random_caches, time_attention, time_layers
+from mha2mla_vlm.bench.models import byte_counts, compared, device_name
+from mha2mla_vlm.bench.report import print_rows
+from mha2mla_vlm.modeling import mla_classes
+
+OUT = Path(__file__).parents[1] / "docs" / "decode"
+SHAPES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
+    "qwen2.5-vl-7b": (
+        Qwen2_5_VLConfig,
+        {"hidden_size": 3584, "num_attention_heads": 28, "num_key_value_heads": 4},
+    ),
+    "llava-next-8b": (
+        LlavaNextConfig,
+        {"hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 8},
+    ),
+    "llava-1.5-7b": (
+        LlavaConfig,
+        {"hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 32},
+    ),
+}
+ROPE_DIM = 32
+
+
+def models_of(
+    shape: str, layers: int, d_kv: int, device: torch.device, dtype: torch.dtype
+) -> tuple[Any, Any]:
+    """An original and a converted model of random weights, whose attention is of a shape, all else tiny."""
+    config_class, sizes = SHAPES[shape]
+    text: dict[str, Any] = {**sizes, "num_hidden_layers": layers, "intermediate_size": 8, "vocab_size": 16}
+    if config_class is Qwen2_5_VLConfig:
+        text["rope_parameters"] = {"rope_type": "default", "mrope_section": [16, 24, 24], "rope_theta": 1e6}
+        vision = {"depth": 1, "hidden_size": 8, "num_heads": 1, "intermediate_size": 8, "out_hidden_size": 8}
+    else:
+        text |= {"model_type": "llama"}
+        vision = {"num_hidden_layers": 1, "hidden_size": 8, "num_attention_heads": 1, "intermediate_size": 8}
+        vision |= {"model_type": "clip_vision_model", "image_size": 28, "patch_size": 14}
+    config = config_class(text_config=text, vision_config=vision)
+    model_type = config.model_type
+    mla_config_class, mla_model = mla_classes(model_type)
+    kv_heads = sizes["num_key_value_heads"]
+    mla = {"qk_rope_head_dim": ROPE_DIM, "kv_lora_rank": d_kv * kv_heads, "modalities": ("text", "vision")}
+    values = config.to_dict() | {"model_type": mla_config_class.model_type, "mla": mla}
+    with torch.device(device):
+        original = mla_model.__mro__[2](config)
+        converted = mla_model(mla_config_class(**values))
+    return original.to(dtype).eval(), converted.to(dtype).eval()
+
+
+def measure(arguments: argparse.Namespace, shape: str, d_kv: int) -> dict[str, Any]:
+    """All rows of a shape."""
+    device, dtype = torch.device(arguments.device), getattr(torch, arguments.dtype)
+    original, converted = models_of(shape, arguments.layers, d_kv, device, dtype)
+    rows = []
+    for batch in arguments.batches:
+        for context in arguments.contexts:
+            heads = SHAPES[shape][1]["num_key_value_heads"]
+            if arguments.layers * batch * context * heads * 128 * 4 > arguments.most_gigabytes * 1e9:
+                continue
+            dense, latent = random_caches(converted, context, batch)
+            row = {"context": context, "batch": batch} | byte_counts(original, converted, dense, latent)
+            times = time_attention(converted, dense, latent, arguments.seconds)
+            row |= compared("attention", times, arguments.layers)
+            times = time_layers(original, converted, dense, latent, arguments.seconds)
+            rows.append(row | compared("layer", times, arguments.layers))
+            print(shape, d_kv, context, batch, round(row["attention_ratio"], 2), file=sys.stderr)
+    return {
+        "shape": shape,
+        "d_kv": d_kv,
+        "layers": arguments.layers,
+        "rows": rows,
+        "device": device_name(device),
+        "dtype": arguments.dtype,
+        "torch": torch.__version__,
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def table(folder: Path) -> str:
+    """A Markdown table of all results in a folder."""
+    lines = [
+        "| shape | d_kv | batch | tokens | MB a layer | cache | attention, ms | attention | layer |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    results = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    for result in results:
+        for row in result["rows"]:
+            size = row["cache_bytes"] / 1e6 / result["layers"]
+            cells = (result["shape"], result["d_kv"], row["batch"], f"{row['context']:,}", f"{size:.1f}")
+            ratios = [f"{row[f'{name}_ratio']:.2f}" for name in ("cache", "attention", "layer")]
+            seconds = f"{1e3 * row['attention_seconds'][0]:.2f}"
+            lines.append(f"| {' | '.join(map(str, [*cells, ratios[0], seconds, *ratios[1:]]))} |")
+    where = sorted({f"{r['device']}, {r['dtype']}, torch {r['torch']}, {r['date']}" for r in results})
+    return "\n".join([*where, "", *lines, ""])
+
+
+def main() -> None:
+    """Measure, print, and keep."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--shape", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--d-kv", nargs="+", type=int, default=[64, 32])
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--contexts", nargs="+", type=int, default=[1024, 4096, 16384, 65536])
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
+    parser.add_argument("--seconds", type=float, default=4.0, help="for each comparison")
+    parser.add_argument("--most-gigabytes", type=float, default=6.0, help="the original's caches at most")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("-o", "--output", type=Path, default=OUT)
+    arguments = parser.parse_args()
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    for shape in arguments.shape:
+        for d_kv in arguments.d_kv:
+            result = measure(arguments, shape, d_kv)
+            print_rows(result)
+            path = arguments.output / f"{shape}-{d_kv}.json"
+            path.write_text(json.dumps(result, indent=1) + "\n")
+    (arguments.output / "README.md").write_text(table(arguments.output))
+    print(json.dumps({"output": str(arguments.output)}))
+
+
+if __name__ == "__main__":
+    main()

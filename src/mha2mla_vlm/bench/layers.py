@@ -1,0 +1,166 @@
+"""A decoding step of the attention layers alone, original against converted, over caches of random numbers.
+
+Shapes: B batch, S cached tokens, H query heads, G KV heads, D head dim, R rope dims, r latent dims.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, PreTrainedModel
+
+from mha2mla_vlm.bench.dense import Dense, dense_ways
+from mha2mla_vlm.bench.timing import Timing, time_in_turn
+from mha2mla_vlm.cache import LatentCache, TokenModality
+from mha2mla_vlm.modeling import decoder_layers
+
+VISUAL = (0.05, 0.85)  # the span of a context that is visual
+
+Rows = dict[str, Timing]
+Shape = tuple[int, ...]
+
+
+def modality_of(context: int, batch: int, device: torch.device) -> TokenModality:
+    """A context of text, one long run of visual tokens, and text."""
+    mask = torch.zeros(batch, context, dtype=torch.bool, device=device)
+    start, stop = (int(share * context) for share in VISUAL)
+    mask[:, start:stop] = True
+    return TokenModality.from_mask(mask)
+
+
+def random_cache(shapes: Iterable[tuple[Shape, Shape]], like: torch.Tensor) -> LatentCache:
+    """A cache whose layers hold random tensors of these shapes; its buffers grow in steps in any case."""
+    cache = LatentCache()
+    for index, (keys, values) in enumerate(shapes):
+        cache.update(_random(keys, like), _random(values, like), index)
+    return cache
+
+
+def _random(shape: Shape, like: torch.Tensor) -> torch.Tensor:
+    """Random numbers `[B, heads, S, width]`, the same every thousand tokens: drawing all takes minutes."""
+    some = like.new_empty(*shape[:2], min(shape[2], 1024), shape[3]).normal_()
+    return some.repeat(1, 1, -(-shape[2] // some.shape[2]), 1)[:, :, : shape[2]]
+
+
+def random_caches(converted: PreTrainedModel, context: int, batch: int) -> tuple[LatentCache, LatentCache]:
+    """Caches of `context` tokens, of keys and values `[B, G, S, D]` and of latents and rotated keys."""
+    modules = [layer.self_attn for layer in decoder_layers(converted)]
+    like = modules[0].q_proj.weight
+    heads = modules[0].kv_heads, modules[0].head_dim
+    dense = [((batch, heads[0], context, heads[1]),) * 2 for _ in modules]
+    latent = []
+    for module in modules:
+        rank = next(iter(module.kv_a_proj.values())).out_features
+        latent.append(((batch, 1, context, rank), (batch, heads[0], context, module.rope_dim)))
+    caches = random_cache(dense, like), random_cache(latent, like)
+    caches[1].token_modality = modality_of(context, batch, like.device)
+    return caches
+
+
+@torch.no_grad()
+def time_attention(
+    converted: PreTrainedModel, dense: LatentCache, latent: LatentCache, seconds: float
+) -> Rows:
+    """Attention alone, from queries to the heads' outputs, over all layers: each dense way, and ours.
+
+    Ours includes what the up projections cost, which the original has behind it.
+    """
+    modules = [layer.self_attn for layer in decoder_layers(converted)]
+    first = modules[0]
+    like, batch = dense.layers[0].keys, dense.layers[0].keys.shape[0]
+    queries = [like.new_empty(batch, first.heads, 1, first.head_dim).normal_() for _ in modules]
+    split = [q.split([m.rope_dim, m.nope_dim], dim=-1) for q, m in zip(queries, modules, strict=True)]
+
+    def originally(way: Callable[..., torch.Tensor]) -> Callable[[], None]:
+        def run() -> None:
+            for q, layer in zip(queries, dense.layers, strict=True):
+                way(q, layer.keys, layer.values, first.scaling)
+
+        return run
+
+    def ours() -> None:
+        for (q_rope, q_nope), module, layer in zip(split, modules, latent.layers, strict=True):
+            stored = layer.keys[:, 0], layer.values
+            module.attend_absorbed(stored, q_rope, q_nope, latent.token_modality, None, None)
+
+    ways = {name: originally(way) for name, way in dense_ways(like.device).items()}
+    return time_in_turn({**ways, "ours": ours}, device=like.device, seconds=seconds)
+
+
+@torch.no_grad()
+def time_layers(
+    original: PreTrainedModel,
+    converted: PreTrainedModel,
+    dense: LatentCache,
+    latent: LatentCache,
+    seconds: float,
+) -> Rows:
+    """Attention modules with their projections and the writing of the cache, over all layers."""
+    like = dense.layers[0].keys
+    context, device = dense.get_seq_length(), like.device
+    hidden = like.new_empty(like.shape[0], 1, converted.config.get_text_config().hidden_size).normal_()
+    embeddings = {model: _rotary(model, hidden, context - 1) for model in (original, converted)}
+    known = latent.token_modality
+    assert known is not None, "random_caches gives it"
+    new = TokenModality.from_mask(torch.zeros(like.shape[0], 1, dtype=torch.bool, device=device))
+    modality = known.part(0, context - 1).extend(new)
+
+    def through(model: PreTrainedModel, cache: LatentCache, **kwargs: Any) -> Callable[[], None]:
+        def run() -> None:
+            cache.crop(-1)  # so that the new token is the last that fits, and buffers are dense
+            for layer in decoder_layers(model):
+                layer.self_attn(
+                    hidden_states=hidden,
+                    position_embeddings=embeddings[model],
+                    attention_mask=None,
+                    past_key_values=cache,
+                    **kwargs,
+                )
+
+        return run
+
+    config = original.config.get_text_config(decoder=True)
+    default = config._attn_implementation
+
+    def originally(way: str) -> Callable[[], None]:
+        run = through(original, dense)
+
+        def with_way() -> None:
+            config._attn_implementation = way  # read at each call
+            run()
+
+        return with_way
+
+    ways = {name: originally(_interface(name, way)) for name, way in dense_ways(device).items()}
+    ways[default] = originally(default)
+    times = time_in_turn(
+        {**ways, "ours": through(converted, latent, token_modality=modality)}, device=device, seconds=seconds
+    )
+    config._attn_implementation = default
+    return times
+
+
+def _interface(name: str, way: Dense) -> str:
+    """A dense way under a name that transformers' attention modules know."""
+
+    def attend(
+        _: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any, scaling: float, **kwargs: Any
+    ) -> tuple[torch.Tensor, None]:
+        return way(q, k, v, scaling).transpose(1, 2).contiguous(), None
+
+    key = f"bench_{name.replace(' ', '_')}"
+    AttentionInterface.register(key, attend)
+    return key
+
+
+def _rotary(model: PreTrainedModel, hidden: torch.Tensor, position: int) -> Any:
+    """Rotary tables of one new token."""
+    positions = torch.full(hidden.shape[:2], position, device=hidden.device)
+    if "mrope_section" in (model.config.get_text_config().rope_parameters or {}):
+        positions = positions.expand(3, -1, -1)
+    return model.model.language_model.rotary_emb(hidden, positions)
+
+
+def best_dense(times: Rows) -> str:
+    """The fastest of the original's ways."""
+    return min((name for name in times if name != "ours"), key=lambda name: times[name].median)

@@ -1,0 +1,226 @@
+"""A converted model beside its original, over contexts and batch sizes: bytes, seconds and memory.
+
+All ratios are the original's figure over the converted model's: above 1 is a gain.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Cache, DynamicCache, PreTrainedModel
+
+from mha2mla_vlm.bench.layers import best_dense, modality_of, random_caches, time_attention, time_layers
+from mha2mla_vlm.bench.timing import Timing, peak_memory, time_in_turn
+from mha2mla_vlm.cache import LatentCache, bytes_per_token, cache_bytes
+from mha2mla_vlm.config import AttentionSizes
+from mha2mla_vlm.errors import InputError
+from mha2mla_vlm.modeling import decoder_layers
+from mha2mla_vlm.progress import track
+
+logger = logging.getLogger(__name__)
+CONTEXTS = (1024, 4096, 16384, 65536)
+BATCHES = (1, 8)
+PREFILL_LIMIT = {"cpu": 4096, "cuda": 65536}  # tokens of a prompt that is timed: it grows with their square
+ROOM = 0.5  # share of the free memory that two caches may take
+
+
+def bench_models(
+    original: PreTrainedModel,
+    converted: PreTrainedModel,
+    *,
+    contexts: Sequence[int] = CONTEXTS,
+    batches: Sequence[int] = BATCHES,
+    seconds: float = 2.0,
+) -> dict[str, Any]:
+    """Rows over all contexts and batch sizes that memory allows, and on what they were measured.
+
+    `seconds` is the time for each comparison. Raises `InputError` if the models are not of one shape.
+    """
+    check_pair(original, converted)
+    cases = [(context, batch) for batch in batches for context in contexts]
+    rows = []
+    for context, batch in track(cases, "measuring"):
+        if reason := _too_large(original, converted, context, batch):
+            logger.warning("left out %d tokens in a batch of %d: %s", context, batch, reason)
+            continue
+        rows.append(bench_row(original, converted, context, batch, seconds))
+    device = next(converted.parameters()).device
+    return {"rows": rows, "device": device_name(device), "dtype": str(converted.dtype).removeprefix("torch.")}
+
+
+def check_pair(original: PreTrainedModel, converted: PreTrainedModel) -> None:
+    """Raise `InputError` unless the second is a conversion of a model like the first."""
+    if getattr(converted.config, "mla", None) is None:
+        raise InputError(f"{converted.config.model_type} is not a converted model; convert it first")
+    if any(converted.mla_config.layer(index)[1] is None for index in range(len(decoder_layers(converted)))):
+        raise InputError("this model has partial RoPE alone and caches no latents; convert it with --d-kv")
+    if getattr(original.config, "mla", None) is not None:
+        raise InputError("the baseline is a converted model; give the original")
+    sizes = [AttentionSizes.of(model.config) for model in (original, converted)]
+    if sizes[0] != sizes[1]:
+        raise InputError(f"the models differ in attention: {sizes[0]} and {sizes[1]}")
+
+
+def bench_row(
+    original: PreTrainedModel, converted: PreTrainedModel, context: int, batch: int, seconds: float
+) -> dict[str, Any]:
+    """All figures for one context and batch size."""
+    dense, latent = random_caches(converted, context, batch)
+    layers = len(decoder_layers(converted))
+    attention = time_attention(converted, dense, latent, seconds)
+    modules = time_layers(original, converted, dense, latent, seconds)
+    row: dict[str, Any] = {"context": context, "batch": batch}
+    row |= byte_counts(original, converted, dense, latent)
+    row |= compared("attention", attention, layers) | compared("layer", modules, layers)
+    del dense
+    row |= _steps(original, converted, latent, context, batch, seconds)
+    row |= _prefill(original, converted, context, batch, seconds)
+    return row
+
+
+def byte_counts(
+    original: PreTrainedModel, converted: PreTrainedModel, dense: LatentCache, latent: LatentCache
+) -> dict[str, Any]:
+    tokens = dense.layers[0].keys.shape[0] * dense.get_seq_length()
+    itemsize = latent.layers[0].keys.element_size()
+    return {
+        "cache_bytes": cache_bytes(latent),
+        "cache_bytes_original": cache_bytes(dense),
+        "cache_bytes_formula": tokens * bytes_per_token(converted.config, itemsize=itemsize),
+        "cache_ratio": cache_bytes(dense) / cache_bytes(latent),
+    }
+
+
+def compared(name: str, times: dict[str, Timing], layers: int) -> dict[str, Any]:
+    """Seconds of one layer, and the ratio against the best way of the original."""
+    best = best_dense(times)
+    return {
+        f"{name}_ratio": times[best].median / times["ours"].median,
+        f"{name}_baseline": best,
+        f"{name}_seconds": _spread(times["ours"], layers),
+        f"{name}_seconds_original": {n: _spread(t, layers) for n, t in times.items() if n != "ours"},
+    }
+
+
+def _spread(timing: Timing, share: int = 1) -> list[float]:
+    """Median and quartiles."""
+    return [x / share for x in (timing.median, timing.low, timing.high)]
+
+
+@torch.no_grad()
+def _steps(
+    original: PreTrainedModel,
+    converted: PreTrainedModel,
+    latent: LatentCache,
+    context: int,
+    batch: int,
+    seconds: float,
+) -> dict[str, Any]:
+    """A step of the whole models as `generate` takes it: the original over transformers' DynamicCache."""
+    device = latent.layers[0].keys.device
+    shape = random_caches(converted, context, batch)[0]
+    dense = DynamicCache()
+    for index, layer in enumerate(shape.layers):
+        dense.update(layer.keys, layer.values, index)
+    del shape
+    steps = {
+        "original": _step(original, dense, context, batch),
+        "ours": _step(converted, latent, context, batch),
+    }
+    times = time_in_turn(steps, device=device, seconds=seconds)
+    peaks = {}
+    for name, step in steps.items():
+        with peak_memory(device) as peak:
+            step()
+        peaks[name] = peak["bytes"]
+    return {
+        "step_ratio": times["original"].median / times["ours"].median,
+        "step_seconds": _spread(times["ours"]),
+        "step_seconds_original": _spread(times["original"]),
+        "tokens_per_second": batch / times["ours"].median,
+        "tokens_per_second_original": batch / times["original"].median,
+        "step_peak_bytes": peaks["ours"],
+        "step_peak_bytes_original": peaks["original"],
+    }
+
+
+def _step(model: PreTrainedModel, cache: Cache, context: int, batch: int) -> Callable[[], None]:
+    """One new token over a cache, which is then as before."""
+    inputs = _tokens(model, 1, batch, start=context)
+
+    def run() -> None:
+        model(**inputs, past_key_values=cache, use_cache=True)
+        cache.crop(-1)
+
+    return run
+
+
+@torch.no_grad()
+def _prefill(
+    original: PreTrainedModel, converted: PreTrainedModel, context: int, batch: int, seconds: float
+) -> dict[str, Any]:
+    """A prompt of `context` tokens through both; None where it would take too long."""
+    device = next(converted.parameters()).device
+    if context * batch > PREFILL_LIMIT.get(device.type, PREFILL_LIMIT["cuda"]):
+        return {"prefill_ratio": None, "prefill_seconds": None, "prefill_seconds_original": None}
+
+    def prefill(model: PreTrainedModel) -> Callable[[], None]:
+        inputs = _tokens(model, context, batch)
+        return lambda: model(**inputs, use_cache=True, logits_to_keep=1)
+
+    runs = {"original": prefill(original), "ours": prefill(converted)}
+    times = time_in_turn(runs, device=device, seconds=seconds)
+    return {
+        "prefill_ratio": times["original"].median / times["ours"].median,
+        "prefill_seconds": _spread(times["ours"]),
+        "prefill_seconds_original": _spread(times["original"]),
+    }
+
+
+def _tokens(model: PreTrainedModel, length: int, batch: int, start: int = 0) -> dict[str, torch.Tensor]:
+    """A prompt with visual tokens but no pictures, for which language models take as long; or one token."""
+    device = next(model.parameters()).device
+    ids = torch.full((batch, length), 1, device=device)
+    if length > 1:
+        ids[modality_of(length, batch, device).mask] = model.config.image_token_id
+    positions = torch.arange(start, start + length, device=device).expand(batch, -1)
+    if "mrope_section" in (model.config.get_text_config().rope_parameters or {}):
+        positions = positions.expand(3, -1, -1)
+    return {"input_ids": ids, "position_ids": positions}
+
+
+def _too_large(original: PreTrainedModel, converted: PreTrainedModel, context: int, batch: int) -> str | None:
+    itemsize = converted.dtype.itemsize
+    per_token = sum(bytes_per_token(m.config, itemsize=itemsize) for m in (original, original, converted))
+    wanted, free = context * batch * per_token, free_memory(next(converted.parameters()).device)
+    if free is None or wanted <= ROOM * free:
+        return None
+    return f"the caches take {wanted / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free"
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that can be allocated; None where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), None)
+
+
+def device_name(device: torch.device) -> str:
+    """For people: the GPU, or the processor and the threads in use."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{_processor()}, {torch.get_num_threads()} threads"
+
+
+def _processor() -> str:
+    try:
+        lines: Iterator[str] = iter(Path("/proc/cpuinfo").read_text().splitlines())
+    except OSError:
+        return "CPU"
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "CPU")

@@ -1,0 +1,56 @@
+"""What the commands share: arguments, options, and how a result is printed."""
+
+import json
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+class DType(StrEnum):
+    """Number formats of weights."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class SplitName(StrEnum):
+    """Which scans pages are made of."""
+
+    train = "train"
+    test = "test"
+
+
+ModelArgument = Annotated[str, typer.Argument(help="A folder, a hub id, or zoo:NAME.", show_default=False)]
+DataOption = Annotated[
+    str,
+    typer.Option(
+        "--data", help="Chats: JSONL, LLaVA JSON, parquet, datasets folder, hub id.", show_default=False
+    ),
+]
+SelectionOption = Annotated[
+    str, typer.Option(help="high, low, uniform, 2-norm, mkl, rotation-kl or residual.")
+]
+FactorizationOption = Annotated[
+    str,
+    typer.Option(
+        help="none, weight-svd, activation-svd, md-svd, centered, output-weighted, "
+        "output-weighted-centered, split, only-key or only-value."
+    ),
+]
+OutputOption = Annotated[
+    Path, typer.Option("--output", "-o", help="Folder to write; new or empty.", show_default=False)
+]
+CacheBitsOption = Annotated[
+    int | None, typer.Option(help="8, 4 or 2: keep the cache in so many bits.  [default: as the weights]")
+]
+DTypeOption = Annotated[DType, typer.Option(help="Number format to run in; auto is the stored one.")]
+DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.")]
+
+
+def finish(result: dict[str, Any]) -> None:
+    """Print a command's result, the last line on standard output."""
+    print(json.dumps(result))

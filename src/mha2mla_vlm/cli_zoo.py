@@ -1,0 +1,60 @@
+"""The commands `mha2mla zoo ...`."""
+
+from typing import Annotated
+
+import typer
+
+from mha2mla_vlm.cli_options import OutputOption, SplitName, finish
+
+zoo_app = typer.Typer(
+    help="The shipped small models, and their data.", no_args_is_help=True, rich_markup_mode=None
+)
+
+
+@zoo_app.command("list")
+def zoo_list() -> None:
+    """The shipped models."""
+    from mha2mla_vlm.zoo import ZOO_NAMES, ZOO_PREFIX, zoo_path
+
+    finish({"models": [{"name": ZOO_PREFIX + name, "path": str(zoo_path(name))} for name in ZOO_NAMES]})
+
+
+@zoo_app.command("data")
+def zoo_data(
+    name: Annotated[str, typer.Argument(help="Name of a zoo model.", show_default=False)],
+    output: OutputOption,
+    split: Annotated[SplitName, typer.Option(help="Scans to draw from.")] = SplitName.test,
+    count: Annotated[int, typer.Option(min=1, help="Chats to write.")] = 500,
+    seed: Annotated[int, typer.Option(help="Equal arguments write equal bytes.")] = 0,
+) -> None:
+    """Write chats about pages of handwritten digits as JSONL and PNG files."""
+    from mha2mla_vlm.checkpoint import new_folder
+    from mha2mla_vlm.zoo import check_name
+    from mha2mla_vlm.zoo.chats import write_chats
+
+    bare = check_name(name)
+    with new_folder(output) as folder:
+        path = write_chats(bare, folder, split=split.value, count=count, seed=seed)
+    finish({"data": str(output / path.name), "records": count, "split": split.value, "seed": seed})
+
+
+@zoo_app.command("build")
+def zoo_build(
+    name: Annotated[str, typer.Argument(help="Name of a zoo model.", show_default=False)],
+    output: OutputOption,
+    minutes: Annotated[float | None, typer.Option(min=0.01, help="Time to train for, at most.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of weights and data.")] = 0,
+) -> None:
+    """Train a zoo model from nothing; goes on where an interrupted run with the same output stopped."""
+    from mha2mla_vlm.checkpoint import check_output
+    from mha2mla_vlm.zoo import check_name
+    from mha2mla_vlm.zoo.recipe import Recipe, build
+
+    bare = check_name(name)
+    check_output(output)
+    partial = output.with_name(output.name + ".partial")
+    accuracy = build(bare, partial, Recipe(seed=seed, minutes=minutes))
+    if output.exists():
+        output.rmdir()
+    partial.rename(output)
+    finish({"output": str(output), **accuracy})
