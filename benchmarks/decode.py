@@ -21,7 +21,7 @@ import torch
 from transformers import LlavaConfig, LlavaNextConfig, PreTrainedConfig, Qwen2_5_VLConfig
 
 from mha2mla_vlm.bench.layers import random_caches, time_attention, time_layers
-from mha2mla_vlm.bench.models import byte_counts, compared, device_name
+from mha2mla_vlm.bench.models import byte_counts, compared, device_name, prefill
 from mha2mla_vlm.bench.report import print_rows
 from mha2mla_vlm.modeling import mla_classes
 
@@ -83,7 +83,10 @@ def measure(arguments: argparse.Namespace, shape: str, d_kv: int) -> dict[str, A
             times = time_attention(converted, dense, latent, arguments.seconds)
             row |= compared("attention", times, arguments.layers)
             times = time_layers(original, converted, dense, latent, arguments.seconds)
-            rows.append(row | compared("layer", times, arguments.layers))
+            row |= compared("layer", times, arguments.layers)
+            if arguments.prefill:
+                row |= prefill(original, converted, context, batch, arguments.seconds)
+            rows.append(row)
             print(shape, d_kv, context, batch, round(row["attention_ratio"], 2), file=sys.stderr)
     return {
         "shape": shape,
@@ -103,7 +106,7 @@ def table(folder: Path) -> str:
         "| shape | d_kv | batch | tokens | MB a layer | cache | attention, ms | attention | layer |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    results = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    results = [json.loads(path.read_text()) for path in sorted(folder.glob("*-*.json"))]
     for result in results:
         for row in result["rows"]:
             size = row["cache_bytes"] / 1e6 / result["layers"]
@@ -123,6 +126,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--contexts", nargs="+", type=int, default=[1024, 4096, 16384, 65536])
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
+    parser.add_argument("--prefill", action="store_true", help="time a prompt of up to 4,096 tokens too")
     parser.add_argument("--seconds", type=float, default=4.0, help="for each comparison")
     parser.add_argument("--most-gigabytes", type=float, default=6.0, help="the original's caches at most")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

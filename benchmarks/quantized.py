@@ -9,11 +9,12 @@ that it holds beyond the cache, and its time. Rows and a table go to OUT.
 """
 
 import argparse
-import copy
 import datetime
 import json
+import os
+import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -47,100 +48,132 @@ def kinds_of_cache() -> dict[str, Make]:
         kinds[f"latent, {bits} bits"] = lambda config, n=bits: quantized_cache(nbits=n)
     for backend, package, widths in (("hqq", "hqq", (8, 4, 2)), ("quanto", "optimum", (4, 2))):
         for bits in widths if find_spec(package) else ():
-            kinds[f"{backend}, {bits} bits"] = lambda config, b=backend, n=bits: QuantizedCache(
-                b, config, nbits=n
+            # groups of 64 need sizes that 64 divides, which a prompt of any length has not
+            options = {"backend": backend, "nbits": bits, "q_group_size": 8}
+            kinds[f"{backend}, {bits} bits"] = lambda config, how=options: QuantizedCache(
+                config=config, **how
             )
     if hasattr(transformers_caches, "Fp8QuantizedLayer"):
         kinds["fp8"] = lambda config: QuantizedCache("fp8", config)
     return kinds
 
 
+@torch.no_grad()
 def answer_logits(
-    model: Any, processor: Any, record: Record, cache: Cache
+    model: Any, processor: Any, record: Record, visual: tuple[int, ...], cache: Cache
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits of the last answer's tokens over a cache that the prompt filled, and these tokens."""
-    last = record.answers[-1]
+    last = record.answers()[-1]
     chat = Record(messages=record.messages[: last + 1], images=record.images)
-    whole = encode_with_labels(processor, [chat], model.config_ids)
+    whole = encode_with_labels(processor, [chat], visual)
     prompt = dict(encode(processor, [record.before(last)], generation_prompt=True))
     length = prompt["input_ids"].shape[1]
     ids, labels = whole["input_ids"][:, length:], whole["labels"][0, length:]
+    places = positions(model, whole)
+    prompt["position_ids"] = places[..., :length]
     first = model(**prompt, past_key_values=cache, use_cache=True).logits[:, -1:]
-    mask = torch.ones(1, length + ids.shape[1], dtype=torch.long)
-    rest = model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True).logits
+    rest = model(
+        input_ids=ids, position_ids=places[..., length:], past_key_values=cache, use_cache=True
+    ).logits
     kept = labels != -100
     return torch.cat([first, rest[:, :-1]], dim=1)[0, kept].float(), labels[kept]
 
 
+def positions(model: Any, batch: Any) -> torch.Tensor:
+    """Positions of all tokens, multimodal ones for Qwen2.5-VL."""
+    if "image_grid_thw" not in batch:
+        return torch.arange(batch["input_ids"].shape[1])[None]
+    names = ("input_ids", "image_grid_thw", "attention_mask", "mm_token_type_ids")
+    return model.model.get_rope_index(**{name: batch[name] for name in names})[0]
+
+
+class Quality:
+    """What a zoo model answers over any cache, beside what the original answers."""
+
+    def __init__(self, name: str, pictures: int) -> None:
+        self.name, self.processor = f"zoo:{name}", load_processor(f"zoo:{name}")
+        original = load(self.name, dtype=torch.float32)
+        calibration = zoo_records(name, split="train", count=128, seed=1)
+        self.small = convert(
+            original, self.processor, calibration, ConversionConfig(budget=BUDGET)
+        ).bfloat16()
+        self.original = original.bfloat16()
+        self.records = zoo_records(name, split="test", count=pictures, seed=0)
+        self.expected = [self.log_probs(self.original, record, DynamicCache())[0] for record in self.records]
+
+    def log_probs(self, model: Any, record: Record, cache: Cache) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probabilities of an answer's tokens, and these."""
+        visual = self.small.visual_token_ids
+        logits, labels = answer_logits(model, self.processor, record, visual, cache)
+        return logits.log_softmax(-1), labels
+
+    def row(self, kind: str, model: Any, make: Make) -> dict[str, Any]:
+        """Exact match of last answers, KL to the original, and the cache's bytes for a token."""
+        right, divergence, tokens, stored, held = 0, 0.0, 0, 0, 0
+        for record, expected in zip(self.records, self.expected, strict=True):
+            cache = make(model.config.get_text_config())
+            found, labels = self.log_probs(model, record, cache)
+            divergence += float((expected.exp() * (expected - found)).sum())
+            tokens, right = tokens + len(labels), right + bool((found.argmax(-1) == labels).all())
+            stored, held = stored + cache_bytes(cache), held + cache.get_seq_length()
+        return {
+            "model": self.name,
+            "cache": kind,
+            "exact_match": right / len(self.records),
+            "kl": divergence / tokens,
+            "bytes_per_token": stored / held,
+        }
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """The original, and the converted model over every kind of cache."""
+        yield self.row("original", self.original, lambda _: DynamicCache())
+        for kind, make in kinds_of_cache().items():
+            yield self.row(kind, self.small, make)
+
+
 @torch.no_grad()
-def quality(
-    model: Any, processor: Any, records: list[Record], make: Make, expected: list[Any]
-) -> dict[str, Any]:
-    """Exact match, KL to `expected` log-probabilities, which are found if empty, and bytes a token."""
-    right, divergence, tokens, stored, held = 0, 0.0, 0, 0, 0
-    fresh = not expected
-    for index, record in enumerate(records):
-        cache = make(model.config.get_text_config())
-        logits, labels = answer_logits(model, processor, record, cache)
-        log_probs = logits.log_softmax(-1)
-        if fresh:
-            expected.append(log_probs)
-        divergence += float((expected[index].exp() * (expected[index] - log_probs)).sum())
-        tokens, right = tokens + len(labels), right + bool((logits.argmax(-1) == labels).all())
-        stored, held = stored + cache_bytes(cache), held + cache.get_seq_length()
-    return {"exact_match": right / len(records), "kl": divergence / tokens, "bytes_per_token": stored / held}
-
-
-def zoo_rows(name: str, pictures: int) -> list[dict[str, Any]]:
-    """Quality of every kind of cache on a zoo model."""
-    original, processor = load(f"zoo:{name}", dtype=torch.float32), load_processor(f"zoo:{name}")
-    calibration = zoo_records(name, split="train", count=128, seed=1)
-    small = convert(original, processor, calibration, ConversionConfig(budget=BUDGET))
-    models = [model.bfloat16() for model in (original, small)]
-    for model in models:
-        model.config_ids = small.visual_token_ids
-    held_out = zoo_records(name, split="test", count=pictures, seed=0)
-    expected: list[Any] = []
-    rows = [
-        {"cache": "original", **quality(models[0], processor, held_out, lambda _: DynamicCache(), expected)}
-    ]
-    for kind, make in kinds_of_cache().items():
-        rows.append({"cache": kind, **quality(models[1], processor, held_out, make, expected)})
-        print(name, rows[-1], file=sys.stderr)
-    return [{"model": f"zoo:{name}", **row} for row in rows]
-
-
-@torch.no_grad()
-def step_rows() -> list[dict[str, Any]]:
-    """Bytes, memory and time of a step of one large layer."""
+def step_rows() -> Iterator[dict[str, Any]]:
+    """Bytes of a large layer's cache, and what a step over it holds besides."""
     _, model = models_of("qwen2.5-vl-7b", 1, 64, torch.device("cpu"), torch.bfloat16)
     module = decoder_layers(model)[0].self_attn
-    filled = random_caches(model, CONTEXT, 1)[1]
+    filled = random_caches(model, CONTEXT, 1)[1].layers[0]
     known = modality_of(CONTEXT, 1, torch.device("cpu"))
     modality = known.extend(TokenModality.from_mask(torch.zeros(1, 1, dtype=torch.bool)))
     hidden = torch.randn(1, 1, model.config.get_text_config().hidden_size).bfloat16()
     tables = model.model.language_model.rotary_emb(hidden, torch.full((3, 1, 1), CONTEXT))
-    rows = []
     for kind, make in kinds_of_cache().items():
-        cache = make(model.config.get_text_config())
-        cache.update(filled.layers[0].keys, filled.layers[0].values, 0)
+        for _ in range(2):  # the first warms up
+            cache = make(model.config.get_text_config())
+            cache.update(filled.keys, filled.values, 0)
+            size = cache_bytes(cache)
+            with peak_memory(torch.device("cpu")) as peak:
+                module(
+                    hidden_states=hidden,
+                    position_embeddings=tables,
+                    past_key_values=cache,
+                    token_modality=modality,
+                )
+        yield {"cache": kind, "bytes": size, "peak_bytes": peak["bytes"]}
 
-        def step(cache: Cache = cache) -> None:
-            module(
-                hidden_states=hidden,
-                position_embeddings=tables,
-                past_key_values=cache,
-                token_modality=modality,
-            )
 
-        own = copy.deepcopy(cache)
-        module(hidden_states=hidden, position_embeddings=tables, past_key_values=own, token_modality=modality)
-        size = cache_bytes(cache)
-        with peak_memory(torch.device("cpu")) as peak:
-            step()
-        rows.append({"cache": kind, "bytes": size, "peak_bytes": peak["bytes"]})
-        print(rows[-1], file=sys.stderr)
-    return rows
+def steps_apart() -> list[dict[str, Any]]:
+    """`step_rows` in a process that gives back at once what it frees, so that its peak is what is held."""
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    command = [sys.executable, __file__, "--steps-alone"]
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True, text=True)
+    return json.loads(done.stdout)
+
+
+def table(result: dict[str, Any]) -> str:
+    """Both results as Markdown."""
+    lines = ["| model | cache | bytes a token | exact match | KL |", "|---|---|---|---|---|"]
+    for row in result["rows"]:
+        cells = f"{row['bytes_per_token']:,.0f} | {row['exact_match']:.1%} | {row['kl']:.4f}"
+        lines.append(f"| `{row['model']}` | {row['cache']} | {cells} |")
+    lines += ["", "| cache of a layer | MB | a step holds besides, MB |", "|---|---|---|"]
+    for row in result["steps"]:
+        lines.append(f"| {row['cache']} | {row['bytes'] / 1e6:.2f} | {(row['peak_bytes'] or 0) / 1e6:.1f} |")
+    return "\n".join([f"{result['device']}, {result['date']}", "", *lines, ""])
 
 
 def main() -> None:
@@ -148,17 +181,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--pictures", type=int, default=128)
     parser.add_argument("--models", nargs="+", default=list(ZOO_NAMES), choices=ZOO_NAMES)
+    parser.add_argument(
+        "--steps-alone", action="store_true", help="print the rows of steps as JSON, and stop"
+    )
     parser.add_argument("-o", "--output", type=Path, default=OUT)
     arguments = parser.parse_args()
-    steps = step_rows()
-    rows = [row for name in arguments.models for row in zoo_rows(name, arguments.pictures)]
-    result = {
-        "rows": rows,
-        "steps": steps,
-        "device": device_name(torch.device("cpu")),
-        "date": datetime.date.today().isoformat(),
-    }
+    if arguments.steps_alone:
+        print(json.dumps(list(step_rows())))
+        return
+    result: dict[str, Any] = {"rows": [], "steps": []}
+    result["steps"] = steps_apart()
+    for name in arguments.models:
+        for row in Quality(name, arguments.pictures).rows():
+            result["rows"].append(row)
+            print(row, file=sys.stderr)
+    result |= {"device": device_name(torch.device("cpu")), "date": datetime.date.today().isoformat()}
     (arguments.output / "quantized.json").write_text(json.dumps(result, indent=1) + "\n")
+    (arguments.output / "quantized.md").write_text(table(result))
     print(json.dumps({"output": str(arguments.output / "quantized.json")}))
 
 

@@ -76,7 +76,7 @@ def bench_row(
     row |= compared("attention", attention, layers) | compared("layer", modules, layers)
     del dense
     row |= _steps(original, converted, latent, context, batch, seconds)
-    row |= _prefill(original, converted, context, batch, seconds)
+    row |= prefill(original, converted, context, batch, seconds)
     return row
 
 
@@ -158,7 +158,7 @@ def _step(model: PreTrainedModel, cache: Cache, context: int, batch: int) -> Cal
 
 
 @torch.no_grad()
-def _prefill(
+def prefill(
     original: PreTrainedModel, converted: PreTrainedModel, context: int, batch: int, seconds: float
 ) -> dict[str, Any]:
     """A prompt of `context` tokens through both; None where it would take too long."""
@@ -166,11 +166,11 @@ def _prefill(
     if context * batch > PREFILL_LIMIT.get(device.type, PREFILL_LIMIT["cuda"]):
         return {"prefill_ratio": None, "prefill_seconds": None, "prefill_seconds_original": None}
 
-    def prefill(model: PreTrainedModel) -> Callable[[], None]:
+    def whole(model: PreTrainedModel) -> Callable[[], None]:
         inputs = _tokens(model, context, batch)
         return lambda: model(**inputs, use_cache=True, logits_to_keep=1)
 
-    runs = {"original": prefill(original), "ours": prefill(converted)}
+    runs = {"original": whole(original), "ours": whole(converted)}
     times = time_in_turn(runs, device=device, seconds=seconds)
     return {
         "prefill_ratio": times["original"].median / times["ours"].median,
