@@ -9,200 +9,10 @@
 // Shapes: B batch, T new tokens, S all tokens, G KV heads, M query heads per KV head, R rope dims, N other
 // dims, D head dim, r latent dims, K modalities; Q = G * M * T rows, ordered by KV head, head, token.
 
-#include <immintrin.h>
+#include "cpu_product.h"
 
-#include <algorithm>
 #include <cmath>
-#include <cstdint>
-#include <cstdlib>
-#include <cstring>
-
-namespace {
-
-constexpr int LANES = 16;   // float32 in a vector
-constexpr int TILE = 64;    // tokens at a time
-constexpr int MOST_ROWS = 6;    // of a product at once, over 4 blocks of lanes: 24 sums stay in registers
-constexpr float LOWEST = -1e30f;
-
-using bf16 = uint16_t;
-
-int up_to(int size, int step) { return (size + step - 1) / step * step; }
-
-float number(bf16 x) {
-  uint32_t bits = uint32_t(x) << 16;
-  float value;
-  std::memcpy(&value, &bits, 4);
-  return value;
-}
-
-__m512i load(const bf16* row, int count) {  // up to 32 numbers, the others 0
-  if (count >= 32) return _mm512_loadu_si512(row);
-  return count <= 0 ? _mm512_setzero_si512() : _mm512_maskz_loadu_epi16((1u << count) - 1, row);
-}
-
-// exp of numbers up to 0, to 2e-7 of their size; what is below -87 gives 2e-38
-__m512 exp_of(__m512 x) {
-  x = _mm512_max_ps(x, _mm512_set1_ps(-87.f));
-  const __m512 whole = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
-  __m512 rest = _mm512_fnmadd_ps(whole, _mm512_set1_ps(0.693145752f), x);
-  rest = _mm512_fnmadd_ps(whole, _mm512_set1_ps(1.42860677e-6f), rest);
-  __m512 sum = _mm512_set1_ps(1.f / 720);
-  for (float term : {1.f / 120, 1.f / 24, 1.f / 6, 0.5f, 1.f, 1.f})
-    sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(term));
-  return _mm512_scalef_ps(sum, whole);
-}
-
-// Memory to bring into the L2 cache while something is computed, line by line: a region, then others of one
-// size at equal distances.
-struct Fetch {
-  const char* at = nullptr;
-  long lines = 0;
-  const char* next = nullptr;
-  long next_lines = 0, distance = 0;
-  int regions = 0;
-
-  const char* take(long wanted, long* lines_taken) {
-    if (lines == 0 && regions > 0) {
-      at = next, lines = next_lines;
-      next += distance, --regions;
-    }
-    const char* from = at;
-    *lines_taken = std::min(wanted, lines);
-    at += *lines_taken * 64, lines -= *lines_taken;
-    return from;
-  }
-};
-
-// What `product` works on; rows of `a` are `a_row` pairs apart, vectors of x for the next 16 lanes `x_block`
-// vectors, rows of `out` `out_row` numbers.
-struct Operands {
-  const uint32_t* a;
-  long a_row;
-  const __m512i* x;
-  long x_block;
-  int pairs;
-  float* out;
-  long out_row;
-  const char* fetch = nullptr;
-  long fetch_lines = 0;
-};
-
-template <int ROWS, int BLOCKS>
-void product_of(const Operands& o) {
-  __m512 sum[ROWS][BLOCKS];
-  for (int i = 0; i < ROWS; ++i)
-    for (int j = 0; j < BLOCKS; ++j) sum[i][j] = _mm512_loadu_ps(o.out + i * o.out_row + j * LANES);
-  for (int k = 0; k < o.pairs; ++k) {
-    if (k < o.fetch_lines) _mm_prefetch(o.fetch + 64 * k, _MM_HINT_T1);
-    __m512bh lanes[BLOCKS];
-    for (int j = 0; j < BLOCKS; ++j) lanes[j] = (__m512bh)_mm512_load_si512(o.x + j * o.x_block + k);
-#pragma GCC unroll 16
-    for (int i = 0; i < ROWS; ++i) {
-      const __m512bh one = (__m512bh)_mm512_set1_epi32(o.a[i * o.a_row + k]);
-#pragma GCC unroll 4
-      for (int j = 0; j < BLOCKS; ++j) sum[i][j] = _mm512_dpbf16_ps(sum[i][j], one, lanes[j]);
-    }
-  }
-  for (int i = 0; i < ROWS; ++i)
-    for (int j = 0; j < BLOCKS; ++j) _mm512_storeu_ps(o.out + i * o.out_row + j * LANES, sum[i][j]);
-}
-
-template <int ROWS, int BLOCKS>
-void product_sized(int rows, const Operands& o) {
-  if constexpr (ROWS > 0) {
-    if (rows == ROWS)
-      product_of<ROWS, BLOCKS>(o);
-    else
-      product_sized<ROWS - 1, BLOCKS>(rows, o);
-  }
-}
-
-// out[i][lane] += sum over k of a[i][k] x[k][lane], for rows i and 16 lanes of each of `blocks` blocks.
-void product(int rows, int blocks, Operands o, Fetch* fetch = nullptr) {
-  const int parts = (rows + MOST_ROWS - 1) / MOST_ROWS;
-  while (blocks > 0) {
-    const int some = blocks >= 4 ? 4 : 1;
-    Operands part = o;
-    for (int done = 0, left = parts; left > 0; --left) {
-      const int size = (rows - done + left - 1) / left;
-      if (fetch) part.fetch = fetch->take(o.pairs, &part.fetch_lines);
-      if (some == 4)
-        product_sized<MOST_ROWS, 4>(size, part);
-      else
-        product_sized<MOST_ROWS, 1>(size, part);
-      done += size, part.a += size * o.a_row, part.out += size * o.out_row;
-    }
-    blocks -= some, o.x += some * o.x_block, o.out += some * LANES;
-  }
-}
-
-// 16 rows as lanes: x[k] holds the k-th pair of each row; what is `ahead` numbers further is fetched meanwhile
-void pack_rows(const bf16* from, long row, int rows, int width, __m512i* x, long ahead = 0) {
-  for (int at = 0; at < width; at += 32) {
-    __m512i r[16], t[16];
-    if (ahead)
-      for (int i = 0; i < 16; ++i) _mm_prefetch((const char*)(from + i * row + at + ahead), _MM_HINT_T1);
-    for (int i = 0; i < 16; ++i) r[i] = i < rows ? load(from + i * row + at, width - at) : _mm512_setzero_si512();
-    for (int i = 0; i < 16; i += 2) {
-      t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-      t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-    }
-    for (int i = 0; i < 16; i += 4) {
-      r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-      r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-      r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-      r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-    }
-    for (int i = 0; i < 4; ++i) {
-      t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
-      t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
-      t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
-      t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
-    }
-    const int pairs = std::min(16, (width - at + 1) / 2);
-    for (int i = 0; i < 4; ++i) {
-      r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
-      r[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
-      r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
-      r[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
-    }
-    for (int i = 0; i < pairs; ++i) _mm512_store_si512(x + at / 2 + i, r[i]);
-  }
-}
-
-// columns as lanes: x[c * pairs + k] holds rows 2k and 2k + 1 of columns 16c to 16c + 15
-void pack_columns(const bf16* from, long row, int rows, int width, __m512i* x, long ahead = 0) {
-  alignas(64) static const int16_t order[64] = {
-      0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39, 8,  40, 9,  41, 10, 42,
-      11, 43, 12, 44, 13, 45, 14, 46, 15, 47, 16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53,
-      22, 54, 23, 55, 24, 56, 25, 57, 26, 58, 27, 59, 28, 60, 29, 61, 30, 62, 31, 63};
-  const __m512i low = _mm512_load_si512(order), high = _mm512_load_si512(order + 32);
-  const int pairs = (rows + 1) / 2;
-  for (int k = 0; k < pairs; ++k) {
-    const bf16 *one = from + 2 * k * row, *two = one + row;
-    for (int at = 0; at < width; at += 32) {
-      if (ahead) _mm_prefetch((const char*)(one + ahead), _MM_HINT_T1), _mm_prefetch((const char*)(two + ahead), _MM_HINT_T1);
-      const __m512i a = load(one, width - at);
-      const __m512i b = 2 * k + 1 < rows ? load(two, width - at) : _mm512_setzero_si512();
-      _mm512_store_si512(x + at / 16 * pairs + k, _mm512_permutex2var_epi16(a, low, b));
-      if (width - at > 16)
-        _mm512_store_si512(x + (at / 16 + 1) * pairs + k, _mm512_permutex2var_epi16(a, high, b));
-      one += 32, two += 32;
-    }
-  }
-}
-
-void round_row(const float* from, int width, uint32_t* to) {  // float32 to pairs of bfloat16
-  for (int at = 0; at < width; at += LANES)
-    _mm256_storeu_si256((__m256i*)((bf16*)to + at), (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(from + at)));
-}
-
-template <typename X>
-X* buffer(long count) {
-  return (X*)std::aligned_alloc(64, std::max(64L, (count * long(sizeof(X)) + 63) / 64 * 64));
-}
-
-}  // namespace
+#include <vector>
 
 extern "C" {
 
@@ -234,6 +44,8 @@ struct Call {
 namespace {
 
 // The sums of one thread's tokens.
+constexpr int MOST_PARTS = 64;  // threads that share the tokens of a row of the batch
+
 struct Part {
   float *sums, *top, *mass, *text;  // [K, Q, r], [Q], [Q], [Q]
 };
@@ -347,6 +159,17 @@ void score(const Call& c, const Sizes& z, int b, long token, int count, const ui
   }
 }
 
+// A row's sums so far, as they are under a higher top.
+void raise_top(const Call& c, const Sizes& z, int row, float top, Part part) {
+  const float scale = std::exp(part.top[row] - top);
+  for (int k = 0; k < c.kinds; ++k) {
+    float* sums = part.sums + (long(k) * z.rows + row) * z.sums_row;
+    for (int at = 0; at < z.rank; at += LANES)
+      _mm512_store_ps(sums + at, _mm512_mul_ps(_mm512_load_ps(sums + at), _mm512_set1_ps(scale)));
+  }
+  part.mass[row] *= scale, part.text[row] *= scale, part.top[row] = top;
+}
+
 // Softmax weights of a tile as pairs, by modality, from its scores; the sums so far are scaled to the new top.
 void weigh(const Call& c, const Sizes& z, int b, long token, int count, const uint32_t* seen, bool both, Part part) {
   Scratch& s = scratch;
@@ -368,15 +191,7 @@ void weigh(const Call& c, const Sizes& z, int b, long token, int count, const ui
       highest = _mm512_mask_max_ps(highest, valid[j], highest, value);
     }
     const float top = std::max(part.top[i], _mm512_reduce_max_ps(highest));
-    if (top > part.top[i]) {
-      const float scale = std::exp(part.top[i] - top);
-      for (int k = 0; k < c.kinds; ++k) {
-        float* sums = part.sums + (long(k) * z.rows + i) * z.sums_row;
-        for (int at = 0; at < z.rank; at += LANES)
-          _mm512_store_ps(sums + at, _mm512_mul_ps(_mm512_load_ps(sums + at), _mm512_set1_ps(scale)));
-      }
-      part.mass[i] *= scale, part.text[i] *= scale, part.top[i] = top;
-    }
+    if (top > part.top[i]) raise_top(c, z, i, top, part);
     __m512 mass = _mm512_setzero_ps(), text = _mm512_setzero_ps();
     bf16* to = (bf16*)s.weights + i * TILE;
     for (int j = 0; j < TILE / LANES; ++j) {
@@ -438,32 +253,34 @@ void attend(const Call& c, const Sizes& z, int b, long start, long stop, const u
   }
 }
 
+// The parts of a row's tokens, put together into the first, as shares of 1; returns the share of text.
+float merge(const Call& c, const Sizes& z, int row, const Part* parts, int count) {
+  float shares[MOST_PARTS], top = LOWEST, mass = 0, text = 0;
+  for (int p = 0; p < count; ++p) top = std::max(top, parts[p].top[row]);
+  for (int p = 0; p < count; ++p) {
+    shares[p] = std::exp(parts[p].top[row] - top);
+    mass += parts[p].mass[row] * shares[p], text += parts[p].text[row] * shares[p];
+  }
+  const float whole = mass > 0 ? 1.f / mass : 0.f;
+  for (int k = 0; k < c.kinds; ++k) {
+    const long at_row = (long(k) * z.rows + row) * z.sums_row;
+    for (int at = 0; at < z.rank; at += LANES) {
+      __m512 sum = _mm512_setzero_ps();
+      for (int p = 0; p < count; ++p)
+        sum = _mm512_fmadd_ps(_mm512_load_ps(parts[p].sums + at_row + at), _mm512_set1_ps(shares[p]), sum);
+      _mm512_store_ps(parts[0].sums + at_row + at, _mm512_mul_ps(sum, _mm512_set1_ps(whole)));
+    }
+  }
+  return text * whole;
+}
+
 // The outputs of the rows of one KV head, from the parts of their tokens.
 void expand(const Call& c, const Sizes& z, int b, int g, const Part* parts, int count) {
   Scratch& s = scratch;
   const int first = g * c.row_group;
   float* output = s.scores;  // [row_group, TILE]
-  float shares[64], text_share[1 << 12];
-  for (int i = 0; i < c.row_group; ++i) {  // into the first part: scale each to the common top
-    const int row = first + i;
-    float top = LOWEST, mass = 0, text = 0;
-    for (int p = 0; p < count; ++p) top = std::max(top, parts[p].top[row]);
-    for (int p = 0; p < count; ++p) {
-      shares[p] = std::exp(parts[p].top[row] - top);
-      mass += parts[p].mass[row] * shares[p], text += parts[p].text[row] * shares[p];
-    }
-    const float whole = mass > 0 ? 1.f / mass : 0.f;
-    text_share[i] = text * whole;
-    for (int k = 0; k < c.kinds; ++k) {
-      float* sums = parts[0].sums + (long(k) * z.rows + row) * z.sums_row;
-      for (int at = 0; at < z.rank; at += LANES) {
-        __m512 sum = _mm512_setzero_ps();
-        for (int p = 0; p < count; ++p)
-          sum = _mm512_fmadd_ps(_mm512_load_ps(parts[p].sums + (sums - parts[0].sums) + at), _mm512_set1_ps(shares[p]), sum);
-        _mm512_store_ps(sums + at, _mm512_mul_ps(sum, _mm512_set1_ps(whole)));
-      }
-    }
-  }
+  std::vector<float> text_share(c.row_group);
+  for (int i = 0; i < c.row_group; ++i) text_share[i] = merge(c, z, first + i, parts, count);
   bool used[2] = {false, false};
   for (int i = 0; i < c.row_group; ++i) {
     used[0] |= c.kinds == 1 || text_share[i] > 0;
@@ -504,7 +321,7 @@ void expand(const Call& c, const Sizes& z, int b, int g, const Part* parts, int 
 extern "C" void mha2mla_decode(const Call* call) {
   const Call& c = *call;
   const Sizes z(c);
-  const int parts = std::min(64, std::max(1, (c.threads + c.batch - 1) / c.batch));
+  const int parts = std::min(MOST_PARTS, std::max(1, (c.threads + c.batch - 1) / c.batch));
   const long part_size = long(c.kinds) * z.rows * z.sums_row + 3L * up_to(z.rows, LANES);
   thread_local static float* memory = nullptr;
   thread_local static long room = 0;
@@ -540,7 +357,7 @@ extern "C" void mha2mla_decode(const Call* call) {
 #pragma omp for collapse(2)
     for (int b = 0; b < c.batch; ++b)
       for (int g = 0; g < c.groups; ++g) {
-        Part found[64];
+        Part found[MOST_PARTS];
         for (int p = 0; p < parts; ++p) found[p] = part_of(b, p);
         expand(c, z, b, g, found, parts);
       }

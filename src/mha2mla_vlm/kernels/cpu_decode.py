@@ -23,8 +23,8 @@ from mha2mla_vlm.absorption import Piece, Up
 
 logger = logging.getLogger(__name__)
 SOURCE = Path(__file__).with_suffix(".cpp")
+HEADER = SOURCE.with_name("cpu_product.h")
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-fopenmp")
-MOST_ROWS = 4096  # query rows of a KV head
 
 _long, _int, _pointer = ctypes.c_long, ctypes.c_int, ctypes.c_void_p
 
@@ -61,9 +61,9 @@ def can_run(
     if any(x.device.type != "cpu" or x.dtype != torch.bfloat16 for x in tensors):
         return False
     graded = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-    fits = q_rope.shape[1] * q_rope.shape[2] <= MOST_ROWS * ups[0].kv_heads and q_rope.shape[-1] % 2 == 0
+    even = q_rope.shape[-1] % 2 == 0
     known_mask = mask is None or mask.dtype == torch.bool
-    if graded or not fits or not known_mask or torch.compiler.is_compiling():
+    if graded or not even or not known_mask or torch.compiler.is_compiling():
         return False
     return library() is not None
 
@@ -156,7 +156,13 @@ def _processor() -> str:
 
 def _fingerprint(compiler: str) -> str:
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
-    parts = (SOURCE.read_bytes(), version, _processor().encode(), " ".join(FLAGS).encode())
+    parts = (
+        SOURCE.read_bytes(),
+        HEADER.read_bytes(),
+        version,
+        _processor().encode(),
+        " ".join(FLAGS).encode(),
+    )
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
 
 
