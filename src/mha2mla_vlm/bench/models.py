@@ -83,6 +83,7 @@ def bench_row(
 def byte_counts(
     original: PreTrainedModel, converted: PreTrainedModel, dense: LatentCache, latent: LatentCache
 ) -> dict[str, Any]:
+    """What the caches hold, and what the formula says of the converted model's."""
     tokens = dense.layers[0].keys.shape[0] * dense.get_seq_length()
     itemsize = latent.layers[0].keys.element_size()
     return {

@@ -1,7 +1,7 @@
 """The CPU kernel of `cpu_decode.cpp`: built with the machine's C++ compiler when it is first needed.
 
-It needs Linux on x86-64 with AVX-512 BF16 (AMD from Zen 4 on, Intel from Sapphire Rapids on) and g++
-or clang++. The library is kept in the user's cache folder (`XDG_CACHE_HOME`), under a name that its
+It needs Linux on x86-64 with AVX-512 BF16 (AMD from Zen 4 on, Intel from Sapphire Rapids on) and g++.
+The library is kept in the user's cache folder (`XDG_CACHE_HOME`), under a name that its
 source, compiler and processor decide.
 """
 
@@ -127,7 +127,7 @@ def _up_of(up: Up) -> _Up:
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The kernel, built if it has to be; None, with the reason in the log, where it cannot be."""
-    compiler = next(filter(None, map(shutil.which, ("g++", "clang++", "c++"))), None)
+    compiler = next(filter(None, map(shutil.which, ("g++", "c++"))), None)
     if compiler is None or not _has_instructions():
         logger.info("no CPU kernel: it needs a C++ compiler and a processor with AVX-512 BF16")
         return None
