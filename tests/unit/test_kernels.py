@@ -24,6 +24,8 @@ SHAPES = {  # query heads, KV heads, rope dims, latent dims; of the models at d_
     "one head": (1, 1, 2, 5),
 }
 CLOSE = {torch.float32: 1e-5, torch.float16: 3e-3}
+if DEVICE == "cuda":  # the interpreter computes it wrongly
+    CLOSE[torch.bfloat16] = 2e-2
 
 
 def case(shape, *, batch=1, new=1, total=150, dtype=torch.float32, modalities=2, bias=True, seed=0):

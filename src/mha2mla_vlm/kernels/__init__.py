@@ -1,6 +1,5 @@
 """Fused decoding over latents: which kernel takes given tensors. Importing loads none of them."""
 
-import functools
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from typing import Literal
@@ -12,6 +11,7 @@ from mha2mla_vlm.absorption import Piece, Up
 DecodeBackend = Literal["auto", "torch", "triton", "cpp"]
 BACKENDS: tuple[DecodeBackend, ...] = ("auto", "torch", "triton", "cpp")
 Decode = Callable[..., torch.Tensor]
+HAS_TRITON = find_spec("triton") is not None
 
 
 def find_kernel(
@@ -28,7 +28,7 @@ def find_kernel(
     have the arguments of `cpu_decode.decode`.
     """
     on_gpu = q_rope.is_cuda
-    if backend == "triton" or (backend == "auto" and on_gpu and _has_triton()):
+    if backend == "triton" or (backend == "auto" and on_gpu and HAS_TRITON):
         from mha2mla_vlm.kernels import triton_decode
 
         return triton_decode.decode if triton_decode.can_run(q_rope, q_nope, ups, piece) else None
@@ -37,8 +37,3 @@ def find_kernel(
 
         return cpu_decode.decode if cpu_decode.can_run(q_rope, q_nope, ups, piece, mask) else None
     return None
-
-
-@functools.cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
