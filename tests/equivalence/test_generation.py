@@ -275,6 +275,13 @@ def test_decoding_compiles_once_for_all_tokens_and_prompts(family, shared):
                 ).logits[0, -1]
 
 
+def test_unknown_decode_backend_is_refused(family):
+    model, processor = random_mla(family)
+    inputs = prompt_inputs(family, processor, ["text"])
+    with pytest.raises(InputError, match="decode_backend is 'cuda'"):
+        generate(set_attention(model, decode_backend="cuda"), inputs)
+
+
 def test_embeddings_alone_need_token_types(family):
     model, processor = random_mla(family)
     inputs = prompt_inputs(family, processor, ["text"])

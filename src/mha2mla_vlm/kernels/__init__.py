@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 
 from mha2mla_vlm.absorption import Piece, Up
+from mha2mla_vlm.errors import InputError
 
 DecodeBackend = Literal["auto", "torch", "triton", "cpp"]
 BACKENDS: tuple[DecodeBackend, ...] = ("auto", "torch", "triton", "cpp")
@@ -25,8 +26,10 @@ def find_kernel(
     """The `decode` of the kernel to use on these tensors; None for plain PyTorch.
 
     `auto` is Triton on a GPU, the C++ kernel on a CPU, and PyTorch where those cannot run. Both kernels
-    have the arguments of `cpu_decode.decode`.
+    have the arguments of `cpu_decode.decode`. Raises `InputError` for an unknown backend.
     """
+    if backend not in BACKENDS:
+        raise InputError(f"decode_backend is {backend!r}; use one of {', '.join(BACKENDS)}")
     on_gpu = q_rope.is_cuda
     if backend == "triton" or (backend == "auto" and on_gpu and HAS_TRITON):
         from mha2mla_vlm.kernels import triton_decode
