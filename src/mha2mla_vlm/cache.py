@@ -126,6 +126,10 @@ class LatentLayer(DynamicLayer):
         self.keys, self.values = (buffer[:, :, :stop] for buffer in buffers)
         return self.keys, self.values
 
+    def stored(self) -> "tuple[torch.Tensor, torch.Tensor] | Pieces":
+        """Latents `[B, S, r]` and rotated keys of all tokens, in the form that attention takes."""
+        return self.keys[:, 0], self.values
+
     def _recent_length(self) -> int:
         """Tokens in `keys` and `values`: all but those that a subclass keeps in another form."""
         return self.keys.shape[2] if self.is_initialized and self.keys.ndim == 4 else 0

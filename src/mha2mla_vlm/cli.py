@@ -253,6 +253,7 @@ def bench(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder for the rows and a plot; new or empty.")
     ] = None,
+    cache_bits: CacheBitsOption = None,
     dtype: DTypeOption = DType.bfloat16,
     device: DeviceOption = "auto",
 ) -> None:
@@ -260,12 +261,20 @@ def bench(
     from mha2mla_vlm.bench.models import BATCHES, CONTEXTS, bench_models
     from mha2mla_vlm.bench.report import print_rows, write_report
     from mha2mla_vlm.checkpoint import check_output
+    from mha2mla_vlm.quantized_cache import QuantizationConfig
 
+    quantization = None if cache_bits is None else {"nbits": cache_bits}
+    QuantizationConfig.from_dict(quantization or {})
     if output is not None:
         check_output(output)
     (converted, _), (original, _) = (_load(name, dtype, device) for name in (checkpoint, baseline))
     result = bench_models(
-        original, converted, contexts=context or CONTEXTS, batches=batch or BATCHES, seconds=seconds
+        original,
+        converted,
+        contexts=context or CONTEXTS,
+        batches=batch or BATCHES,
+        seconds=seconds,
+        quantization=quantization,
     )
     print_rows(result)
     if output is not None:

@@ -71,7 +71,11 @@ class QuantizedLatentLayer(LatentLayer):
         length = recent[0].shape[2]
         if length >= self.config.residual_length or (first and length >= self.config.q_group_size):
             self._quantize(length - length % self.config.q_group_size)
-        return (key_states, value_states) if first else (_Tokens(self), value_states)
+        return (key_states, value_states) if first else (self.stored(), value_states)
+
+    def stored(self) -> Pieces:
+        """All tokens, a few blocks at a time."""
+        return _Tokens(self)
 
     def _quantize(self, count: int) -> None:
         """Move the first `count` of the recent tokens, whole blocks, into few bits."""

@@ -45,6 +45,16 @@ def test_bench(monkeypatch, capsys, pair, tmp_path, family):
     assert (tmp_path / "report" / "bench.svg").stat().st_size > 0
 
 
+def test_bench_in_few_bits(monkeypatch, capsys, pair, family):
+    baseline, checkpoint = pair
+    command = ["bench", checkpoint, "--baseline", baseline, "--context", 160, "--batch", 1, "--seconds", 0]
+    code, out, err = run_command(monkeypatch, capsys, *command, "--cache-bits", 4, "--dtype", "float32")
+    assert code == 0, err
+    row = json.loads(out.splitlines()[-1])["rows"][0]
+    assert row["cache_bytes"] < 0.5 * row["cache_bytes_formula"]
+    assert row["attention_ratio"] > 0
+
+
 @pytest.mark.parametrize(
     ("order", "says"),
     [(("original", "original"), "not a converted model"), (("converted", "converted"), "the baseline is")],

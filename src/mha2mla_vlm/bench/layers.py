@@ -13,6 +13,7 @@ from mha2mla_vlm.bench.dense import Dense, dense_ways
 from mha2mla_vlm.bench.timing import Timing, time_in_turn
 from mha2mla_vlm.cache import LatentCache, TokenModality
 from mha2mla_vlm.modeling import decoder_layers
+from mha2mla_vlm.quantized_cache import quantized_cache
 
 VISUAL = (0.05, 0.85)  # the span of a context that is visual
 
@@ -28,9 +29,11 @@ def modality_of(context: int, batch: int, device: torch.device) -> TokenModality
     return TokenModality.from_mask(mask)
 
 
-def random_cache(shapes: Iterable[tuple[Shape, Shape]], like: torch.Tensor) -> LatentCache:
+def random_cache(
+    shapes: Iterable[tuple[Shape, Shape]], like: torch.Tensor, cache: LatentCache | None = None
+) -> LatentCache:
     """A cache whose layers hold random tensors of these shapes; its buffers grow in steps in any case."""
-    cache = LatentCache()
+    cache = LatentCache() if cache is None else cache  # an empty one is false
     for index, (keys, values) in enumerate(shapes):
         cache.update(_random(keys, like), _random(values, like), index)
     return cache
@@ -42,7 +45,9 @@ def _random(shape: Shape, like: torch.Tensor) -> torch.Tensor:
     return some.repeat(1, 1, -(-shape[2] // some.shape[2]), 1)[:, :, : shape[2]]
 
 
-def random_caches(converted: PreTrainedModel, context: int, batch: int) -> tuple[LatentCache, LatentCache]:
+def random_caches(
+    converted: PreTrainedModel, context: int, batch: int, quantization: dict[str, Any] | None = None
+) -> tuple[LatentCache, LatentCache]:
     """Caches of `context` tokens, of keys and values `[B, G, S, D]` and of latents and rotated keys."""
     modules = [layer.self_attn for layer in decoder_layers(converted)]
     like = modules[0].q_proj.weight
@@ -52,7 +57,8 @@ def random_caches(converted: PreTrainedModel, context: int, batch: int) -> tuple
     for module in modules:
         rank = next(iter(module.kv_a_proj.values())).out_features
         latent.append(((batch, 1, context, rank), (batch, heads[0], context, module.rope_dim)))
-    caches = random_cache(dense, like), random_cache(latent, like)
+    empty = LatentCache() if quantization is None else quantized_cache(**quantization)
+    caches = random_cache(dense, like), random_cache(latent, like, empty)
     caches[1].token_modality = modality_of(context, batch, like.device)
     return caches
 
@@ -80,8 +86,7 @@ def time_attention(
 
     def ours() -> None:
         for (q_rope, q_nope), module, layer in zip(split, modules, latent.layers, strict=True):
-            stored = layer.keys[:, 0], layer.values
-            module.attend_absorbed(stored, q_rope, q_nope, latent.token_modality, None, None)
+            module.attend_absorbed(layer.stored(), q_rope, q_nope, latent.token_modality, None, None)
 
     ways = {name: originally(way) for name, way in dense_ways(like.device).items()}
     return time_in_turn({**ways, "ours": ours}, device=like.device, seconds=seconds)

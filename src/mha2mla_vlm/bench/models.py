@@ -33,10 +33,12 @@ def bench_models(
     contexts: Sequence[int] = CONTEXTS,
     batches: Sequence[int] = BATCHES,
     seconds: float = 2.0,
+    quantization: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Rows over all contexts and batch sizes that memory allows, and on what they were measured.
 
-    `seconds` is the time for each comparison. Raises `InputError` if the models are not of one shape.
+    `seconds` is the time for each comparison, `quantization` a `QuantizationConfig` for the converted
+    model's cache, as keyword arguments. Raises `InputError` if the models are not of one shape.
     """
     check_pair(original, converted)
     cases = [(context, batch) for batch in batches for context in contexts]
@@ -45,7 +47,7 @@ def bench_models(
         if reason := _too_large(original, converted, context, batch):
             logger.warning("left out %d tokens in a batch of %d: %s", context, batch, reason)
             continue
-        rows.append(bench_row(original, converted, context, batch, seconds))
+        rows.append(bench_row(original, converted, context, batch, seconds, quantization))
     device = next(converted.parameters()).device
     return {"rows": rows, "device": device_name(device), "dtype": str(converted.dtype).removeprefix("torch.")}
 
@@ -64,10 +66,15 @@ def check_pair(original: PreTrainedModel, converted: PreTrainedModel) -> None:
 
 
 def bench_row(
-    original: PreTrainedModel, converted: PreTrainedModel, context: int, batch: int, seconds: float
+    original: PreTrainedModel,
+    converted: PreTrainedModel,
+    context: int,
+    batch: int,
+    seconds: float,
+    quantization: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """All figures for one context and batch size."""
-    dense, latent = random_caches(converted, context, batch)
+    dense, latent = random_caches(converted, context, batch, quantization)
     layers = len(decoder_layers(converted))
     attention = time_attention(converted, dense, latent, seconds)
     modules = time_layers(original, converted, dense, latent, seconds)
