@@ -18,7 +18,7 @@ from mha2mla_vlm.config import Strict
 from mha2mla_vlm.errors import InputError
 from mha2mla_vlm.quantization import BITS, Quantized, dequantize, quantize
 
-PIECE = {"cpu": 1024, "cuda": 16384}  # tokens that are numbers at a time
+PIECE = {"cpu": 4096, "cuda": 16384}  # tokens that are numbers at a time
 
 
 @dataclass(frozen=True, kw_only=True)
