@@ -122,6 +122,14 @@ def test_views_of_larger_buffers_and_room_that_is_not_filled():
     assert torch.equal(cpu_decode.decode(*queries, ups, SCALING, (latent, k_rope), visual, mask, filled), got)
 
 
+def test_calls_of_other_sizes_in_turn():
+    """Memory is kept from call to call: a larger call must not take what fitted a smaller one."""
+    for shape in ("one head", "llava-1.5-7b at 32", "odd", "llava-next-8b", "one head", "qwen2.5-vl-7b"):
+        queries, ups, piece = case(shape)
+        expected, got = both(queries, ups, piece, visual_of(1, 150, 5, 100))
+        assert_close(got, expected)
+
+
 def test_large_scores_do_not_overflow():
     queries, ups, piece = case("odd")
     expected, got = both(tuple(100 * x for x in queries), ups, piece, visual_of(1, 150, 5, 100))

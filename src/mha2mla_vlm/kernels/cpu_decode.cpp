@@ -43,9 +43,9 @@ struct Call {
 
 namespace {
 
-// The sums of one thread's tokens.
 constexpr int MOST_PARTS = 64;  // threads that share the tokens of a row of the batch
 
+// The sums of one thread's tokens.
 struct Part {
   float *sums, *top, *mass, *text;  // [K, Q, r], [Q], [Q], [Q]
 };
@@ -63,27 +63,27 @@ struct Sizes {
         query_row(rank / 2 + LANES) {}
 };
 
-// What a thread works in; kept from call to call.
+// What a thread works in; kept from call to call, and enlarged when a call needs more.
 struct Scratch {
   __m512i *rows = nullptr, *columns = nullptr;
   float *scores = nullptr, *other = nullptr;
   uint32_t *weights = nullptr, *pairs = nullptr;
-  long size = 0;
+  long row_room = 0, width_room = 0, tile_room = 0;
 
   void fit(const Call& c, const Sizes& z) {
-    const long width = std::max({z.rank, up_to(c.rope, 32), up_to(c.nope, 32), 32});
-    const long tile = std::max(TILE, up_to(std::max(c.nope, c.head), LANES));
-    const long wanted = z.rows * 100000L + width * 100 + tile;
-    if (wanted == size) return;
+    const long rows_wanted = z.rows, width_wanted = std::max({z.rank, up_to(c.rope, 32), up_to(c.nope, 32), 32});
+    const long tile_wanted = std::max(TILE, up_to(std::max(c.nope, c.head), LANES));
+    if (rows_wanted <= row_room && width_wanted <= width_room && tile_wanted <= tile_room) return;
+    row_room = std::max(row_room, rows_wanted), width_room = std::max(width_room, width_wanted);
+    tile_room = std::max(tile_room, tile_wanted);
     for (void* p : {(void*)rows, (void*)columns, (void*)scores, (void*)other, (void*)weights, (void*)pairs})
       std::free(p);
-    rows = buffer<__m512i>(TILE / LANES * width / 2);
-    columns = buffer<__m512i>(tile / 2 * (width / LANES));
-    scores = buffer<float>(z.rows * long(TILE));
-    other = buffer<float>(z.rows * std::max<long>(TILE, width));
-    weights = buffer<uint32_t>(2 * z.rows * TILE / 2);
-    pairs = buffer<uint32_t>(2 * z.rows * width / 2);
-    size = wanted;
+    rows = buffer<__m512i>(TILE / LANES * width_room / 2);
+    columns = buffer<__m512i>(tile_room / 2 * (width_room / LANES));
+    scores = buffer<float>(row_room * TILE);
+    other = buffer<float>(row_room * std::max<long>(TILE, width_room));
+    weights = buffer<uint32_t>(2 * row_room * TILE / 2);
+    pairs = buffer<uint32_t>(2 * row_room * width_room / 2);
   }
 };
 
