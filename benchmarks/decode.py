@@ -18,11 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import LlavaConfig, LlavaNextConfig, PreTrainedConfig, Qwen2_5_VLConfig
 
 from mha2mla_vlm.bench.layers import random_caches, time_attention, time_layers
 from mha2mla_vlm.bench.models import byte_counts, compared, device_name, prefill
 from mha2mla_vlm.bench.report import print_rows
+from mha2mla_vlm.families import get_family
 from mha2mla_vlm.modeling import mla_classes
 
 OUT = Path(__file__).parents[1] / "docs" / "decode"
@@ -63,7 +65,7 @@ def models_of(
     mla = {"qk_rope_head_dim": ROPE_DIM, "kv_lora_rank": d_kv * kv_heads, "modalities": ("text", "vision")}
     values = config.to_dict() | {"model_type": mla_config_class.model_type, "mla": mla}
     with torch.device(device):
-        original = mla_model.__mro__[2](config)
+        original = getattr(transformers, get_family(model_type).model_class)(config)
         converted = mla_model(mla_config_class(**values))
     return original.to(dtype).eval(), converted.to(dtype).eval()
 
@@ -79,7 +81,7 @@ def measure(arguments: argparse.Namespace, shape: str, d_kv: int) -> dict[str, A
             if arguments.layers * batch * context * heads * 128 * 4 > arguments.most_gigabytes * 1e9:
                 continue
             dense, latent = random_caches(converted, context, batch)
-            row = {"context": context, "batch": batch} | byte_counts(original, converted, dense, latent)
+            row = {"context": context, "batch": batch} | byte_counts(converted, dense, latent)
             times = time_attention(converted, dense, latent, arguments.seconds)
             row |= compared("attention", times, arguments.layers)
             times = time_layers(original, converted, dense, latent, arguments.seconds)

@@ -29,7 +29,7 @@ from mha2mla_vlm.bench.layers import modality_of, random_caches
 from mha2mla_vlm.bench.models import device_name
 from mha2mla_vlm.bench.timing import peak_memory
 from mha2mla_vlm.cache import LatentCache, TokenModality, cache_bytes
-from mha2mla_vlm.data import Record, encode, encode_with_labels
+from mha2mla_vlm.data import IGNORE_INDEX, Record, encode, encode_with_labels
 from mha2mla_vlm.demo import zoo_records
 from mha2mla_vlm.modeling import decoder_layers
 from mha2mla_vlm.quantized_cache import quantized_cache
@@ -75,7 +75,7 @@ def answer_logits(
     rest = model(
         input_ids=ids, position_ids=places[..., length:], past_key_values=cache, use_cache=True
     ).logits
-    kept = labels != -100
+    kept = labels != IGNORE_INDEX
     return torch.cat([first, rest[:, :-1]], dim=1)[0, kept].float(), labels[kept]
 
 
@@ -189,8 +189,7 @@ def main() -> None:
     if arguments.steps_alone:
         print(json.dumps(list(step_rows())))
         return
-    result: dict[str, Any] = {"rows": [], "steps": []}
-    result["steps"] = steps_apart()
+    result: dict[str, Any] = {"rows": [], "steps": steps_apart()}
     for name in arguments.models:
         for row in Quality(name, arguments.pictures).rows():
             result["rows"].append(row)

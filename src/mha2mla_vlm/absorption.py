@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from mha2mla_vlm.cache import Kind, Run
+from mha2mla_vlm.cache import Kind, Run, runs_between
 
 Piece = tuple[torch.Tensor, torch.Tensor]  # latents [B, n, r] and rotated keys [B, G, n, R] of n tokens
 
@@ -150,9 +150,7 @@ def attend_pieces(
     merged, total, start = None, None, 0
     for piece in pieces:
         stop = start + piece[0].shape[1]
-        inside = [
-            Run(max(a, start) - start, min(b, stop) - start, k) for a, b, k in runs if a < stop and b > start
-        ]
+        inside = runs_between(runs, start, stop)
         seen = None if mask is None else mask[..., start:stop]
         which = None if visual is None else visual[:, start:stop]
         scores = _scores(queries, *piece, inside, which, seen)

@@ -237,14 +237,16 @@ class MLAAttention(nn.Module):
         if self.modalities != SHARED:
             known = self._known(modality)
             runs, visual = known.runs, known.mask.to(q_rope.device)
-        if isinstance(stored, Pieces):
-            queries = absorb(q_rope, q_nope, ups, self.scaling)
-            return expand(attend_pieces(queries, stored, runs, visual, mask), ups, q_rope.shape[2])
-        kernel = find_kernel(self.decode_backend, q_rope, q_nope, ups, stored, mask)
-        if kernel is not None:
-            return kernel(q_rope, q_nope, ups, self.scaling, stored, visual, mask, filled)
+        if not isinstance(stored, Pieces):
+            kernel = find_kernel(self.decode_backend, q_rope, q_nope, ups, stored, mask)
+            if kernel is not None:
+                return kernel(q_rope, q_nope, ups, self.scaling, stored, visual, mask, filled)
         queries = absorb(q_rope, q_nope, ups, self.scaling)
-        return expand(attend(queries, stored, runs, visual, mask), ups, q_rope.shape[2])
+        if isinstance(stored, Pieces):
+            sums = attend_pieces(queries, stored, runs, visual, mask)
+        else:
+            sums = attend(queries, stored, runs, visual, mask)
+        return expand(sums, ups, q_rope.shape[2])
 
     def _expanded_chunks(
         self, stored: Piece | Pieces, modality: TokenModality | None

@@ -61,12 +61,7 @@ class TokenModality:
 
     def part(self, start: int, stop: int) -> "TokenModality":
         """The tokens from `start` to `stop`."""
-        runs = [
-            Run(max(a, start) - start, min(b, stop) - start, k)
-            for a, b, k in self.runs
-            if a < stop and b > start
-        ]
-        return TokenModality(self.mask[:, start:stop], tuple(runs))
+        return TokenModality(self.mask[:, start:stop], runs_between(self.runs, start, stop))
 
     def extend(self, new: "TokenModality") -> "TokenModality":
         """These tokens followed by `new`."""
@@ -78,6 +73,13 @@ class TokenModality:
             else:
                 runs.append(Run(start + length, stop + length, kind))
         return TokenModality(torch.cat([self.mask, new.mask.to(self.mask.device)], dim=1), _few(runs), new)
+
+
+def runs_between(runs: Sequence[Run], start: int, stop: int) -> tuple[Run, ...]:
+    """The runs of the tokens from `start` to `stop`, counted from there."""
+    return tuple(
+        Run(max(a, start) - start, min(b, stop) - start, k) for a, b, k in runs if a < stop and b > start
+    )
 
 
 def _few(runs: Sequence[Run]) -> tuple[Run, ...]:

@@ -79,17 +79,14 @@ def bench_row(
     attention = time_attention(converted, dense, latent, seconds)
     modules = time_layers(original, converted, dense, latent, seconds)
     row: dict[str, Any] = {"context": context, "batch": batch}
-    row |= byte_counts(original, converted, dense, latent)
+    row |= byte_counts(converted, dense, latent)
     row |= compared("attention", attention, layers) | compared("layer", modules, layers)
-    del dense
-    row |= _steps(original, converted, latent, context, batch, seconds)
+    row |= _steps(original, converted, dense, latent, seconds)
     row |= prefill(original, converted, context, batch, seconds)
     return row
 
 
-def byte_counts(
-    original: PreTrainedModel, converted: PreTrainedModel, dense: LatentCache, latent: LatentCache
-) -> dict[str, Any]:
+def byte_counts(converted: PreTrainedModel, dense: LatentCache, latent: LatentCache) -> dict[str, Any]:
     """What the caches hold, and what the formula says of the converted model's."""
     tokens = dense.layers[0].keys.shape[0] * dense.get_seq_length()
     itemsize = latent.layers[0].keys.element_size()
@@ -121,18 +118,16 @@ def _spread(timing: Timing, share: int = 1) -> list[float]:
 def _steps(
     original: PreTrainedModel,
     converted: PreTrainedModel,
+    keys_and_values: LatentCache,
     latent: LatentCache,
-    context: int,
-    batch: int,
     seconds: float,
 ) -> dict[str, Any]:
     """A step of the whole models as `generate` takes it: the original over transformers' DynamicCache."""
-    device = latent.layers[0].keys.device
-    shape = random_caches(converted, context, batch)[0]
+    like, context = keys_and_values.layers[0].keys, keys_and_values.get_seq_length()
+    device, batch = like.device, len(like)
     dense = DynamicCache()
-    for index, layer in enumerate(shape.layers):
+    for index, layer in enumerate(keys_and_values.layers):
         dense.update(layer.keys, layer.values, index)
-    del shape
     steps = {
         "original": _step(original, dense, context, batch),
         "ours": _step(converted, latent, context, batch),

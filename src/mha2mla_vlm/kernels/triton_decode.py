@@ -27,7 +27,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 @triton.jit
 def _split_kernel(
     q_rope, q_latent, constant, latent, k_rope, visual, mask, filled, mixed, lse,
-    rows, row_group, new, total, rank, rope_dim, kinds, splits,
+    rows, row_group, new, total, rank, rope_dim, splits,
     latent_b, latent_s, key_b, key_g, key_s, visual_b, mask_b, mask_t,
     MASK: tl.constexpr, FILLED: tl.constexpr, CONSTANT: tl.constexpr, VISUAL: tl.constexpr,
     KINDS: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, SPLIT: tl.constexpr,
@@ -57,7 +57,7 @@ def _split_kernel(
     count = tl.sum(flags)
     for kind in tl.static_range(KINDS):
         present = (count > 0) if kind == 1 else (count < stop - start)
-        here = (batch * splits + split) * kinds + kind
+        here = (batch * splits + split) * KINDS + kind
         top = tl.full([ROWS], float("-inf"), tl.float32)
         mass = tl.zeros([ROWS], tl.float32)
         acc = tl.zeros([ROWS, RANK], tl.float32)
@@ -219,7 +219,7 @@ def _decode(
     met_groups = min(groups, (block_rows - 1) // row_group + 2)
     _split_kernel[(batch, splits, blocks)](
         q_rope, q_latent, constant, latent, k_rope, visual, mask, filled, mixed, lse,
-        rows, row_group, new, total, rank, rope_dim, kinds, splits,
+        rows, row_group, new, total, rank, rope_dim, splits,
         *latent.stride()[:2], *k_rope.stride()[:3], 0 if visual is None else visual.stride(0),
         *((0, 0) if mask is None else mask.stride()[:2]),
         MASK=_mask_kind(mask), FILLED=filled is not None, CONSTANT=constant is not None,
