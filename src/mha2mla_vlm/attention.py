@@ -237,10 +237,9 @@ class MLAAttention(nn.Module):
         if self.modalities != SHARED:
             known = self._known(modality)
             runs, visual = known.runs, known.mask.to(q_rope.device)
-        if not isinstance(stored, Pieces):
-            kernel = find_kernel(self.decode_backend, q_rope, q_nope, ups, stored, mask)
-            if kernel is not None:
-                return kernel(q_rope, q_nope, ups, self.scaling, stored, visual, mask, filled)
+        kernel = find_kernel(self.decode_backend, q_rope, q_nope, ups, stored, mask)
+        if kernel is not None:
+            return kernel(q_rope, q_nope, ups, self.scaling, stored, visual, mask, filled)
         queries = absorb(q_rope, q_nope, ups, self.scaling)
         if isinstance(stored, Pieces):
             sums = attend_pieces(queries, stored, runs, visual, mask)

@@ -24,6 +24,7 @@ class Quantized(NamedTuple):
     low: torch.Tensor
     step: torch.Tensor
     channels: int
+    bits: int
 
     @property
     def tokens(self) -> int:
@@ -38,13 +39,13 @@ class Quantized(NamedTuple):
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "Quantized":
         """The same with a function of every tensor, such as a selection of rows or blocks."""
         codes, low, step = (function(x) for x in self.tensors)
-        return Quantized(codes, low, step, self.channels)
+        return Quantized(codes, low, step, self.channels, self.bits)
 
     def followed_by(self, other: "Quantized") -> "Quantized":
         """These blocks, then those of `other`."""
         pairs = zip(self.tensors, other.tensors, strict=True)
         codes, low, step = (torch.cat(pair, dim=2) for pair in pairs)
-        return Quantized(codes, low, step, self.channels)
+        return Quantized(codes, low, step, self.channels, self.bits)
 
 
 def quantize(x: torch.Tensor, bits: int, block: int) -> Quantized:
@@ -55,12 +56,13 @@ def quantize(x: torch.Tensor, bits: int, block: int) -> Quantized:
     low, high = (x.clamp(limits.min, limits.max) for x in (blocks.amin(3), blocks.amax(3)))
     low, step = low.to(kept), ((high - low) / (2**bits - 1)).clamp_min(limits.tiny).to(kept)
     codes = ((blocks - low.float()[:, :, :, None]) / step.float()[:, :, :, None]).round()
-    return Quantized(_pack(codes.clamp(0, 2**bits - 1).byte(), bits), low, step, x.shape[-1])
+    packed = _pack(codes.clamp(0, 2**bits - 1).byte(), bits)
+    return Quantized(packed, low, step, x.shape[-1], bits)
 
 
-def dequantize(x: Quantized, bits: int, dtype: torch.dtype) -> torch.Tensor:
+def dequantize(x: Quantized, dtype: torch.dtype) -> torch.Tensor:
     """`[B, G, n, C]` again."""
-    codes = _unpack(x.codes, bits)[..., : x.channels].to(dtype)
+    codes = _unpack(x.codes, x.bits)[..., : x.channels].to(dtype)
     values = codes * x.step.to(dtype)[:, :, :, None] + x.low.to(dtype)[:, :, :, None]
     return values.flatten(2, 3)
 

@@ -75,7 +75,7 @@ class QuantizedLatentLayer(LatentLayer):
 
     def stored(self) -> Pieces:
         """All tokens, a few blocks at a time."""
-        return _Tokens(self)
+        return QuantizedTokens(self)
 
     def _quantize(self, count: int) -> None:
         """Move the first `count` of the recent tokens, whole blocks, into few bits."""
@@ -120,9 +120,9 @@ class QuantizedLatentLayer(LatentLayer):
         def part(x: torch.Tensor) -> torch.Tensor:
             return x[:, :, start // block : stop // block]
 
-        latent = dequantize(self.latent.map(part), self.config.nbits, self.keys.dtype)
+        latent = dequantize(self.latent.map(part), self.keys.dtype)
         if isinstance(self.rope, Quantized):
-            return latent, dequantize(self.rope.map(part), self.config.key_bits, self.keys.dtype)
+            return latent, dequantize(self.rope.map(part), self.keys.dtype)
         assert self.rope is not None, "rotated keys come with latents"
         return latent, self.rope[:, :, start:stop]
 
@@ -171,12 +171,22 @@ class QuantizedLatentLayer(LatentLayer):
         self._map(*2 * (lambda x: x[rows.to(x.device)],))
 
 
-class _Tokens(Pieces):
-    """The tokens of a layer, quantised ones first."""
+class QuantizedTokens(Pieces):
+    """The tokens of a layer: those in few bits, `coded`, and after them the `recent` ones."""
 
     def __init__(self, layer: QuantizedLatentLayer) -> None:
         self.layer = layer
         self.length = layer.get_seq_length()
+
+    @property
+    def coded(self) -> tuple[Quantized | None, Quantized | torch.Tensor | None]:
+        """Latents and rotated keys of the first tokens, which may be none; keys may be left as they are."""
+        return self.layer.latent, self.layer.rope
+
+    @property
+    def recent(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Latents `[B, 1, n, r]` and rotated keys `[B, G, n, R]` of the last tokens."""
+        return self.layer.keys, self.layer.values
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         block, stop = self.layer.config.q_group_size, self.layer.quantized_length
@@ -185,7 +195,7 @@ class _Tokens(Pieces):
             latent, rope = self.layer.numbers(start, min(start + size, stop))
             yield latent[:, 0], rope
         if self.length > stop:
-            yield self.layer.keys[:, 0], self.layer.values
+            yield self.recent[0][:, 0], self.recent[1]
 
 
 def quantized_cache(**config: Any) -> LatentCache:

@@ -9,6 +9,8 @@ from helpers import prompt_inputs, random_mla, set_attention
 from mha2mla_vlm.absorption import Up, absorb, attend, dense_mask, expand
 from mha2mla_vlm.cache import TokenModality
 from mha2mla_vlm.kernels import cpu_decode, find_kernel
+from mha2mla_vlm.quantization import dequantize
+from mha2mla_vlm.quantized_cache import quantized_cache
 
 pytestmark = pytest.mark.skipif(
     cpu_decode.library() is None, reason="needs a C++ compiler and AVX-512 BF16 (see the log)"
@@ -55,8 +57,8 @@ def visual_of(batch, total, start, stop):
     return mask
 
 
-def both(queries, ups, piece, visual, mask=None, filled=None):
-    """Outputs of the specification in float32, and of the kernel."""
+def both(queries, ups, piece, visual, mask=None, filled=None, stored=None):
+    """Outputs of the specification in float32, and of the kernel, over `stored` where it is given."""
     exact = [
         replace(up, weight=up.weight.float(), bias=None if up.bias is None else up.bias.float()) for up in ups
     ]
@@ -65,7 +67,7 @@ def both(queries, ups, piece, visual, mask=None, filled=None):
     absorbed = absorb(*(x.float() for x in queries), exact, SCALING)
     sums = attend(absorbed, tuple(x.float() for x in piece), runs, visual, mask)
     expected = expand(sums, exact, queries[0].shape[2])
-    return expected, cpu_decode.decode(*queries, ups, SCALING, piece, visual, mask, filled)
+    return expected, cpu_decode.decode(*queries, ups, SCALING, stored or piece, visual, mask, filled)
 
 
 def assert_close(got, expected):
@@ -120,6 +122,55 @@ def test_views_of_larger_buffers_and_room_that_is_not_filled():
     latent[:, 150:] = torch.nan
     mask = dense_mask(None, 1, 200, torch.device("cpu"), filled)
     assert torch.equal(cpu_decode.decode(*queries, ups, SCALING, (latent, k_rope), visual, mask, filled), got)
+
+
+def tokens_of(tokens):
+    """Latents and rotated keys of a quantised layer, not rounded again."""
+    pairs = zip(tokens.coded, tokens.recent, strict=True)
+    first, second = (
+        torch.cat([*([] if few is None else [dequantize(few, torch.float32)]), rest.float()], dim=2)
+        for few, rest in pairs
+    )
+    return first[:, 0], second
+
+
+@pytest.mark.parametrize("shape", ["odd", "qwen2.5-vl-7b", "llava-1.5-7b at 32"])
+@pytest.mark.parametrize(("bits", "key_bits", "block"), [(8, 8, 64), (4, 4, 64), (2, 4, 128)])
+def test_tokens_in_few_bits(shape, bits, key_bits, block):
+    queries, ups, (latent, k_rope) = case(shape, batch=2, total=300)
+    cache = quantized_cache(nbits=bits, rope_nbits=key_bits, q_group_size=block, residual_length=128)
+    cache.update(latent[:, None], k_rope, 0)
+    tokens = cache.layers[0].stored()
+    assert tokens.coded[0].tokens == 256
+    visual = visual_of(2, 300, 5, 200)
+    shown = torch.ones(2, 300, dtype=torch.long)
+    shown[0, :70] = 0
+    mask = dense_mask(shown, 1, 300, torch.device("cpu"))
+    assert cpu_decode.can_run(*queries, ups, tokens, mask)
+    expected, got = both(queries, ups, tokens_of(tokens), visual, mask, stored=tokens)
+    assert_close(got, expected)
+
+
+def test_rows_and_lengths_of_a_quantised_cache():
+    queries, ups, (latent, k_rope) = case("odd", batch=3, total=300)
+    visual = visual_of(3, 300, 5, 200)
+    cache = quantized_cache()
+    cache.update(latent[:, None, :128], k_rope[:, :, :128], 0)
+    cache.update(latent[:, None, 128:], k_rope[:, :, 128:], 0)
+    cache.reorder_cache(torch.tensor([2, 0, 1]))
+    for kept in (300, 250, 190, 128, 60):
+        cache.crop(kept - cache.get_seq_length())
+        tokens = cache.layers[0].stored()
+        expected, got = both(queries, ups, tokens_of(tokens), visual[:, :kept], stored=tokens)
+        assert_close(got, expected)
+
+
+def test_few_bits_that_it_leaves_to_pytorch():
+    queries, ups, (latent, k_rope) = case("odd", total=300)
+    for config in ({"q_group_size": 32}, {"rope_nbits": 16}):
+        cache = quantized_cache(**config)
+        cache.update(latent[:, None], k_rope, 0)
+        assert not cpu_decode.can_run(*queries, ups, cache.layers[0].stored(), None)
 
 
 def test_calls_of_other_sizes_in_turn():

@@ -4,12 +4,13 @@
 // cache in one pass (scores, softmax and sums of a tile of tokens while they are in the L2 cache), and
 // applies the value half. Everything is one product of bfloat16 pairs, summed in float32:
 //     out[i][lane] += sum over k of a[i][k] * x[k][lane]
-// where a is queries or weights, and x is rows packed so that a vector holds 16 lanes of pairs.
+// where a is queries or weights, and x is rows packed so that a vector holds 16 lanes of pairs. Tokens in few
+// bits become numbers a tile at a time.
 //
 // Shapes: B batch, T new tokens, S all tokens, G KV heads, M query heads per KV head, R rope dims, N other
 // dims, D head dim, r latent dims, K modalities; Q = G * M * T rows, ordered by KV head, head, token.
 
-#include "cpu_product.h"
+#include "cpu_source.h"
 
 #include <cmath>
 #include <vector>
@@ -29,10 +30,7 @@ struct Call {
   float scaling;
   const bf16 *q_rope, *q_nope;  // [B, Q, R] and [B, Q, N], dense
   Up up[2];
-  const bf16* latent;  // [B, S, r]
-  long latent_batch, latent_token;
-  const bf16* k_rope;  // [B, G, S, R]
-  long key_batch, key_group, key_token;
+  Source latent, k_rope;  // [B, 1, S, r] and [B, G, S, R]
   const uint8_t* visual;  // [B, S], or null where there is one modality
   long visual_batch;
   const uint8_t* mask;  // [B, T, S], what is seen, or null
@@ -68,6 +66,7 @@ struct Scratch {
   __m512i *rows = nullptr, *columns = nullptr;
   float *scores = nullptr, *other = nullptr;
   uint32_t *weights = nullptr, *pairs = nullptr;
+  bf16 *latent = nullptr, *keys = nullptr;  // tiles of tokens that are stored in few bits
   long row_room = 0, width_room = 0, tile_room = 0;
 
   void fit(const Call& c, const Sizes& z) {
@@ -76,7 +75,8 @@ struct Scratch {
     if (rows_wanted <= row_room && width_wanted <= width_room && tile_wanted <= tile_room) return;
     row_room = std::max(row_room, rows_wanted), width_room = std::max(width_room, width_wanted);
     tile_room = std::max(tile_room, tile_wanted);
-    for (void* p : {(void*)rows, (void*)columns, (void*)scores, (void*)other, (void*)weights, (void*)pairs})
+    for (void* p : {(void*)rows, (void*)columns, (void*)scores, (void*)other, (void*)weights, (void*)pairs,
+                    (void*)latent, (void*)keys})
       std::free(p);
     rows = buffer<__m512i>(TILE / LANES * width_room / 2);
     columns = buffer<__m512i>(tile_room / 2 * (width_room / LANES));
@@ -84,6 +84,8 @@ struct Scratch {
     other = buffer<float>(row_room * std::max<long>(TILE, width_room));
     weights = buffer<uint32_t>(2 * row_room * TILE / 2);
     pairs = buffer<uint32_t>(2 * row_room * width_room / 2);
+    latent = buffer<bf16>(TILE * width_room);
+    keys = buffer<bf16>(TILE * width_room);
   }
 };
 
@@ -129,13 +131,12 @@ int visual_bits(const Call& c, int b, long token, int count, uint32_t* seen) {
 }
 
 // Scores of a tile of tokens, not yet scaled.
-void score(const Call& c, const Sizes& z, int b, long token, int count, const uint32_t* seen, int visual,
-           const uint32_t* queries, const float* constants, Fetch* fetch) {
+void score(const Call& c, const Sizes& z, int b, long token, int count, Rows latent, const uint32_t* seen,
+           int visual, const uint32_t* queries, const float* constants, Fetch* fetch) {
   Scratch& s = scratch;
   const int blocks = (count + LANES - 1) / LANES;
-  const bf16* latent = c.latent + b * c.latent_batch + token * c.latent_token;
   for (int j = 0; j < blocks; ++j)
-    pack_rows(latent + j * LANES * c.latent_token, c.latent_token, count - j * LANES, c.rank, s.rows + j * z.pairs);
+    pack_rows(latent.at + j * LANES * latent.row, latent.row, count - j * LANES, c.rank, s.rows + j * z.pairs);
   const int first = visual == count ? c.kinds - 1 : 0, last = visual ? c.kinds - 1 : 0;
   for (int k = first; k <= last; ++k) {
     float* to = k == first ? s.scores : s.other;
@@ -150,12 +151,9 @@ void score(const Call& c, const Sizes& z, int b, long token, int count, const ui
       _mm512_mask_storeu_ps(s.scores + i * TILE + at, seen[at / LANES], _mm512_loadu_ps(s.other + i * TILE + at));
   for (int g = 0; g < c.groups; ++g) {
     const long row = long(g) * c.row_group;
-    const bf16* keys = c.k_rope + b * c.key_batch + g * c.key_group + token * c.key_token;
-    for (int j = 0; j < blocks; ++j)
-      pack_rows(keys + j * LANES * c.key_token, c.key_token, count - j * LANES, c.rope, s.rows + j * z.key_pairs);
+    const Rows keys = rows_of(c.k_rope, b, g, token, count, c.rope, s.keys);
     const uint32_t* q = (const uint32_t*)(c.q_rope + (long(b) * z.rows + row) * c.rope);
-    product(c.row_group, blocks,
-            {q, c.rope / 2, s.rows, z.key_pairs, z.key_pairs, s.scores + row * TILE, TILE});
+    product_with_rows(c.row_group, q, c.rope / 2, keys, count, c.rope, s.rows, s.scores + row * TILE);
   }
 }
 
@@ -217,11 +215,9 @@ Fetch ahead(const Call& c, int b, long token, long stop) {
   const long count = std::min<long>(TILE, stop - token);
   Fetch fetch;
   if (count <= 0) return fetch;
-  fetch.at = (const char*)(c.latent + b * c.latent_batch + token * c.latent_token);
-  fetch.lines = count * c.latent_token / 32;
-  fetch.next = (const char*)(c.k_rope + b * c.key_batch + token * c.key_token);
-  fetch.next_lines = count * c.key_token / 32;
-  fetch.distance = c.key_group * 2;
+  const Span latent = span_of(c.latent, b, token, count), keys = span_of(c.k_rope, b, token, count);
+  fetch.at = latent.at, fetch.lines = latent.bytes / 64;
+  fetch.next = keys.at, fetch.next_lines = keys.bytes / 64, fetch.distance = keys.distance;
   fetch.regions = c.groups;
   return fetch;
 }
@@ -239,10 +235,11 @@ void attend(const Call& c, const Sizes& z, int b, long start, long stop, const u
     uint32_t seen[TILE / LANES];
     const int visual = visual_bits(c, b, token, count, seen);
     Fetch fetch = ahead(c, b, token + TILE, stop);
-    score(c, z, b, token, count, seen, visual, queries, constants, &fetch);
+    const Rows latent = rows_of(c.latent, b, 0, token, count, c.rank, s.latent);
+    score(c, z, b, token, count, latent, seen, visual, queries, constants, &fetch);
     const bool both = visual && visual < count;
     weigh(c, z, b, token, count, seen, both, part);
-    pack_columns(c.latent + b * c.latent_batch + token * c.latent_token, c.latent_token, count, c.rank, s.columns);
+    pack_columns(latent.at, latent.row, count, c.rank, s.columns);
     const int pairs = (count + 1) / 2;
     for (int k = 0; k < (both ? 2 : 1); ++k) {
       const int kind = both ? k : visual ? c.kinds - 1 : 0;
@@ -297,11 +294,9 @@ void expand(const Call& c, const Sizes& z, int b, int g, const Part* parts, int 
     for (int k = 0; k < c.kinds; ++k) {
       if (!used[k]) continue;
       const bf16* rows = c.up[k].value + g * c.up[k].group + long(d) * c.rank;
-      for (int j = 0; j < blocks; ++j)
-        pack_rows(rows + long(j) * LANES * c.rank, c.rank, lanes - j * LANES, c.rank, s.rows + j * z.pairs,
-                  LANES * long(c.rank));
       const uint32_t* a = s.pairs + long(k) * c.row_group * query_row;
-      product(c.row_group, blocks, {a, query_row, s.rows, z.pairs, z.pairs, output, TILE});
+      product_with_rows(c.row_group, a, query_row, {rows, c.rank}, lanes, c.rank, s.rows, output,
+                        LANES * long(c.rank));
     }
     for (int i = 0; i < c.row_group; ++i) {
       for (int k = 0; k < c.kinds; ++k) {

@@ -16,14 +16,20 @@ import subprocess
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Self
 
 import torch
 
 from mha2mla_vlm.absorption import Piece, Up
+from mha2mla_vlm.cache import Pieces
+from mha2mla_vlm.quantization import Quantized
+from mha2mla_vlm.quantized_cache import QuantizedTokens
 
 logger = logging.getLogger(__name__)
 SOURCE = Path(__file__).with_suffix(".cpp")
-HEADER = SOURCE.with_name("cpu_product.h")
+HEADERS = tuple(sorted(SOURCE.parent.glob("cpu_*.h")))
+TILE = 64  # tokens, as in cpu_product.h
+RANGES = torch.float16
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-fopenmp")
 
 _long, _int, _pointer = ctypes.c_long, ctypes.c_int, ctypes.c_void_p
@@ -36,6 +42,30 @@ class _Up(ctypes.Structure):
     )  # fmt: skip
 
 
+class _Source(ctypes.Structure):
+    _fields_ = (
+        ("numbers", _pointer), ("batch", _long), ("head", _long), ("token", _long),
+        ("codes", _pointer), ("low", _pointer), ("step", _pointer),
+        *((name, _long) for name in (
+            "coded", "code_batch", "code_head", "code_token", "range_batch", "range_head",
+        )),
+        ("bits", _int), ("block", _int),
+    )  # fmt: skip
+
+    @classmethod
+    def of(cls, x: torch.Tensor) -> Self:
+        """Numbers `[B, heads, S, width]`."""
+        batch, head, token, _ = x.stride()
+        return cls(numbers=x.data_ptr(), batch=batch, head=head, token=token)
+
+    def precede(self, coded: Quantized) -> None:
+        """Put tokens in few bits before the numbers."""
+        self.codes, self.low, self.step = (x.data_ptr() for x in coded.tensors)
+        self.code_batch, self.code_head, _, self.code_token, _ = coded.codes.stride()
+        self.range_batch, self.range_head = coded.low.stride()[:2]
+        self.coded, self.block, self.bits = coded.tokens, coded.codes.shape[3], coded.bits
+
+
 class _Call(ctypes.Structure):
     _fields_ = (
         *((name, _int) for name in (
@@ -43,8 +73,7 @@ class _Call(ctypes.Structure):
         )),
         ("total", _long), ("scaling", ctypes.c_float),
         ("q_rope", _pointer), ("q_nope", _pointer), ("up", _Up * 2),
-        ("latent", _pointer), ("latent_batch", _long), ("latent_token", _long),
-        ("k_rope", _pointer), ("key_batch", _long), ("key_group", _long), ("key_token", _long),
+        ("latent", _Source), ("k_rope", _Source),
         ("visual", _pointer), ("visual_batch", _long),
         ("mask", _pointer), ("mask_batch", _long), ("mask_row", _long),
         ("out", _pointer),
@@ -52,18 +81,23 @@ class _Call(ctypes.Structure):
 
 
 def can_run(
-    q_rope: torch.Tensor, q_nope: torch.Tensor, ups: Sequence[Up], piece: Piece, mask: torch.Tensor | None
+    q_rope: torch.Tensor,
+    q_nope: torch.Tensor,
+    ups: Sequence[Up],
+    stored: Piece | Pieces,
+    mask: torch.Tensor | None,
 ) -> bool:
     """Whether the kernel takes these tensors, and can be built here."""
-    tensors = (q_rope, q_nope, *piece, *(up.weight for up in ups))
+    if isinstance(stored, Pieces) and not (isinstance(stored, QuantizedTokens) and _in_tiles(stored)):
+        return False
+    tensors = (q_rope, q_nope, *_numbers(stored), *(up.weight for up in ups))
     if not all(up.weight.is_contiguous() for up in ups):
         return False
     if any(x.device.type != "cpu" or x.dtype != torch.bfloat16 for x in tensors):
         return False
-    graded = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     even = q_rope.shape[-1] % 2 == 0
     known_mask = mask is None or mask.dtype == torch.bool
-    if graded or not even or not known_mask or torch.compiler.is_compiling():
+    if not even or not known_mask or torch.compiler.is_compiling():
         return False
     return library() is not None
 
@@ -73,13 +107,14 @@ def decode(
     q_nope: torch.Tensor,
     ups: Sequence[Up],
     scaling: float,
-    piece: Piece,
+    stored: Piece | Pieces,
     visual: torch.Tensor | None,
-    mask: torch.Tensor | None,
+    mask: torch.Tensor | None = None,
     filled: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention of `q_rope [B, H, T, R]` and `q_nope [B, H, T, N]` over latents, `[B, T, H, D]`.
 
+    `stored` is tensors, or tokens in few bits as `quantized_cache` keeps them (ranges in float16).
     `visual [B, S]` is the modality of tokens (None: one modality), `mask` a `dense_mask` of bool, and
     `filled` the number of tokens in use, if a mask hides the others.
     """
@@ -88,17 +123,21 @@ def decode(
     batch, heads, new, _ = q_rope.shape
     groups, head_dim = ups[0].kv_heads, q_rope.shape[-1] + q_nope.shape[-1]
     q_rope, q_nope = q_rope.contiguous(), q_nope.contiguous()
-    latent, k_rope = (x if x.stride(-1) == 1 else x.contiguous() for x in piece)
-    total = latent.shape[1] if filled is None else int(filled)
+    latent, k_rope = (x if x.stride(-1) == 1 else x.contiguous() for x in _numbers(stored))
+    total = latent.shape[2] if filled is None else int(filled)
+    sources = _Source.of(latent), _Source.of(k_rope)
+    if isinstance(stored, QuantizedTokens):
+        total = stored.length
+        for source, coded in zip(sources, stored.coded, strict=True):
+            if coded is not None:
+                source.precede(coded)
     out = q_rope.new_empty(batch, heads, new, head_dim)
     call = _Call(
         batch=batch, groups=groups, row_group=heads * new // groups, new_tokens=new,
         rope=q_rope.shape[-1], nope=q_nope.shape[-1], head=head_dim, rank=latent.shape[-1],
         kinds=len(ups), threads=torch.get_num_threads(), total=total, scaling=scaling,
         q_rope=q_rope.data_ptr(), q_nope=q_nope.data_ptr(), up=(_Up * 2)(*map(_up_of, ups)),
-        latent=latent.data_ptr(), latent_batch=latent.stride(0), latent_token=latent.stride(1),
-        k_rope=k_rope.data_ptr(), key_batch=k_rope.stride(0), key_group=k_rope.stride(1),
-        key_token=k_rope.stride(2), out=out.data_ptr(),
+        latent=sources[0], k_rope=sources[1], out=out.data_ptr(),
     )  # fmt: skip
     if visual is not None and len(ups) == 2:
         visual = visual if visual.stride(-1) == 1 else visual.contiguous()
@@ -109,6 +148,23 @@ def decode(
         call.mask, call.mask_batch, call.mask_row = rows.data_ptr(), rows.stride(0), rows.stride(1)
     call_library.mha2mla_decode(ctypes.byref(call))
     return out.transpose(1, 2)
+
+
+def _numbers(stored: Piece | Pieces) -> tuple[torch.Tensor, torch.Tensor]:
+    """Latents `[B, 1, S, r]` and rotated keys `[B, G, S, R]` that are stored as they are."""
+    if isinstance(stored, QuantizedTokens):
+        return stored.recent
+    assert not isinstance(stored, Pieces), "can_run says so"
+    return stored[0][:, None], stored[1]
+
+
+def _in_tiles(stored: QuantizedTokens) -> bool:
+    """Whether tokens in few bits, if any, come in blocks that the kernel's tiles of tokens divide."""
+    return all(
+        coded is None
+        or (isinstance(coded, Quantized) and coded.codes.shape[3] % TILE == 0 and coded.low.dtype == RANGES)
+        for coded in stored.coded
+    )
 
 
 def _up_of(up: Up) -> _Up:
@@ -158,7 +214,7 @@ def _fingerprint(compiler: str) -> str:
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
     parts = (
         SOURCE.read_bytes(),
-        HEADER.read_bytes(),
+        *(header.read_bytes() for header in HEADERS),
         version,
         _processor().encode(),
         " ".join(FLAGS).encode(),

@@ -184,6 +184,61 @@ void pack_columns(const bf16* from, long row, int rows, int width, __m512i* x, l
   }
 }
 
+// Dense rows of numbers, `row` apart.
+struct Rows {
+  const bf16* at;
+  long row;
+};
+
+// The sum of each of 16 vectors.
+__m512 sum_each(const __m512* v) {
+  __m512 twos[8], fours[4];
+  for (int i = 0; i < 8; ++i)
+    twos[i] = _mm512_add_ps(_mm512_unpacklo_ps(v[2 * i], v[2 * i + 1]), _mm512_unpackhi_ps(v[2 * i], v[2 * i + 1]));
+  for (int i = 0; i < 4; ++i) {
+    const __m512d a = _mm512_castps_pd(twos[2 * i]), b = _mm512_castps_pd(twos[2 * i + 1]);
+    fours[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+  }
+  const auto halves = [](__m512 a, __m512 b) {
+    return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+  };
+  return halves(halves(fours[0], fours[1]), halves(fours[2], fours[3]));
+}
+
+// out[i][lane] += a[i] . rows[lane] for up to 16 rows, without packing them
+void dots(int count, const uint32_t* a, long a_row, Rows x, int lanes, int width, float* out, long ahead) {
+  const bf16* row[LANES];
+  for (int j = 0; j < LANES; ++j) row[j] = x.at + std::min(j, lanes - 1) * x.row;
+  for (int i = 0; i < count; ++i) {
+    __m512 sum[LANES];
+    for (auto& one : sum) one = _mm512_setzero_ps();
+    for (int at = 0; at < width; at += 32) {
+      const __m512bh one = (__m512bh)load((const bf16*)(a + i * a_row) + at, width - at);
+      if (i == 0 && ahead)
+        for (int j = 0; j < LANES; ++j) _mm_prefetch((const char*)(row[j] + at + ahead), _MM_HINT_T1);
+#pragma GCC unroll 16
+      for (int j = 0; j < LANES; ++j) sum[j] = _mm512_dpbf16_ps(sum[j], one, (__m512bh)load(row[j] + at, width - at));
+    }
+    float* to = out + i * TILE;
+    _mm512_storeu_ps(to, _mm512_add_ps(_mm512_loadu_ps(to), sum_each(sum)));
+  }
+}
+
+// out[i][j] += a[i] . rows[j] for a tile of rows; packs them into `room` where many a's share the work of it
+void product_with_rows(int count, const uint32_t* a, long a_row, Rows x, int lanes, int width, __m512i* room,
+                       float* out, long ahead = 0) {
+  const bool pack = 18 * count >= width;  // instructions of packing against those of summing lanes
+  const int pairs = (width + 1) / 2, blocks = (lanes + LANES - 1) / LANES;
+  for (int j = 0; j < blocks; ++j) {
+    const Rows some = {x.at + j * LANES * x.row, x.row};
+    if (pack)
+      pack_rows(some.at, some.row, lanes - j * LANES, width, room + j * pairs, ahead);
+    else
+      dots(count, a, a_row, some, std::min(LANES, lanes - j * LANES), width, out + j * LANES, ahead);
+  }
+  if (pack) product(count, blocks, {a, a_row, room, pairs, pairs, out, TILE});
+}
+
 void round_row(const float* from, int width, uint32_t* to) {  // float32 to pairs of bfloat16
   for (int at = 0; at < width; at += LANES)
     _mm256_storeu_si256((__m256i*)((bf16*)to + at), (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(from + at)));

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from mha2mla_vlm.absorption import Piece, Queries, Sums, Up, absorb, expand
+from mha2mla_vlm.cache import Pieces
 
 LEAST = 16  # what a side of `tl.dot` must have
 SPLIT_SIZES = (128, 4096)  # tokens of a split, least and most
@@ -146,11 +147,12 @@ def _merge_kernel(
         tl.store(text_mass + batch * rows + row, text.to(text_mass.dtype.element_ty))
 
 
-def can_run(q_rope: torch.Tensor, q_nope: torch.Tensor, ups: Sequence[Up], piece: Piece) -> bool:
-    """Whether the kernels take these tensors: a number format that they know, and no gradients."""
-    tensors = (q_rope, q_nope, *piece, *(up.weight for up in ups))
-    graded = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-    return not graded and all(x.dtype == q_rope.dtype and x.dtype in DTYPES for x in tensors)
+def can_run(q_rope: torch.Tensor, q_nope: torch.Tensor, ups: Sequence[Up], stored: Piece | Pieces) -> bool:
+    """Whether the kernels take these tensors: stored as they are, in a number format that they know."""
+    if isinstance(stored, Pieces):
+        return False
+    tensors = (q_rope, q_nope, *stored, *(up.weight for up in ups))
+    return all(x.dtype == q_rope.dtype and x.dtype in DTYPES for x in tensors)
 
 
 def decode(
