@@ -49,13 +49,13 @@ struct Part {
 };
 
 struct Sizes {
-  int rows, rank, pairs, key_pairs, columns;
+  int rows, lanes, rank, pairs, columns;  // lanes: rows, up to whole vectors
   int sums_row, query_row;  // float32 and pairs to the next row: a cache line over, not to share cache sets
   explicit Sizes(const Call& c)
       : rows(c.groups * c.row_group),
+        lanes(up_to(rows, LANES)),
         rank(up_to(c.rank, 32)),
         pairs((c.rank + 1) / 2),
-        key_pairs((c.rope + 1) / 2),
         columns(up_to(c.rank, LANES)),
         sums_row(rank + LANES),
         query_row(rank / 2 + LANES) {}
@@ -63,22 +63,24 @@ struct Sizes {
 
 // What a thread works in; kept from call to call, and enlarged when a call needs more.
 struct Scratch {
-  __m512i *rows = nullptr, *columns = nullptr;
-  float *scores = nullptr, *other = nullptr;
+  __m512i *rows = nullptr, *columns = nullptr, *queries = nullptr;
+  float *scores = nullptr, *other = nullptr, *turned = nullptr;
   uint32_t *weights = nullptr, *pairs = nullptr;
   bf16 *latent = nullptr, *keys = nullptr;  // tiles of tokens that are stored in few bits
   long row_room = 0, width_room = 0, tile_room = 0;
 
   void fit(const Call& c, const Sizes& z) {
-    const long rows_wanted = z.rows, width_wanted = std::max({z.rank, up_to(c.rope, 32), up_to(c.nope, 32), 32});
+    const long rows_wanted = z.lanes, width_wanted = std::max({z.rank, up_to(c.rope, 32), up_to(c.nope, 32), 32});
     const long tile_wanted = std::max(TILE, up_to(std::max(c.nope, c.head), LANES));
     if (rows_wanted <= row_room && width_wanted <= width_room && tile_wanted <= tile_room) return;
     row_room = std::max(row_room, rows_wanted), width_room = std::max(width_room, width_wanted);
     tile_room = std::max(tile_room, tile_wanted);
-    for (void* p : {(void*)rows, (void*)columns, (void*)scores, (void*)other, (void*)weights, (void*)pairs,
-                    (void*)latent, (void*)keys})
+    for (void* p : {(void*)rows, (void*)columns, (void*)queries, (void*)scores, (void*)other, (void*)turned,
+                    (void*)weights, (void*)pairs, (void*)latent, (void*)keys})
       std::free(p);
-    rows = buffer<__m512i>(TILE / LANES * width_room / 2);
+    rows = buffer<__m512i>(std::max(TILE / LANES * width_room / 2, row_room));
+    queries = buffer<__m512i>(2 * row_room / LANES * width_room / 2);
+    turned = buffer<float>(TILE * row_room);
     columns = buffer<__m512i>(tile_room / 2 * (width_room / LANES));
     scores = buffer<float>(row_room * TILE);
     other = buffer<float>(row_room * std::max<long>(TILE, width_room));
@@ -111,7 +113,7 @@ void absorb(const Call& c, const Sizes& z, int b, int g, uint32_t* queries, floa
       float sum = 0;
       for (int n = 0; up.key_bias && n < c.nope; ++n)
         sum += number(nope[i * c.nope + n]) * number(up.key_bias[g * up.bias_group + n]);
-      constants[k * z.rows + first + i] = sum;
+      constants[k * z.lanes + first + i] = sum;
     }
   }
 }
@@ -130,21 +132,35 @@ int visual_bits(const Call& c, int b, long token, int count, uint32_t* seen) {
   return visual;
 }
 
+// Queries as lanes, for `score`.
+void pack_queries(const Call& c, const Sizes& z, const uint32_t* queries) {
+  for (int k = 0; k < c.kinds; ++k)
+    for (int i = 0; i < z.rows; i += LANES)
+      pack_rows((const bf16*)(queries + (long(k) * z.rows + i) * z.query_row), 2L * z.query_row, z.rows - i, c.rank,
+                scratch.queries + (long(k) * z.lanes + i) / LANES * z.pairs);
+}
+
+// to[i][token] = queries[i] . latent[token] + constant, for all rows and a tile of tokens
+void score_latent(const Sizes& z, int count, Rows latent, const __m512i* queries, const float* constants, float* to,
+                  Fetch* fetch) {
+  Scratch& s = scratch;
+  for (int t = 0; t < count; ++t) std::memcpy(s.turned + long(t) * z.lanes, constants, z.lanes * 4);
+  product(count, z.lanes / LANES,
+          {(const uint32_t*)latent.at, latent.row / 2, queries, z.pairs, z.pairs, s.turned, z.lanes}, fetch);
+  for (int at = 0; at < count; at += LANES) {  // numbers of 32 bits turn as pairs do
+    pack_rows((const bf16*)(s.turned + long(at) * z.lanes), 2L * z.lanes, count - at, 2 * z.rows, s.rows);
+    for (int i = 0; i < z.rows; ++i) _mm512_storeu_si512(to + i * TILE + at, s.rows[i]);
+  }
+}
+
 // Scores of a tile of tokens, not yet scaled.
 void score(const Call& c, const Sizes& z, int b, long token, int count, Rows latent, const uint32_t* seen,
-           int visual, const uint32_t* queries, const float* constants, Fetch* fetch) {
+           int visual, const float* constants, Fetch* fetch) {
   Scratch& s = scratch;
-  const int blocks = (count + LANES - 1) / LANES;
-  for (int j = 0; j < blocks; ++j)
-    pack_rows(latent.at + j * LANES * latent.row, latent.row, count - j * LANES, c.rank, s.rows + j * z.pairs);
   const int first = visual == count ? c.kinds - 1 : 0, last = visual ? c.kinds - 1 : 0;
   for (int k = first; k <= last; ++k) {
-    float* to = k == first ? s.scores : s.other;
-    for (int i = 0; i < z.rows; ++i)
-      for (int at = 0; at < TILE; at += LANES)
-        _mm512_storeu_ps(to + i * TILE + at, _mm512_set1_ps(constants[k * z.rows + i]));
-    product(z.rows, blocks,
-            {queries + long(k) * z.rows * z.query_row, z.query_row, s.rows, z.pairs, z.pairs, to, TILE}, fetch);
+    const __m512i* queries = s.queries + long(k) * z.lanes / LANES * z.pairs;
+    score_latent(z, count, latent, queries, constants + k * z.lanes, k == first ? s.scores : s.other, fetch);
   }
   for (int i = 0; first != last && i < z.rows; ++i)
     for (int at = 0; at < TILE; at += LANES)
@@ -226,6 +242,7 @@ Fetch ahead(const Call& c, int b, long token, long stop) {
 void attend(const Call& c, const Sizes& z, int b, long start, long stop, const uint32_t* queries,
             const float* constants, Part part) {
   Scratch& s = scratch;
+  pack_queries(c, z, queries);
   std::memset(part.sums, 0, long(c.kinds) * z.rows * z.sums_row * 4);
   std::fill(part.top, part.top + z.rows, LOWEST);
   std::memset(part.mass, 0, z.rows * 4);
@@ -236,7 +253,7 @@ void attend(const Call& c, const Sizes& z, int b, long start, long stop, const u
     const int visual = visual_bits(c, b, token, count, seen);
     Fetch fetch = ahead(c, b, token + TILE, stop);
     const Rows latent = rows_of(c.latent, b, 0, token, count, c.rank, s.latent);
-    score(c, z, b, token, count, latent, seen, visual, queries, constants, &fetch);
+    score(c, z, b, token, count, latent, seen, visual, constants, &fetch);
     const bool both = visual && visual < count;
     weigh(c, z, b, token, count, seen, both, part);
     pack_columns(latent.at, latent.row, count, c.rank, s.columns);
@@ -320,7 +337,7 @@ extern "C" void mha2mla_decode(const Call* call) {
   const long part_size = long(c.kinds) * z.rows * z.sums_row + 3L * up_to(z.rows, LANES);
   thread_local static float* memory = nullptr;
   thread_local static long room = 0;
-  const long queries_size = long(c.kinds) * z.rows * z.query_row, constants_size = up_to(c.kinds * z.rows, LANES);
+  const long queries_size = long(c.kinds) * z.rows * z.query_row, constants_size = c.kinds * z.lanes;
   const long wanted = c.batch * (parts * part_size + queries_size + constants_size);
   if (wanted > room) {
     std::free(memory);

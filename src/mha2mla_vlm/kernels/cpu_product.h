@@ -13,7 +13,7 @@ namespace {
 
 constexpr int LANES = 16;   // float32 in a vector
 constexpr int TILE = 64;    // tokens at a time
-constexpr int MOST_ROWS = 6;    // of a product at once, over 4 blocks of lanes: 24 sums stay in registers
+constexpr int MOST_SUMS = 24;   // vectors that a product keeps in registers
 constexpr float LOWEST = -1e30f;
 
 using bf16 = uint16_t;
@@ -111,17 +111,19 @@ void product_sized(int rows, const Operands& o) {
 
 // out[i][lane] += sum over k of a[i][k] x[k][lane], for rows i and 16 lanes of each of `blocks` blocks.
 void product(int rows, int blocks, Operands o, Fetch* fetch = nullptr) {
-  const int parts = (rows + MOST_ROWS - 1) / MOST_ROWS;
   while (blocks > 0) {
-    const int some = blocks >= 4 ? 4 : 1;
+    const int some = blocks >= 4 ? 4 : std::min(blocks, 2), most = some == 1 ? MOST_SUMS / 2 : MOST_SUMS / some;
+    const int parts = (rows + most - 1) / most;
     Operands part = o;
     for (int done = 0, left = parts; left > 0; --left) {
       const int size = (rows - done + left - 1) / left;
       if (fetch) part.fetch = fetch->take(o.pairs, &part.fetch_lines);
       if (some == 4)
-        product_sized<MOST_ROWS, 4>(size, part);
+        product_sized<MOST_SUMS / 4, 4>(size, part);
+      else if (some == 2)
+        product_sized<MOST_SUMS / 2, 2>(size, part);
       else
-        product_sized<MOST_ROWS, 1>(size, part);
+        product_sized<MOST_SUMS / 2, 1>(size, part);
       done += size, part.a += size * o.a_row, part.out += size * o.out_row;
     }
     blocks -= some, o.x += some * o.x_block, o.out += some * LANES;
@@ -190,53 +192,13 @@ struct Rows {
   long row;
 };
 
-// The sum of each of 16 vectors.
-__m512 sum_each(const __m512* v) {
-  __m512 twos[8], fours[4];
-  for (int i = 0; i < 8; ++i)
-    twos[i] = _mm512_add_ps(_mm512_unpacklo_ps(v[2 * i], v[2 * i + 1]), _mm512_unpackhi_ps(v[2 * i], v[2 * i + 1]));
-  for (int i = 0; i < 4; ++i) {
-    const __m512d a = _mm512_castps_pd(twos[2 * i]), b = _mm512_castps_pd(twos[2 * i + 1]);
-    fours[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
-  }
-  const auto halves = [](__m512 a, __m512 b) {
-    return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
-  };
-  return halves(halves(fours[0], fours[1]), halves(fours[2], fours[3]));
-}
-
-// out[i][lane] += a[i] . rows[lane] for up to 16 rows, without packing them
-void dots(int count, const uint32_t* a, long a_row, Rows x, int lanes, int width, float* out, long ahead) {
-  const bf16* row[LANES];
-  for (int j = 0; j < LANES; ++j) row[j] = x.at + std::min(j, lanes - 1) * x.row;
-  for (int i = 0; i < count; ++i) {
-    __m512 sum[LANES];
-    for (auto& one : sum) one = _mm512_setzero_ps();
-    for (int at = 0; at < width; at += 32) {
-      const __m512bh one = (__m512bh)load((const bf16*)(a + i * a_row) + at, width - at);
-      if (i == 0 && ahead)
-        for (int j = 0; j < LANES; ++j) _mm_prefetch((const char*)(row[j] + at + ahead), _MM_HINT_T1);
-#pragma GCC unroll 16
-      for (int j = 0; j < LANES; ++j) sum[j] = _mm512_dpbf16_ps(sum[j], one, (__m512bh)load(row[j] + at, width - at));
-    }
-    float* to = out + i * TILE;
-    _mm512_storeu_ps(to, _mm512_add_ps(_mm512_loadu_ps(to), sum_each(sum)));
-  }
-}
-
-// out[i][j] += a[i] . rows[j] for a tile of rows; packs them into `room` where many a's share the work of it
+// out[i][j] += a[i] . rows[j] for a tile of rows, which are packed in `room`
 void product_with_rows(int count, const uint32_t* a, long a_row, Rows x, int lanes, int width, __m512i* room,
                        float* out, long ahead = 0) {
-  const bool pack = 18 * count >= width;  // instructions of packing against those of summing lanes
   const int pairs = (width + 1) / 2, blocks = (lanes + LANES - 1) / LANES;
-  for (int j = 0; j < blocks; ++j) {
-    const Rows some = {x.at + j * LANES * x.row, x.row};
-    if (pack)
-      pack_rows(some.at, some.row, lanes - j * LANES, width, room + j * pairs, ahead);
-    else
-      dots(count, a, a_row, some, std::min(LANES, lanes - j * LANES), width, out + j * LANES, ahead);
-  }
-  if (pack) product(count, blocks, {a, a_row, room, pairs, pairs, out, TILE});
+  for (int j = 0; j < blocks; ++j)
+    pack_rows(x.at + j * LANES * x.row, x.row, lanes - j * LANES, width, room + j * pairs, ahead);
+  product(count, blocks, {a, a_row, room, pairs, pairs, out, TILE});
 }
 
 void round_row(const float* from, int width, uint32_t* to) {  // float32 to pairs of bfloat16

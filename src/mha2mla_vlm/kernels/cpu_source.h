@@ -51,11 +51,18 @@ void decode_channels(const Source& s, const uint8_t* codes, int shift, const uin
   }
 }
 
-// The numbers of a tile of tokens of one head, all or none of which are in codes; those in `room`.
+// The numbers of a tile of tokens of one head, all or none of which are in codes, in whole pairs: those in codes
+// or of odd width come to `room`.
 Rows rows_of(const Source& s, int b, int head, long token, int count, int width, bf16* room) {
-  if (token >= s.coded)
-    return {s.numbers + b * s.batch + head * s.head + (token - s.coded) * s.token, s.token};
-  const long row = up_to(width, 32), range = b * s.range_batch + head * s.range_head + token / s.block * width;
+  const long row = up_to(width, 32);
+  for (int t = 0; width % 2 && t < count; ++t) room[t * row + width] = 0;
+  if (token >= s.coded) {
+    const bf16* at = s.numbers + b * s.batch + head * s.head + (token - s.coded) * s.token;
+    if (width % 2 == 0 && s.token % 2 == 0) return {at, s.token};
+    for (int t = 0; t < count; ++t) std::memcpy(room + t * row, at + t * s.token, width * 2);
+    return {room, row};
+  }
+  const long range = b * s.range_batch + head * s.range_head + token / s.block * width;
   const uint8_t* codes = s.codes + b * s.code_batch + head * s.code_head + token * s.code_token;
   for (int part = 0; part < 8 / s.bits; ++part)  // a byte holds channels from equal parts of the width
     for (int at = 0; at < s.code_token; at += 32) {
