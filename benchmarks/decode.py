@@ -7,7 +7,8 @@ Layers have random weights and caches random numbers, of the sizes that conversi
 are left out. Layers take their turn, so that caches come from memory as in a whole model. Columns are
 those of `mha2mla bench`: `attention` from queries to the heads' outputs, against the fastest way that
 PyTorch has for the original; `layer` with all projections and the writing of the cache. Rows go to
-OUT/SHAPE-D_KV.json, and a table of all that are there to OUT/README.md.
+OUT/SHAPE-D_KV.json, with --cache-bits to OUT/SHAPE-D_KV-BITSbit.json, and a table of all that are there to
+OUT/README.md.
 """
 
 import argparse
@@ -23,9 +24,10 @@ from transformers import LlavaConfig, LlavaNextConfig, PreTrainedConfig, Qwen2_5
 
 from mha2mla_vlm.bench.layers import random_caches, time_attention, time_layers
 from mha2mla_vlm.bench.models import byte_counts, compared, device_name, prefill
-from mha2mla_vlm.bench.report import print_rows
+from mha2mla_vlm.bench.report import as_ratio, print_rows
 from mha2mla_vlm.families import get_family
 from mha2mla_vlm.modeling import mla_classes
+from mha2mla_vlm.quantization import BITS
 
 OUT = Path(__file__).parents[1] / "docs" / "decode"
 SHAPES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
@@ -74,13 +76,14 @@ def measure(arguments: argparse.Namespace, shape: str, d_kv: int) -> dict[str, A
     """All rows of a shape."""
     device, dtype = torch.device(arguments.device), getattr(torch, arguments.dtype)
     original, converted = models_of(shape, arguments.layers, d_kv, device, dtype)
+    quantization = None if arguments.cache_bits is None else {"nbits": arguments.cache_bits}
     rows = []
     for batch in arguments.batches:
         for context in arguments.contexts:
             heads = SHAPES[shape][1]["num_key_value_heads"]
             if arguments.layers * batch * context * heads * 128 * 4 > arguments.most_gigabytes * 1e9:
                 continue
-            dense, latent = random_caches(converted, context, batch)
+            dense, latent = random_caches(converted, context, batch, quantization)
             row = {"context": context, "batch": batch} | byte_counts(converted, dense, latent)
             times = time_attention(converted, dense, latent, arguments.seconds)
             row |= compared("attention", times, arguments.layers)
@@ -93,6 +96,7 @@ def measure(arguments: argparse.Namespace, shape: str, d_kv: int) -> dict[str, A
     return {
         "shape": shape,
         "d_kv": d_kv,
+        "cache_bits": arguments.cache_bits,
         "layers": arguments.layers,
         "rows": rows,
         "device": device_name(device),
@@ -105,15 +109,18 @@ def measure(arguments: argparse.Namespace, shape: str, d_kv: int) -> dict[str, A
 def table(folder: Path) -> str:
     """A Markdown table of all results in a folder."""
     lines = [
-        "| shape | d_kv | batch | tokens | MB a layer | cache | attention, ms | attention | layer |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| shape | d_kv | bits | batch | tokens | MB a layer | cache | attention, ms | attention | layer | "
+        "prefill |",
+        f"|{11 * '---|'}",
     ]
     results = [json.loads(path.read_text()) for path in sorted(folder.glob("*-*.json"))]
     for result in results:
         for row in result["rows"]:
             size = row["cache_bytes"] / 1e6 / result["layers"]
-            cells = (result["shape"], result["d_kv"], row["batch"], f"{row['context']:,}", f"{size:.1f}")
-            ratios = [f"{row[f'{name}_ratio']:.2f}" for name in ("cache", "attention", "layer")]
+            kind = (result["shape"], result["d_kv"], result["cache_bits"] or 16)
+            cells = (*kind, row["batch"], f"{row['context']:,}", f"{size:.1f}")
+            names = ("cache", "attention", "layer", "prefill")
+            ratios = [as_ratio(row.get(f"{name}_ratio")) for name in names]
             seconds = f"{1e3 * row['attention_seconds'][0]:.2f}"
             lines.append(f"| {' | '.join(map(str, [*cells, ratios[0], seconds, *ratios[1:]]))} |")
     where = sorted({f"{r['device']}, {r['dtype']}, torch {r['torch']}, {r['date']}" for r in results})
@@ -128,6 +135,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--contexts", nargs="+", type=int, default=[1024, 4096, 16384, 65536])
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
+    parser.add_argument("--cache-bits", type=int, choices=BITS, help="of latents, instead of their numbers")
     parser.add_argument("--prefill", action="store_true", help="time a prompt of up to 4,096 tokens too")
     parser.add_argument("--seconds", type=float, default=4.0, help="for each comparison")
     parser.add_argument("--most-gigabytes", type=float, default=6.0, help="the original's caches at most")
@@ -140,7 +148,8 @@ def main() -> None:
         for d_kv in arguments.d_kv:
             result = measure(arguments, shape, d_kv)
             print_rows(result)
-            path = arguments.output / f"{shape}-{d_kv}.json"
+            bits = f"-{arguments.cache_bits}bit" if arguments.cache_bits else ""
+            path = arguments.output / f"{shape}-{d_kv}{bits}.json"
             path.write_text(json.dumps(result, indent=1) + "\n")
     (arguments.output / "README.md").write_text(table(arguments.output))
     print(json.dumps({"output": str(arguments.output)}))

@@ -4,14 +4,20 @@ import copy
 import functools
 import random
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 from transformers import Cache
 
 from mha2mla_vlm.cli import main
+from mha2mla_vlm.config import SHARED
 from mha2mla_vlm.data import Record, encode
+from mha2mla_vlm.families import get_family
+from mha2mla_vlm.measuring import measure_moments
 from mha2mla_vlm.modeling import decoder_layers, mla_classes
+from mha2mla_vlm.streams import begin
+from mha2mla_vlm.surgery import factored_weights, partial_rope_weights, rebuild
 from mha2mla_vlm.zoo.architectures import new_model
 from mha2mla_vlm.zoo.chats import PAGE_MULTIPLE, make_page
 
@@ -60,6 +66,34 @@ def random_mla(name, *, rope_dim=16, rank=40, modalities=("text", "vision"), see
         for head in attention.rope_pairs:
             head.copy_(torch.randperm(pairs)[: rope_dim // 2].sort().values)
     return model.eval(), processor
+
+
+def with_partial_rope(model, selections, mla):
+    """The model with only these pairs rotated, and keys and values not factorised."""
+    pairs = zip(decoder_layers(model), selections, strict=True)
+    weights = [partial_rope_weights(layer.self_attn, selection) for layer, selection in pairs]
+    return rebuild(model, replace(mla, kv_lora_rank=None, kv_bias=False, modalities=SHARED), weights)
+
+
+def with_factors(model, stats, mla):
+    """A model of partial RoPE with its keys and values factorised."""
+    weights = []
+    for index, layer in enumerate(decoder_layers(model)):
+        whole = {k: v.detach() for k, v in layer.self_attn.state_dict().items()}
+        factors = factored_weights(whole, stats[index], mla, index, layer.self_attn.head_dim)
+        kept = {k: v for k, v in whole.items() if not k.startswith(("kv_a_proj.", "o_proj."))}
+        weights.append(kept | factors)
+    return rebuild(model, mla, weights)
+
+
+def moments_of(model, batches):
+    """Statistics of what goes into every layer's attention."""
+    visual = get_family(model.config.model_type).visual_token_ids(model.config)
+    chats, states = [], {}
+    for chat, hidden in begin(model, batches, visual, torch.device("cpu")):
+        states["calibration", len(chats)] = hidden
+        chats.append(chat)
+    return [measure_moments(layer, chats, states, "calibration") for layer in decoder_layers(model)]
 
 
 def record(name, prompt, seed=0):

@@ -3,7 +3,6 @@
 Shapes: G KV heads, R rope dims kept, r latent dims.
 """
 
-import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +13,6 @@ from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
 
 from mha2mla_vlm.allotment import unit_dims
 from mha2mla_vlm.cache import bytes_per_token
-from mha2mla_vlm.calibration import collect_moments
 from mha2mla_vlm.config import (
     BLOCKS,
     CENTERED,
@@ -28,11 +26,11 @@ from mha2mla_vlm.config import (
 )
 from mha2mla_vlm.data import Record, encode_with_labels
 from mha2mla_vlm.errors import InputError
-from mha2mla_vlm.evaluation import answer_log_probs, mean_kl
 from mha2mla_vlm.families import get_family
+from mha2mla_vlm.layerwise import LayerwiseConversion
 from mha2mla_vlm.profile import Profile, budget_units
-from mha2mla_vlm.progress import console
-from mha2mla_vlm.surgery import converted_config, set_mla, with_factors, with_partial_rope
+from mha2mla_vlm.progress import console, track
+from mha2mla_vlm.surgery import converted_config, rebuild
 from mha2mla_vlm.zoo import ZOO_FOLDER, ZOO_PREFIX
 
 
@@ -57,30 +55,26 @@ def convert(
     _check_placement(model)
     mla = plan(model.config, config)
     calibration, held_out = encode_split(model, processor, records, config)
-    original = [answer_log_probs(model, batch) for batch in held_out]
-
-    kl, weighted = {}, config.factorization in OUTPUT_WEIGHTED
-    if getattr(model.config, "mla", None) is None:
+    if config.share is not None:
         profile = profile or Profile(model, calibration, config)
+        mla = profile.allot(mla, config)
+    if profile is not None:
         profile.check(config)
-        mla = mla if config.share is None else profile.allot(mla, config)
-        _print_plan(model.config, mla)
-        converted = with_partial_rope(model, profile.selections(mla), mla)
-        kl["partial_rope"] = mean_kl(converted, held_out, original)
-        console().print(f"partial RoPE ({config.rope_selection}): KL {kl['partial_rope']:.4f}")
-    else:
-        _print_plan(model.config, mla)
-        converted = copy.deepcopy(model)
+    print_plan(model.config, mla)
+    profiles = None if profile is None else profile.layers
+    conversion = LayerwiseConversion(model, config, mla, device=model.device, profiles=profiles)
+    conversion.begin(calibration, held_out)
+    layers = range(AttentionSizes.of(model.config).layers)
+    weights = [conversion.layer(index) for index in track(layers, "converting layers")]
+    kl = conversion.kl()
+    print_losses(kl)
+    return rebuild(model, replace(mla, kl=kl), weights)
 
-    if config.factorization != "none":
-        visual = get_family(model.config.model_type).visual_token_ids(model.config)
-        known = profile.stats if profile is not None and weighted else None
-        stats = known or collect_moments(converted, calibration, visual)
-        converted = with_factors(converted, stats, mla)
-        kl["factorization"] = mean_kl(converted, held_out, original)
-        console().print(f"factorization ({config.factorization}): KL {kl['factorization']:.4f}")
-    set_mla(converted, replace(cast(MLAConfig, converted.mla_config), kl=kl))
-    return converted
+
+def print_losses(kl: dict[str, float]) -> None:
+    """What each transform costs, on standard error."""
+    for name, value in kl.items():
+        console().print(f"{name.replace('_', ' ')}: KL {value:.4f}")
 
 
 def make_profile(
@@ -187,7 +181,7 @@ def _check_budget(sizes: AttentionSizes, config: ConversionConfig) -> None:
         raise InputError(f"budget = {config.share}: the least for these sizes is {share:g}")
 
 
-def _print_plan(original: Any, mla: MLAConfig) -> None:
+def print_plan(original: Any, mla: MLAConfig) -> None:
     """Say what was chosen, and what a token costs in the cache before and after (16 bits a number)."""
     sizes = AttentionSizes.of(original)
     before, after = bytes_per_token(original), bytes_per_token(converted_config(original, mla))

@@ -48,18 +48,8 @@ def all_right(places: torch.Tensor, right: torch.Tensor) -> list[bool]:
     return [bool(run.all()) for run in right.tensor_split(starts.cpu()) if len(run)]
 
 
-def mean_kl(
-    model: PreTrainedModel, batches: Sequence[BatchFeature], original: Sequence[torch.Tensor]
-) -> float:
-    """Mean over answer tokens of KL(original || model), in nats."""
-    total, count = 0.0, 0
-    for batch, expected in zip(batches, original, strict=True):
-        total += _kl_sum(answer_log_probs(model, batch), expected)
-        count += len(expected)
-    return max(0.0, total / count)
-
-
-def _kl_sum(log_probs: torch.Tensor, expected: torch.Tensor) -> float:
+def kl_sum(log_probs: torch.Tensor, expected: torch.Tensor) -> float:
+    """KL(expected || found) of log probabilities `[A, V]`, summed."""
     return float(
         nn.functional.kl_div(log_probs, expected.to(log_probs.device), reduction="sum", log_target=True)
     )
@@ -171,6 +161,6 @@ def _losses(
         targets = batch["labels"][:, 1:][predicted(batch)]
         loss += float(nn.functional.nll_loss(log_probs, targets, reduction="sum"))
         if baseline is not None:
-            divergence += _kl_sum(log_probs, answer_log_probs(baseline, batch))
+            divergence += kl_sum(log_probs, answer_log_probs(baseline, batch))
         count += len(targets)
     return loss / count, max(0.0, divergence / count)

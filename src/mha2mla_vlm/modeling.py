@@ -131,11 +131,15 @@ class MLAMixin(_Model):
 
     def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
         """As transformers does, plus the module that loads the folder with `trust_remote_code=True`."""
-        code = _REMOTE_CODE.format(config=type(self.config).__name__, model=type(self).__name__)
         Path(save_directory).mkdir(parents=True, exist_ok=True)
-        Path(save_directory, f"{REMOTE_MODULE}.py").write_text(code, encoding="utf-8")
+        self.save_remote_code(save_directory)
         # weights under the names of the modules, not of the family's checkpoints before transformers 5
         super().save_pretrained(save_directory, **{"save_original_format": False, **kwargs})
+
+    def save_remote_code(self, folder: str | Path) -> None:
+        """Write the module that `auto_map` names."""
+        code = _REMOTE_CODE.format(config=type(self.config).__name__, model=type(self).__name__)
+        Path(folder, f"{REMOTE_MODULE}.py").write_text(code, encoding="utf-8")
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:

@@ -8,27 +8,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from transformers import BatchFeature, PreTrainedModel
 
 from mha2mla_vlm.allotment import Curve, Sizes, allot, exchanges, interpolate, unit_dims
 from mha2mla_vlm.attention import MLAAttention
-from mha2mla_vlm.calibration import (
-    LayerStats,
-    collect_moments,
-    collect_pair_covariance,
-    collect_pair_scores,
-    collect_usage,
-)
-from mha2mla_vlm.config import OUTPUT_WEIGHTED, SHARED, AttentionSizes, ConversionConfig, MLAConfig
+from mha2mla_vlm.config import SHARED, AttentionSizes, ConversionConfig, MLAConfig
 from mha2mla_vlm.families import get_family
-from mha2mla_vlm.folding import drop_order, fold_coefficients
+from mha2mla_vlm.layerwise import CALIBRATION
+from mha2mla_vlm.measuring import measure_layer
 from mha2mla_vlm.modeling import decoder_layers
 from mha2mla_vlm.probe import Probe
 from mha2mla_vlm.progress import track
-from mha2mla_vlm.rope import fixed_pairs, top_pairs
+from mha2mla_vlm.streams import Chat, States, begin
 from mha2mla_vlm.surgery import (
-    RopeSelection,
     converted_layer,
     factored_weights,
     partial_rope_weights,
@@ -62,11 +54,16 @@ class Profile:
         self.sizes = AttentionSizes.of(model.config)
         self.visual = get_family(model.config.model_type).visual_token_ids(model.config)
         self.unit = unit_dims(self.sizes.head_dim)
-        self.scores: list[torch.Tensor] = []
-        self.covariances: list[torch.Tensor] = []
-        self.orders: list[torch.Tensor] = []
         self._losses: list[LayerLosses] = []
-        self._collect_pairs()
+        states: States = {}
+        chats: list[Chat] = []
+        for chat, hidden in begin(model, batches, self.visual, model.device):
+            states[CALIBRATION, len(chats)] = hidden
+            chats.append(chat)
+        self.layers = [
+            measure_layer(layer, chats, states, CALIBRATION, config, moments=True).check(index)
+            for index, layer in enumerate(track(decoder_layers(model), "calibrating"))
+        ]
 
     def check(self, config: ConversionConfig) -> None:
         """Raise `ValueError` if this is the profile of another method than that of `config`."""
@@ -74,51 +71,16 @@ class Profile:
         if mine != config:
             raise ValueError(f"the profile was made for {self.config}, not for {config}")
 
-    def _collect_pairs(self) -> None:
-        """What the choice of pairs and the fold need."""
-        name = self.config.rope_selection
-        if name in ("2-norm", "mkl", "rotation-kl"):
-            self.scores = collect_pair_scores(self.model, self.batches, name)
-        if self.config.fold or name == "residual":
-            self.covariances = collect_pair_covariance(self.model, self.batches, self.visual)
-        if name == "residual":
-            self.orders = [drop_order(matrix, fold=self.config.fold) for matrix in self.covariances]
-
-    def selection(self, layer: int, rope_dim: int) -> RopeSelection:
-        """The pairs of a layer that stay rotated, and what the others fold to."""
-        kind: Any = self.config.rope_selection
-        if kind == "residual":
-            pairs = self.orders[layer][:, self.sizes.head_dim // 2 - rope_dim // 2 :].sort(dim=-1).values
-        elif self.scores:
-            pairs = top_pairs(self.scores[layer], rope_dim)
-        else:
-            head = {"kv_heads": self.sizes.kv_heads, "head_dim": self.sizes.head_dim}
-            pairs = fixed_pairs(kind, rope_dim=rope_dim, **head)
-        if not self.config.fold:
-            return RopeSelection(pairs=pairs)
-        fold = fold_coefficients(self.covariances[layer], pairs)
-        return RopeSelection(pairs=pairs, fold=fold)
-
-    def selections(self, mla: MLAConfig) -> list[RopeSelection]:
-        """Those of all layers at the sizes of `mla`."""
-        return [self.selection(index, mla.layer(index)[0]) for index in range(self.sizes.layers)]
-
-    @functools.cached_property
-    def stats(self) -> list[LayerStats]:
-        """Inputs of the original's attention layers, weighted if the factorisation asks for it."""
-        collect = collect_usage if self.config.factorization in OUTPUT_WEIGHTED else collect_moments
-        return collect(self.model, self.batches, self.visual)
-
     def layer(self, index: int, mla: MLAConfig) -> MLAAttention:
         """A layer's attention converted as `mla` says, alone."""
         source: Any = decoder_layers(self.model)[index].self_attn
         rope_dim, rank = mla.layer(index)
-        selection = self.selection(index, rope_dim)
+        selection = self.layers[index].selection(rope_dim, self.sizes, self.config)
         weights = partial_rope_weights(source, selection, table_scale(self.model))
         if rank is None:
             return converted_layer(source, weights, replace(mla, modalities=SHARED), index)
         head_dim = self.sizes.head_dim
-        factors = factored_weights(weights, self.stats[index], mla, index, head_dim, warn=False)
+        factors = factored_weights(weights, self.layers[index].stats, mla, index, head_dim, warn=False)
         kept = {key: value for key, value in weights.items() if not key.startswith("kv_a_proj.")}
         return converted_layer(source, kept | factors, mla, index)
 

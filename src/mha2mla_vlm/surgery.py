@@ -41,18 +41,6 @@ def table_scale(model: PreTrainedModel) -> float:
     return float(getattr(model.model.language_model.rotary_emb, "attention_scaling", 1.0)) ** 2
 
 
-def with_partial_rope(
-    model: PreTrainedModel, selections: Sequence[RopeSelection], mla: MLAConfig
-) -> PreTrainedModel:
-    """The model with only the selected pairs rotated, and keys and values not yet factorised."""
-    scale = table_scale(model)
-    weights = [
-        partial_rope_weights(layer.self_attn, selection, scale)
-        for layer, selection in zip(decoder_layers(model), selections, strict=True)
-    ]
-    return rebuild(model, replace(mla, kv_lora_rank=None, kv_bias=False, modalities=SHARED), weights)
-
-
 def partial_rope_weights(
     attention: Any, selection: RopeSelection, scale: float = 1.0
 ) -> dict[str, torch.Tensor]:
@@ -84,16 +72,6 @@ def partial_rope_weights(
             both = [torch.cat([kh[rows], vh]) for kh, vh, rows in zip(k, v, others, strict=True)]
             weights[f"kv_a_proj.shared.{kind}"] = torch.cat(both)
     return weights
-
-
-def with_factors(model: PreTrainedModel, stats: Sequence[LayerStats], mla: MLAConfig) -> PreTrainedModel:
-    """The model after partial RoPE with its keys and values factorised as `mla` says."""
-    weights = []
-    for index, layer in enumerate(decoder_layers(model)):
-        attention: Any = layer.self_attn
-        whole = {k: v.detach() for k, v in attention.state_dict().items()}
-        weights.append(factored_weights(whole, stats[index], mla, index, attention.head_dim))
-    return rebuild(model, mla, weights)
 
 
 def factored_weights(
@@ -176,15 +154,10 @@ def converted_layer(
     module = MLAAttention(
         source, rope_dim=rope_dim, rank=rank, modalities=mla.modalities, kv_bias=mla.kv_bias
     )
-    output = {f"o_proj.{key}": value for key, value in source.o_proj.state_dict().items()}
-    module.load_state_dict(weights | output)
+    missing, unexpected = module.load_state_dict(weights, strict=False, assign=True)
+    assert not unexpected, unexpected
+    assert all(key.startswith("o_proj.") for key in missing), missing
     return module.eval()
-
-
-def set_mla(model: PreTrainedModel, mla: MLAConfig) -> None:
-    """Record `mla` on a converted model."""
-    model.mla_config = mla
-    model.config.mla = mla.to_dict()
 
 
 def converted_config(config: Any, mla: MLAConfig) -> Any:
@@ -197,25 +170,22 @@ def converted_config(config: Any, mla: MLAConfig) -> Any:
 
 
 def rebuild(
-    model: PreTrainedModel, mla: MLAConfig, weights: list[dict[str, torch.Tensor]]
+    model: PreTrainedModel, mla: MLAConfig, weights: Sequence[dict[str, torch.Tensor]]
 ) -> PreTrainedModel:
-    """A converted model with `weights` in its attention layers and all else as in `model`."""
-    first = getattr(model.config, "mla", None) is None
+    """A converted model with `weights` in its attention layers and copies of all else in `model`."""
     config = converted_config(model.config, mla)
-    model_class = mla_classes(model.config.model_type)[1]
-    # A first conversion copies, for the original must stay as it is; later ones take the weights over.
-    state = {key: value.clone() if first else value for key, value in model.state_dict().items()}
     names = {id(module): name for name, module in model.named_modules()}
-    for layer, made in zip(decoder_layers(model), weights, strict=True):
-        prefix = names[id(layer.self_attn)] + "."
-        replaced = (
-            ("q_proj", "k_proj", "v_proj", "kv_a_proj", "kv_b_proj")
-            if "q_proj.weight" in made
-            else ("kv_a_proj",)
-        )
-        for key in [key for key in state if key.startswith(tuple(prefix + part for part in replaced))]:
-            del state[key]
+    prefixes = [names[id(layer.self_attn)] + "." for layer in decoder_layers(model)]
+    replaced = tuple(prefixes)
+    kept = tuple(prefix + "o_proj." for prefix in prefixes)
+    state = {
+        key: value.clone()
+        for key, value in model.state_dict().items()
+        if key.startswith(kept) or not key.startswith(replaced)
+    }
+    for prefix, made in zip(prefixes, weights, strict=True):
         state |= {prefix + key: value for key, value in made.items()}
+    model_class = mla_classes(model.config.model_type)[1]
     made_model = model_class.from_pretrained(None, config=config, state_dict=state, dtype=model.dtype)
     made_model.generation_config = copy.deepcopy(model.generation_config)
     return made_model.to(model.device).eval()

@@ -103,11 +103,11 @@ def test_centring_makes_the_mean_token_exact(family):
     known = make_profile(model, processor, records(family), config)
     mla = plan(model.config, config)
     source = decoder_layers(model)[1].self_attn
-    exact = partial_rope_weights(source, known.selection(1, 16))
+    exact = partial_rope_weights(source, known.layers[1].selection(16, known.sizes, config))
     module = known.layer(1, mla)
     for modality in ("text", "vision"):
-        tokens = known.stats[1].tokens[modality]
-        tokens = tokens if tokens.count >= source.q_proj.in_features else known.stats[1].pooled()
+        tokens = known.layers[1].stats.tokens[modality]
+        tokens = tokens if tokens.count >= source.q_proj.in_features else known.layers[1].stats.pooled()
         mean = (tokens.total / tokens.count).float()
         wanted = exact["kv_a_proj.shared.weight"] @ mean + exact.get("kv_a_proj.shared.bias", 0.0)
         found = module.kv_b_proj[modality](module.kv_a_proj[modality](mean))

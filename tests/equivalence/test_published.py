@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import moments_of, with_factors, with_partial_rope
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, BatchFeature
 
-from mha2mla_vlm.calibration import collect_moments
 from mha2mla_vlm.config import DECOUPLED, MLAConfig
 from mha2mla_vlm.families import FAMILIES
 from mha2mla_vlm.modeling import decoder_layers
-from mha2mla_vlm.surgery import RopeSelection, with_factors, with_partial_rope
+from mha2mla_vlm.surgery import RopeSelection
 
 FOLDER = Path(__file__).parents[1] / "fixtures" / "published"
 HEAD_DIM, ROPE_DIM, D_KV, LAYERS = 16, 8, 4, 3
@@ -64,6 +64,7 @@ def calibration_batches(family):
         for row in range(2):
             batch = {"input_ids": ids[row : row + 1]}
             batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+            batch["labels"] = batch["input_ids"]
             batch["pixel_values"] = pixels[row] if family == "qwen2_5_vl" else pixels[row : row + 1]
             for name in ("image_sizes", "image_grid_thw"):
                 if f"input.{name}" in data:
@@ -101,7 +102,7 @@ def stage2(family):
         modalities=DECOUPLED,
         factorization="md-svd",
     )
-    stats = collect_moments(model, calibration_batches(family), model.visual_token_ids)
+    stats = moments_of(model, calibration_batches(family))
     return with_factors(model, stats, mla)
 
 

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from helpers import with_factors, with_partial_rope
 from transformers import DynamicCache
 
 from mha2mla_vlm.cache import (
@@ -23,7 +24,7 @@ from mha2mla_vlm.errors import InputError
 from mha2mla_vlm.families import FAMILIES
 from mha2mla_vlm.modeling import decoder_layers
 from mha2mla_vlm.rope import fixed_pairs
-from mha2mla_vlm.surgery import RopeSelection, with_factors, with_partial_rope
+from mha2mla_vlm.surgery import RopeSelection
 from mha2mla_vlm.zoo.architectures import new_model
 
 G, R, RANK = 2, 4, 6  # KV heads, rope dims, latent dims

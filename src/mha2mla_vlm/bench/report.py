@@ -25,12 +25,13 @@ def print_rows(result: dict[str, Any]) -> None:
             f"{row['context']:,}",
             f"{row['cache_bytes'] / 1e6:.1f}",
             f"{row['attention_seconds'][0] * 1e3:.3f}",
-            *(_ratio(row.get(f"{name}_ratio")) for name in names),
+            *(as_ratio(row.get(f"{name}_ratio")) for name in names),
         )
     console().print(table)
 
 
-def _ratio(value: float | None) -> str:
+def as_ratio(value: float | None) -> str:
+    """Two places, or a dash where it was not measured."""
     return "-" if value is None else f"{value:.2f}"
 
 

@@ -27,7 +27,8 @@ def find_kernel(
     """The `decode` of the kernel to use on these tensors; None for plain PyTorch.
 
     `auto` is Triton on a GPU, the C++ kernel on a CPU, and PyTorch where those cannot run, as where there
-    are gradients. Both kernels have the arguments of `cpu_decode.decode`. Raises `InputError` for an unknown backend.
+    are gradients. Both kernels have the arguments of `cpu_decode.decode`. Raises `InputError` for an
+    unknown backend.
     """
     if backend not in BACKENDS:
         raise InputError(f"decode_backend is {backend!r}; use one of {', '.join(BACKENDS)}")

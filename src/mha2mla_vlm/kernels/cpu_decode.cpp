@@ -51,6 +51,7 @@ struct Part {
 struct Sizes {
   int rows, lanes, rank, pairs, columns;  // lanes: rows, up to whole vectors
   int sums_row, query_row;  // float32 and pairs to the next row: a cache line over, not to share cache sets
+  long queries, constants;  // of a row of the batch
   explicit Sizes(const Call& c)
       : rows(c.groups * c.row_group),
         lanes(up_to(rows, LANES)),
@@ -58,7 +59,9 @@ struct Sizes {
         pairs((c.rank + 1) / 2),
         columns(up_to(c.rank, LANES)),
         sums_row(rank + LANES),
-        query_row(rank / 2 + LANES) {}
+        query_row(rank / 2 + LANES),
+        queries(long(c.kinds) * rows * query_row),
+        constants(long(c.kinds) * lanes) {}
 };
 
 // What a thread works in; kept from call to call, and enlarged when a call needs more.
@@ -70,7 +73,7 @@ struct Scratch {
   long row_room = 0, width_room = 0, tile_room = 0;
 
   void fit(const Call& c, const Sizes& z) {
-    const long rows_wanted = z.lanes, width_wanted = std::max({z.rank, up_to(c.rope, 32), up_to(c.nope, 32), 32});
+    const long rows_wanted = std::max(z.lanes, c.batch * c.row_group), width_wanted = std::max({z.rank, up_to(c.rope, 32), up_to(c.nope, 32), 32});
     const long tile_wanted = std::max(TILE, up_to(std::max(c.nope, c.head), LANES));
     if (rows_wanted <= row_room && width_wanted <= width_room && tile_wanted <= tile_room) return;
     row_room = std::max(row_room, rows_wanted), width_room = std::max(width_room, width_wanted);
@@ -93,27 +96,35 @@ struct Scratch {
 
 thread_local Scratch scratch;
 
-// queries[k][row] = q_nope Wk, as pairs, and constants[k][row] = q_nope . bk
-void absorb(const Call& c, const Sizes& z, int b, int g, uint32_t* queries, float* constants) {
+// Rows of the batch from `start` to `stop` that meet an up projection together, which is read once for them.
+struct Share {
+  int start, stop;
+};
+
+// Of one KV head, queries[b][k][row] = q_nope Wk, as pairs, and constants[b][k][row] = q_nope . bk
+void absorb(const Call& c, const Sizes& z, Share share, int g, uint32_t* queries, float* constants) {
   Scratch& s = scratch;
-  const int first = g * c.row_group, nope_pairs = up_to(c.nope, 2) / 2;
-  const bf16* nope = c.q_nope + (long(b) * z.rows + first) * c.nope;
-  for (int i = 0; i < c.row_group; ++i) {
+  const int nope_pairs = up_to(c.nope, 2) / 2, count = (share.stop - share.start) * c.row_group;
+  const auto nope_of = [&](int i) {
+    const int b = share.start + i / c.row_group;
+    return c.q_nope + (long(b) * z.rows + g * c.row_group + i % c.row_group) * c.nope;
+  };
+  for (int i = 0; i < count; ++i) {
     std::memset(s.pairs + i * nope_pairs, 0, nope_pairs * 4);
-    std::memcpy(s.pairs + i * nope_pairs, nope + i * c.nope, c.nope * 2);
+    std::memcpy(s.pairs + i * nope_pairs, nope_of(i), c.nope * 2);
   }
   for (int k = 0; k < c.kinds; ++k) {
     const Up& up = c.up[k];
-    uint32_t* to = queries + (long(k) * z.rows + first) * z.query_row;
     pack_columns(up.key + g * up.group, c.rank, c.nope, c.rank, s.columns, 8 * long(c.rank));
-    std::memset(s.other, 0, c.row_group * long(z.rank) * 4);
-    product(c.row_group, z.columns / LANES, {s.pairs, nope_pairs, s.columns, nope_pairs, nope_pairs, s.other, z.rank});
-    for (int i = 0; i < c.row_group; ++i) {
-      round_row(s.other + long(i) * z.rank, z.rank, to + long(i) * z.query_row);
+    std::memset(s.other, 0, count * long(z.rank) * 4);
+    product(count, z.columns / LANES, {s.pairs, nope_pairs, s.columns, nope_pairs, nope_pairs, s.other, z.rank});
+    for (int i = 0; i < count; ++i) {
+      const int b = share.start + i / c.row_group, row = g * c.row_group + i % c.row_group;
+      round_row(s.other + long(i) * z.rank, z.rank, queries + b * z.queries + (long(k) * z.rows + row) * z.query_row);
       float sum = 0;
       for (int n = 0; up.key_bias && n < c.nope; ++n)
-        sum += number(nope[i * c.nope + n]) * number(up.key_bias[g * up.bias_group + n]);
-      constants[k * z.lanes + first + i] = sum;
+        sum += number(nope_of(i)[n]) * number(up.key_bias[g * up.bias_group + n]);
+      constants[b * z.constants + k * z.lanes + row] = sum;
     }
   }
 }
@@ -288,34 +299,35 @@ float merge(const Call& c, const Sizes& z, int row, const Part* parts, int count
   return text * whole;
 }
 
-// The outputs of the rows of one KV head, from the parts of their tokens.
-void expand(const Call& c, const Sizes& z, int b, int g, const Part* parts, int count) {
+// The outputs of the rows of one KV head, from `parts[b * count + p]` of their tokens.
+void expand(const Call& c, const Sizes& z, Share share, int g, const Part* parts, int count) {
   Scratch& s = scratch;
-  const int first = g * c.row_group;
-  float* output = s.scores;  // [row_group, TILE]
-  std::vector<float> text_share(c.row_group);
-  for (int i = 0; i < c.row_group; ++i) text_share[i] = merge(c, z, first + i, parts, count);
+  const int rows = (share.stop - share.start) * c.row_group;
+  const auto batch_of = [&](int i) { return share.start + i / c.row_group; };
+  const auto row_of = [&](int i) { return g * c.row_group + i % c.row_group; };
+  float* output = s.scores;  // [rows, TILE]
+  std::vector<float> text_share(rows);
   bool used[2] = {false, false};
-  for (int i = 0; i < c.row_group; ++i) {
+  for (int i = 0; i < rows; ++i) {
+    text_share[i] = merge(c, z, row_of(i), parts + batch_of(i) * count, count);
     used[0] |= c.kinds == 1 || text_share[i] > 0;
     used[1] |= c.kinds == 2 && text_share[i] < 1;
   }
   const long query_row = z.rank / 2;
   for (int k = 0; k < c.kinds; ++k)
-    for (int i = 0; used[k] && i < c.row_group; ++i)
-      round_row(parts[0].sums + (long(k) * z.rows + first + i) * z.sums_row, z.rank,
-                s.pairs + (long(k) * c.row_group + i) * query_row);
+    for (int i = 0; used[k] && i < rows; ++i)
+      round_row(parts[batch_of(i) * count].sums + (long(k) * z.rows + row_of(i)) * z.sums_row, z.rank,
+                s.pairs + (long(k) * rows + i) * query_row);
   for (int d = 0; d < c.head; d += TILE) {
     const int lanes = std::min(TILE, c.head - d), blocks = (lanes + LANES - 1) / LANES;
-    std::memset(output, 0, c.row_group * TILE * 4);
+    std::memset(output, 0, rows * TILE * 4);
     for (int k = 0; k < c.kinds; ++k) {
       if (!used[k]) continue;
-      const bf16* rows = c.up[k].value + g * c.up[k].group + long(d) * c.rank;
-      const uint32_t* a = s.pairs + long(k) * c.row_group * query_row;
-      product_with_rows(c.row_group, a, query_row, {rows, c.rank}, lanes, c.rank, s.rows, output,
-                        LANES * long(c.rank));
+      const bf16* weights = c.up[k].value + g * c.up[k].group + long(d) * c.rank;
+      const uint32_t* a = s.pairs + long(k) * rows * query_row;
+      product_with_rows(rows, a, query_row, {weights, c.rank}, lanes, c.rank, s.rows, output, LANES * long(c.rank));
     }
-    for (int i = 0; i < c.row_group; ++i) {
+    for (int i = 0; i < rows; ++i) {
       for (int k = 0; k < c.kinds; ++k) {
         const float share = c.kinds == 1 ? 1.f : k == 0 ? text_share[i] : 1.f - text_share[i];
         for (int j = 0; c.up[k].value_bias && j < lanes; ++j)
@@ -323,7 +335,7 @@ void expand(const Call& c, const Sizes& z, int b, int g, const Part* parts, int 
       }
       alignas(64) bf16 rounded[TILE];
       for (int j = 0; j < blocks; ++j) round_row(output + i * TILE + j * LANES, LANES, (uint32_t*)rounded + j * LANES / 2);
-      std::memcpy(c.out + ((long(b) * z.rows + first + i) * c.head) + d, rounded, lanes * 2);
+      std::memcpy(c.out + (long(batch_of(i)) * z.rows + row_of(i)) * c.head + d, rounded, lanes * 2);
     }
   }
 }
@@ -337,8 +349,7 @@ extern "C" void mha2mla_decode(const Call* call) {
   const long part_size = long(c.kinds) * z.rows * z.sums_row + 3L * up_to(z.rows, LANES);
   thread_local static float* memory = nullptr;
   thread_local static long room = 0;
-  const long queries_size = long(c.kinds) * z.rows * z.query_row, constants_size = c.kinds * z.lanes;
-  const long wanted = c.batch * (parts * part_size + queries_size + constants_size);
+  const long wanted = c.batch * (parts * part_size + z.queries + z.constants);
   if (wanted > room) {
     std::free(memory);
     memory = buffer<float>(wanted);
@@ -346,32 +357,32 @@ extern "C" void mha2mla_decode(const Call* call) {
   }
   float* sums = memory;
   uint32_t* queries = (uint32_t*)(sums + c.batch * parts * part_size);
-  float* constants = (float*)(queries + c.batch * queries_size);
+  float* constants = (float*)(queries + c.batch * z.queries);
   const auto part_of = [&](int b, int p) {
     float* at = sums + (long(b) * parts + p) * part_size;
     float* tail = at + long(c.kinds) * z.rows * z.sums_row;
     const int step = up_to(z.rows, LANES);
     return Part{at, tail, tail + step, tail + 2 * step};
   };
-  const long share = up_to(int((c.total + parts - 1) / parts), TILE);
+  std::vector<Part> found;
+  for (int b = 0; b < c.batch; ++b)
+    for (int p = 0; p < parts; ++p) found.push_back(part_of(b, p));
+  const long tokens = up_to(int((c.total + parts - 1) / parts), TILE);
+  const int shares = std::min(c.batch, (c.threads + c.groups - 1) / c.groups);
+  const auto share_of = [&](int i) { return Share{c.batch * i / shares, c.batch * (i + 1) / shares}; };
 #pragma omp parallel num_threads(c.threads)
   {
     scratch.fit(c, z);
 #pragma omp for collapse(2)
-    for (int b = 0; b < c.batch; ++b)
-      for (int g = 0; g < c.groups; ++g)
-        absorb(c, z, b, g, queries + b * queries_size, constants + b * constants_size);
+    for (int i = 0; i < shares; ++i)
+      for (int g = 0; g < c.groups; ++g) absorb(c, z, share_of(i), g, queries, constants);
 #pragma omp for collapse(2) schedule(dynamic)
     for (int b = 0; b < c.batch; ++b)
       for (int p = 0; p < parts; ++p)
-        attend(c, z, b, std::min(c.total, p * share), std::min(c.total, (p + 1) * share), queries + b * queries_size,
-               constants + b * constants_size, part_of(b, p));
+        attend(c, z, b, std::min(c.total, p * tokens), std::min(c.total, (p + 1) * tokens), queries + b * z.queries,
+               constants + b * z.constants, found[b * parts + p]);
 #pragma omp for collapse(2)
-    for (int b = 0; b < c.batch; ++b)
-      for (int g = 0; g < c.groups; ++g) {
-        Part found[MOST_PARTS];
-        for (int p = 0; p < parts; ++p) found[p] = part_of(b, p);
-        expand(c, z, b, g, found, parts);
-      }
+    for (int i = 0; i < shares; ++i)
+      for (int g = 0; g < c.groups; ++g) expand(c, z, share_of(i), g, found.data(), parts);
   }
 }

@@ -1,0 +1,139 @@
+"""The conversion of a model's attention, one layer after the other: what is in memory is one layer at a time.
+
+Chats are taken along in streams of hidden states: those that calibrate through the original layers
+(`calibration`) and, for methods that factorise what partial RoPE leaves, through the layers with
+partial RoPE (`calibration partial`); those that are held out through the `original`, the `partial` and
+the `converted` layers, whose ends give the loss.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import BatchFeature, PreTrainedModel
+
+from mha2mla_vlm.attention import MLAAttention
+from mha2mla_vlm.config import BLOCKS, OUTPUT_WEIGHTED, SHARED, AttentionSizes, ConversionConfig, MLAConfig
+from mha2mla_vlm.evaluation import kl_sum
+from mha2mla_vlm.families import get_family
+from mha2mla_vlm.measuring import LayerProfile, measure_layer, measure_moments
+from mha2mla_vlm.modeling import decoder_layers
+from mha2mla_vlm.offload import end_modules, resident
+from mha2mla_vlm.streams import Chat, States, advance, answer_states, attending, begin
+from mha2mla_vlm.surgery import converted_layer, factored_weights, partial_rope_weights, table_scale
+
+CALIBRATION, CALIBRATION_PARTIAL = "calibration", "calibration partial"
+ORIGINAL, PARTIAL, CONVERTED = "original", "partial", "converted"
+Weights = dict[str, torch.Tensor]
+MOMENTLESS = ("none", "weight-svd", *BLOCKS)
+
+
+class LayerwiseConversion:
+    """Converts the layers of `model`, which may lie on disk, as `mla` says; call `layer` for each in turn.
+
+    `states` holds the streams, by default in memory. `profiles` are what calibration told about each
+    layer, where that was measured before.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        config: ConversionConfig,
+        mla: MLAConfig,
+        *,
+        device: torch.device,
+        states: States | None = None,
+        profiles: Sequence[LayerProfile] | None = None,
+    ) -> None:
+        self.model, self.config, self.mla, self.device = model, config, mla, device
+        self.states: States = {} if states is None else states
+        self.profiles = profiles
+        self.sizes = AttentionSizes.of(model.config)
+        self.is_original = getattr(model.config, "mla", None) is None
+        self.factorises = config.factorization != "none"
+        self.after_rope = config.factorization not in (*MOMENTLESS, *OUTPUT_WEIGHTED)
+        self.calibration: list[Chat] = []
+        self.held_out: list[Chat] = []
+
+    def begin(
+        self, calibration: Iterable[BatchFeature], held_out: Iterable[BatchFeature], *, again: bool = False
+    ) -> None:
+        """Bring all chats before the first layer; or, `again`, only what layers are given besides states."""
+        visual = get_family(self.model.config.model_type).visual_token_ids(self.model.config)
+        wanted = [CALIBRATION] if self.is_original and self.profiles is None else []
+        wanted += [CALIBRATION_PARTIAL] if self.after_rope else []
+        streams: dict[int, list[str]] = {0: wanted, 1: [ORIGINAL, PARTIAL, CONVERTED]}
+        for number, (chats, batches) in enumerate(
+            ((self.calibration, calibration), (self.held_out, held_out))
+        ):
+            for chat, hidden in begin(self.model, batches, visual, self.device):
+                for stream in () if again else streams[number]:
+                    self.states[stream, len(chats)] = hidden
+                chats.append(chat)
+
+    @torch.no_grad()
+    def layer(self, index: int) -> Weights:
+        """Convert a layer: the parameters of its `MLAAttention` but for `o_proj`, which stays.
+
+        Raises `InputError` naming the layer if calibration gives numbers that are not finite.
+        """
+        layer = decoder_layers(self.model)[index]
+        with resident(layer.modules(), self.device):
+            advance(layer, self.held_out, self.states, ORIGINAL)
+            profile = self._profile(layer, index)
+            partial = self._partial(layer.self_attn, profile, index)
+            stats = profile.stats
+            if self.after_rope:
+                with attending(layer, partial):
+                    stats = measure_moments(layer, self.calibration, self.states, CALIBRATION_PARTIAL)
+                LayerProfile(stats=stats).check(index)
+            converted = partial
+            if self.factorises:
+                whole = partial.state_dict()
+                factors = factored_weights(whole, stats, self.mla, index, self.sizes.head_dim)
+                kept = {k: v for k, v in whole.items() if not k.startswith(("kv_a_proj.", "o_proj."))}
+                converted = converted_layer(layer.self_attn, kept | factors, self.mla, index)
+            for stream, attention in ((PARTIAL, partial), (CONVERTED, converted)):
+                with attending(layer, attention):
+                    advance(layer, self.held_out, self.states, stream)
+            return {k: v for k, v in converted.state_dict().items() if not k.startswith("o_proj.")}
+
+    def _profile(self, layer: nn.Module, index: int) -> LayerProfile:
+        """What calibration tells about the original layer; nothing is asked of one that is none any more."""
+        if self.profiles is not None:
+            return self.profiles[index]
+        if not self.is_original:
+            return LayerProfile()
+        found = measure_layer(layer, self.calibration, self.states, CALIBRATION, self.config, moments=False)
+        return found.check(index)
+
+    def _partial(self, source: Any, profile: LayerProfile, index: int) -> MLAAttention:
+        """The layer's attention with partial RoPE alone."""
+        if not self.is_original:
+            return source
+        selection = profile.selection(self.mla.layer(index)[0], self.sizes, self.config)
+        weights = partial_rope_weights(source, selection, table_scale(self.model))
+        mla = replace(self.mla, kv_lora_rank=None, kv_bias=False, modalities=SHARED)
+        return converted_layer(source, weights, mla, index)
+
+    @torch.no_grad()
+    def kl(self) -> dict[str, float]:
+        """After the last layer: mean divergence from the original on held-out answers, in nats a token."""
+        norm, head = end_modules(self.model)
+        streams = {"partial_rope": PARTIAL} if self.is_original else {}
+        streams |= {"factorization": CONVERTED} if self.factorises else {}
+        sums, count = dict.fromkeys(streams, 0.0), 0
+        with resident((norm, head), self.device):
+            for number, chat in enumerate(self.held_out):
+
+                def log_probs(stream: str, key: int = number, chat: Chat = chat) -> torch.Tensor:
+                    hidden = self.states[stream, key].to(self.device)
+                    return head(answer_states(chat, hidden, norm)).float().log_softmax(-1)
+
+                expected = log_probs(ORIGINAL)
+                count += len(expected)
+                for name, stream in streams.items():
+                    sums[name] += kl_sum(log_probs(stream), expected)
+        return {name: max(0.0, total / count) for name, total in sums.items()}

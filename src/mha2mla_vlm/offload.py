@@ -1,0 +1,72 @@
+"""Models whose weights stay on disk: transformers' disk offloading, read a module at a time."""
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from accelerate.utils import align_module_device, has_offloaded_params
+from torch import nn
+from transformers import PreTrainedModel
+
+from mha2mla_vlm.modeling import decoder_layers
+
+ON_DISK = {"": "disk"}  # the `device_map` of a model that is converted layer by layer
+
+
+@contextlib.contextmanager
+def resident(modules: Iterable[nn.Module], device: torch.device | None = None) -> Iterator[None]:
+    """Within the context, the weights of modules that lie on disk are in memory, on `device`.
+
+    Modules that are in memory anyway stay where they are.
+    """
+    with contextlib.ExitStack() as stack:
+        for module in modules:
+            if has_offloaded_params(module):
+                stack.enter_context(align_module_device(module, device))
+                stack.enter_context(_kept(module))
+        yield
+
+
+@contextlib.contextmanager
+def _kept(module: Any) -> Iterator[None]:
+    """Let a module's own hook neither read nor drop weights when it is called."""
+    module._hf_hook.offload = False
+    try:
+        yield
+    finally:
+        module._hf_hook.offload = True
+
+
+def front_modules(model: PreTrainedModel) -> Iterator[nn.Module]:
+    """All modules that a prompt goes through before the first decoder layer."""
+    behind = {id(m) for layer in decoder_layers(model) for m in layer.modules()}
+    behind |= {id(m) for m in end_modules(model)}
+    return (module for module in model.modules() if id(module) not in behind)
+
+
+def end_modules(model: PreTrainedModel) -> tuple[nn.Module, nn.Module]:
+    """What follows the last decoder layer: the norm and the head."""
+    return model.model.language_model.norm, model.lm_head
+
+
+def is_on_disk(model: PreTrainedModel) -> bool:
+    """Whether weights of a model have to be read from disk."""
+    return any(map(has_offloaded_params, model.modules()))
+
+
+def stored_names(model: PreTrainedModel) -> list[str]:
+    """Names of what a checkpoint of the model holds; tied weights once."""
+    tied = set(getattr(model, "all_tied_weights_keys", ()))
+    return [name for name in model.state_dict() if name not in tied]
+
+
+def read_weights(model: PreTrainedModel, names: Iterable[str]) -> dict[str, torch.Tensor]:
+    """Parameters and buffers, from memory or from disk."""
+    found = {}
+    for name in names:
+        owner, _, local = name.rpartition(".")
+        module: Any = model.get_submodule(owner)
+        tensor = getattr(module, local)
+        found[name] = module._hf_hook.weights_map[local] if tensor.is_meta else tensor.detach()
+    return found

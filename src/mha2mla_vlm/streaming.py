@@ -1,0 +1,215 @@
+"""Conversion of a checkpoint that stays on disk: a layer at a time is read, converted and written."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
+from safetensors import SafetensorError, safe_open
+from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
+
+from mha2mla_vlm.checkpoint import load, load_config, load_processor, resolve
+from mha2mla_vlm.config import AttentionSizes, ConversionConfig, MLAConfig
+from mha2mla_vlm.conversion import encode_split, plan, print_losses, print_plan
+from mha2mla_vlm.data import Record
+from mha2mla_vlm.errors import InputError
+from mha2mla_vlm.layerwise import LayerwiseConversion
+from mha2mla_vlm.modeling import decoder_layers, mla_classes
+from mha2mla_vlm.offload import ON_DISK, read_weights, stored_names
+from mha2mla_vlm.progress import track
+from mha2mla_vlm.surgery import converted_config
+from mha2mla_vlm.workfolder import WorkFolder, writing
+
+FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model")
+SHARD_BYTES = 2_000_000_000  # of what lies beside the layers, which have a shard each
+
+
+def convert_checkpoint(
+    name: str | Path,
+    records: Sequence[Record],
+    output: str | Path,
+    config: ConversionConfig = ConversionConfig(),
+    *,
+    resume: bool = False,
+    spill: str | Path | None = None,
+    dtype: str = "auto",
+    device: torch.device | str = "cpu",
+) -> MLAConfig:
+    """Convert a model folder or hub id to `output`, with one decoder layer in memory at a time.
+
+    What `convert` and `save` would give, for sizes that are the same in every layer. It works in
+    `OUTPUT.partial`; interrupted at any moment, it goes on there with `resume`. Hidden states of the
+    chats lie there too, or in `spill`. Raises `InputError` for what cannot be converted, and for disks
+    and shards that fail, with the work so far kept.
+    """
+    folder, target = local_folder(name), torch.device(device)
+    mla = plan(load_config(folder), config)
+    check_streamed(config)
+    check_shards(folder)
+    processor = load_processor(folder)
+    model = load(folder, dtype=dtype, device_map=ON_DISK)
+    mla = replace(mla, original=str(name) if mla.original is None else mla.original)
+    calibration, held_out = encode_split(model, processor, records, config)
+    settings = {
+        "model": str(folder),
+        "config": config.to_dict(),
+        "dtype": str(model.dtype),
+        "records": _digest([*calibration, *held_out]),
+    }
+    work = WorkFolder(Path(output), settings, resume=resume, spill=None if spill is None else Path(spill))
+    print_plan(model.config, mla)
+    conversion = LayerwiseConversion(model, config, mla, device=target, states=work.states)
+    mla = _convert_layers(conversion, work, calibration, held_out)
+    with writing("the rest of the model", work.folder):
+        _write_rest(model, processor, mla, work)
+    work.finish()
+    return mla
+
+
+def check_streamed(config: ConversionConfig) -> None:
+    """Raise `InputError` for sizes that are only known with the whole model in memory."""
+    if config.share is not None:
+        raise InputError(
+            "a budget is allotted by running the whole model; give rope_dim and d_kv to go layer by layer"
+        )
+
+
+def _convert_layers(
+    conversion: LayerwiseConversion,
+    work: WorkFolder,
+    calibration: list[BatchFeature],
+    held_out: list[BatchFeature],
+) -> MLAConfig:
+    model = conversion.model
+    names = shard_names(model)
+    with writing("hidden states", work.folder):
+        conversion.begin(calibration, held_out, again=work.done > 0)
+        if work.done == 0:
+            work.started()
+    for index in track(range(work.done, len(decoder_layers(model))), "converting layers"):
+        with writing(f"layer {index}", work.folder):
+            made = conversion.layer(index)
+            prefix = layer_prefix(model, index)
+            attention = prefix + "self_attn."
+            kept = [
+                name
+                for name in stored_names(model)
+                if name.startswith(prefix)
+                and (name.startswith(attention + "o_proj.") or not name.startswith(attention))
+            ]
+            tensors = {attention + key: value for key, value in made.items()}
+            work.write(names[index], tensors | read_weights(model, kept))
+            work.finished_layer()
+    kl = conversion.kl()
+    print_losses(kl)
+    return replace(conversion.mla, kl=kl)
+
+
+def layer_prefix(model: PreTrainedModel, index: int) -> str:
+    """What the names of a decoder layer's parameters begin with."""
+    layer = decoder_layers(model)[index]
+    return next(name for name, module in model.named_modules() if module is layer) + "."
+
+
+def _write_rest(model: PreTrainedModel, processor: ProcessorMixin, mla: MLAConfig, work: WorkFolder) -> None:
+    """What the decoder layers are not, the index of all shards, and all that is not weights."""
+    names = shard_names(model)
+    for shard, keys in zip(names[AttentionSizes.of(model.config).layers :], rest_shards(model), strict=True):
+        work.write(shard, read_weights(model, keys))
+    config = converted_config(model.config, mla)
+    with torch.device("meta"):
+        skeleton: Any = mla_classes(model.config.model_type)[1](config)
+    _write_index(skeleton, work.result, names)
+    config = skeleton.config
+    config.architectures, config.dtype = [type(skeleton).__name__], model.dtype
+    config.save_pretrained(work.result)
+    if model.generation_config is not None:
+        model.generation_config.save_pretrained(work.result)
+    skeleton.save_remote_code(work.result)
+    processor.save_pretrained(work.result)
+
+
+def _write_index(skeleton: Any, folder: Path, names: Sequence[str]) -> None:
+    """The index of the shards; that they are the whole model, in the right shapes, is checked."""
+    found, where, size = {}, {}, 0
+    for name in names:
+        with safe_open(folder / name, framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118 (not a dict)
+                found[key], where[key] = tuple(file.get_slice(key).get_shape()), name
+        size += (folder / name).stat().st_size
+    tied = set(getattr(skeleton, "all_tied_weights_keys", ()))
+    expected = {k: tuple(v.shape) for k, v in skeleton.state_dict().items() if k not in tied}
+    assert found == expected, sorted(found.items() ^ expected.items())[:4]
+    index = {"metadata": {"total_size": size}, "weight_map": where}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+
+
+def shard_names(model: PreTrainedModel) -> list[str]:
+    """Files of the result: one for each decoder layer, then those of the rest."""
+    count = AttentionSizes.of(model.config).layers + len(rest_shards(model))
+    return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+
+
+def rest_shards(model: PreTrainedModel) -> list[list[str]]:
+    """Names of what lies beside the decoder layers, in shards of at most `SHARD_BYTES` or one tensor."""
+    prefixes = tuple(layer_prefix(model, index) for index in range(len(decoder_layers(model))))
+    shards: list[list[str]] = [[]]
+    size = 0
+    state = model.state_dict()
+    for key in stored_names(model):
+        if key.startswith(prefixes):
+            continue
+        bytes_of = state[key].numel() * state[key].element_size()
+        if shards[-1] and size + bytes_of > SHARD_BYTES:
+            shards.append([])
+            size = 0
+        shards[-1].append(key)
+        size += bytes_of
+    return shards
+
+
+def local_folder(name: str | Path) -> Path:
+    """The folder of a model that is local, from the zoo, or of the hub, downloaded if it is not there."""
+    source = Path(resolve(name))
+    if source.is_dir():
+        return source
+    try:
+        return Path(snapshot_download(str(name), allow_patterns=list(FILES)))
+    except (OSError, ValueError, HFValidationError) as error:
+        raise InputError(
+            f"{name!r} is no folder, and cannot be downloaded: {str(error).splitlines()[0]}"
+        ) from None
+
+
+def check_shards(folder: Path) -> None:
+    """Raise `InputError` if a shard of a model is missing or truncated, or its weights are no safetensors."""
+    index = folder / "model.safetensors.index.json"
+    files = {"model.safetensors"}
+    if index.exists():
+        files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    elif not (folder / "model.safetensors").exists():
+        other = sorted(path.name for path in folder.glob("*.bin"))
+        found = f"only {', '.join(other)}: save it as safetensors first" if other else "no weights"
+        raise InputError(
+            f"{folder} holds {found}; what is read is model.safetensors, or shards with an index"
+        )
+    for name in sorted(files):
+        try:
+            with safe_open(folder / name, framework="pt"):
+                pass
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"shard {folder / name} cannot be read: {error}") from None
+
+
+def _digest(batches: Sequence[BatchFeature]) -> str:
+    """What the chats are, in short."""
+    found = hashlib.sha256()
+    for batch in batches:
+        for key, value in sorted(batch.items()):
+            found.update(key.encode() + value.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()

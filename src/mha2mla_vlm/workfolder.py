@@ -1,0 +1,156 @@
+"""Where a conversion layer by layer keeps what is done, so that it can go on after any end."""
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, MutableMapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from mha2mla_vlm.checkpoint import check_output
+from mha2mla_vlm.errors import InputError
+from mha2mla_vlm.streams import Key
+
+PROGRESS = "progress.json"
+
+
+class FolderStates(MutableMapping[Key, torch.Tensor]):
+    """Hidden states in files: what is read comes from before the layer at work, what is written is after it.
+
+    `layer` is that layer, -1 while chats are brought before the first.
+    """
+
+    def __init__(self, folder: Path, layer: int) -> None:
+        self.folder, self.layer = folder, layer
+
+    def _path(self, key: Key, layer: int) -> Path:
+        return self.folder / str(layer) / f"{key[0].replace(' ', '-')}-{key[1]}.safetensors"
+
+    def __getitem__(self, key: Key) -> torch.Tensor:
+        path = self._path(key, self.layer)
+        if not path.exists():
+            raise KeyError(key)
+        return load_file(path)["hidden"]
+
+    def __setitem__(self, key: Key, hidden: torch.Tensor) -> None:
+        path = self._path(key, self.layer + 1)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({"hidden": hidden.cpu().contiguous()}, path)
+
+    def next(self) -> None:
+        """Go on to the layer after; `drop_before` then frees what came before."""
+        self.layer += 1
+
+    def drop_before(self) -> None:
+        """Remove the states before the layers that are done."""
+        for path in self.folder.iterdir() if self.folder.exists() else ():
+            if path.name.isdigit() and int(path.name) < self.layer:
+                shutil.rmtree(path)
+
+    def __delitem__(self, key: Key) -> None:
+        self._path(key, self.layer).unlink()
+
+    def __iter__(self) -> Iterator[Key]:
+        for path in sorted((self.folder / str(self.layer)).glob("*.safetensors")):
+            stream, _, number = path.stem.rpartition("-")
+            yield stream.replace("-", " "), int(number)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+class WorkFolder:
+    """`OUTPUT.partial`, beside the output that it becomes: shards that are done, states, and how far it is.
+
+    `settings` are what the result depends on. Raises `InputError` if the output is there, if the folder
+    is there and is not to be resumed, or if it was begun with other settings.
+    """
+
+    def __init__(
+        self, output: Path, settings: dict[str, Any], *, resume: bool, spill: Path | None = None
+    ) -> None:
+        self.output = check_output(output)
+        self.folder = self.output.with_name(self.output.name + ".partial")
+        self.result = self.folder / "result"
+        self.settings = json.loads(json.dumps(settings))
+        self.done = self._begun(resume)
+        self.states_folder = self.folder / "states" if spill is None else spill / f"{self.output.name}.states"
+        self.result.mkdir(parents=True, exist_ok=True)
+        self.states = FolderStates(self.states_folder, self.done - 1 if self.done == 0 else self.done)
+        self._write_progress()
+
+    def _begun(self, resume: bool) -> int:
+        """Layers that an earlier run finished, 0 if there was none."""
+        path = self.folder / PROGRESS
+        if not self.folder.exists():
+            return 0
+        if not resume:
+            raise InputError(
+                f"{self.folder} holds a conversion that was interrupted; go on with --resume, or remove it"
+            )
+        if not path.exists():  # it ended before anything was done
+            return 0
+        progress = json.loads(path.read_text(encoding="utf-8"))
+        known = progress["settings"]
+        if known != self.settings:
+            other = sorted(
+                k for k in known.keys() | self.settings.keys() if known.get(k) != self.settings.get(k)
+            )
+            raise InputError(
+                f"{self.folder} was begun with another {', '.join(other)}; give the same, or remove it"
+            )
+        return int(progress["done"])
+
+    def _write_progress(self) -> None:
+        path = self.folder / PROGRESS
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps({"done": self.done, "settings": self.settings}), encoding="utf-8")
+        temporary.rename(path)
+
+    def write(self, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Write a shard of the result, whole or not at all."""
+        temporary = self.result / f".{name}.tmp"
+        save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, temporary, metadata={"format": "pt"})
+        temporary.rename(self.result / name)
+
+    def started(self) -> None:
+        """Chats are before the first layer."""
+        self.states.next()
+
+    def finished_layer(self) -> None:
+        """A layer's shard and the states after it are written."""
+        self.states.next()
+        self.done += 1
+        self._write_progress()
+        self.states.drop_before()
+
+    def finish(self) -> None:
+        """Make the result the output, and remove the rest."""
+        if self.output.exists():
+            self.output.rmdir()
+        self.result.rename(self.output)
+        shutil.rmtree(self.states_folder, ignore_errors=True)
+        shutil.rmtree(self.folder)
+
+
+@contextlib.contextmanager
+def writing(what: str, folder: Path) -> Iterator[None]:
+    """Say in one line what could not be written, and that what was done before is kept."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EACCES, errno.EROFS):
+            raise
+        raise InputError(_failed(what, folder, os.strerror(error.errno))) from error
+    except SafetensorError as error:
+        raise InputError(_failed(what, folder, str(error))) from error
+
+
+def _failed(what: str, folder: Path, reason: str) -> str:
+    return f"{what}: cannot write in {folder}: {reason}; what is done is kept, go on with --resume"
