@@ -60,7 +60,7 @@ def models_of(
         text |= {"model_type": "llama"}
         vision = {"num_hidden_layers": 1, "hidden_size": 8, "num_attention_heads": 1, "intermediate_size": 8}
         vision |= {"model_type": "clip_vision_model", "image_size": 28, "patch_size": 14}
-    config = config_class(text_config=text, vision_config=vision)
+    config = config_class(text_config=text, vision_config=vision, image_token_id=2)
     model_type = config.model_type
     mla_config_class, mla_model = mla_classes(model_type)
     kv_heads = sizes["num_key_value_heads"]

@@ -29,7 +29,7 @@ from mha2mla_vlm.errors import InputError
 from mha2mla_vlm.families import get_family
 from mha2mla_vlm.layerwise import LayerwiseConversion
 from mha2mla_vlm.profile import Profile, budget_units
-from mha2mla_vlm.progress import console, track
+from mha2mla_vlm.progress import Phases, console
 from mha2mla_vlm.surgery import converted_config, rebuild
 from mha2mla_vlm.zoo import ZOO_FOLDER, ZOO_PREFIX
 
@@ -62,11 +62,17 @@ def convert(
         profile.check(config)
     print_plan(model.config, mla)
     profiles = None if profile is None else profile.layers
-    conversion = LayerwiseConversion(model, config, mla, device=model.device, profiles=profiles)
-    conversion.begin(calibration, held_out)
-    layers = range(AttentionSizes.of(model.config).layers)
-    weights = [conversion.layer(index) for index in track(layers, "converting layers")]
-    kl = conversion.kl()
+    layers = AttentionSizes.of(model.config).layers
+    with Phases("converting layers", layers) as phases:
+        conversion = LayerwiseConversion(
+            model, config, mla, device=model.device, phases=phases, profiles=profiles
+        )
+        conversion.begin(calibration, held_out)
+        weights = []
+        for index in range(layers):
+            weights.append(conversion.layer(index))
+            phases.advance()
+        kl = conversion.kl()
     print_losses(kl)
     return rebuild(model, replace(mla, kl=kl), weights)
 
@@ -211,6 +217,6 @@ def encode_split(
         raise InputError(f"{len(records)} record(s): give at least 2, one to calibrate on and one held out")
     records = records[: config.samples]
     visual = get_family(model.config.model_type).visual_token_ids(model.config)
-    batches = [encode_with_labels(processor, [record], visual).to(model.device) for record in records]
+    batches = [encode_with_labels(processor, [record], visual) for record in records]
     count = min(len(batches) - 1, max(1, round(config.held_out * len(batches))))
     return batches[:-count], batches[-count:]

@@ -3,6 +3,7 @@
 Shapes: O = G * (N + D) outputs, per KV head N key rows and D value rows; r latent dims.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -39,7 +40,7 @@ def damped(moment: torch.Tensor) -> torch.Tensor:
 
 
 def pca_factors(
-    weight: torch.Tensor, moment: torch.Tensor, rank: int, root: torch.Tensor | None = None
+    weight: torch.Tensor, moment: torch.Tensor, rank: int, roots: Sequence[torch.Tensor] = ()
 ) -> Factors:
     """Best rank-`rank` factors of `weight [O, hidden]` for inputs of second moment `[hidden, hidden]`.
 
@@ -49,22 +50,51 @@ def pca_factors(
 
     Their scale is then split evenly.
 
-    Given a triangular `root [O, O]` an error e counts as the square of `root^T e`: the same PCA of
-    `root^T W`, taken back on the up side.
+    Given the triangular `roots` of a metric, in blocks over outputs, an error e counts as the square of
+    `root^T e`: the same PCA of `root^T W`, taken back on the up side.
     """
     weight = weight.double()
-    seen = weight if root is None else root.T @ weight
-    _, vectors = torch.linalg.eigh(seen @ damped(moment) @ seen.T)
-    top = vectors[:, -rank:].flip(-1)
-    up = top if root is None else torch.linalg.solve_triangular(root.T, top, upper=True)
+    seen = _by_block(roots, weight, lambda root, rows: root.T @ rows)
+    top = _top_directions(seen, damped(moment), rank)
+    up = _by_block(roots, top, lambda root, rows: torch.linalg.solve_triangular(root.T, rows, upper=True))
     down = top.T @ seen
-    norms = down.norm(dim=1)
-    scale = (up.norm(dim=0) / norms.clamp_min(1e-6 * norms.max())).sqrt()
+    norms, tiny = down.norm(dim=1), torch.finfo(torch.float32).tiny
+    scale = (up.norm(dim=0) / norms.clamp_min(max(1e-6 * float(norms.max()), tiny))).sqrt().clamp_min(tiny)
     return Factors(down=down * scale[:, None], up=up / scale, shift=weight.new_zeros(len(weight)))
 
 
-def metric_root(metric: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
-    """Lower triangular root of a metric of errors, `[O, O]`, damped so that no error counts nothing.
+def _top_directions(weight: torch.Tensor, moment: torch.Tensor, rank: int) -> torch.Tensor:
+    """Top eigenvectors of `W S W^T`, `[O, rank]`, by the smaller of the problems on outputs and on inputs.
+
+    With `S = L L^T` they are `W L v` for those v of `L^T W^T W L`, up to length.
+    """
+    outputs, inputs = weight.shape
+    if outputs <= inputs or rank > inputs:
+        _, vectors = torch.linalg.eigh(weight @ moment @ weight.T)
+        return vectors[:, -rank:].flip(-1)
+    root = torch.linalg.cholesky(moment)
+    values, vectors = torch.linalg.eigh(root.T @ (weight.T @ weight) @ root)
+    lengths = values[-rank:].flip(-1).clamp_min(0).sqrt()
+    found = weight @ (root @ vectors[:, -rank:].flip(-1))
+    known = lengths > 1e-7 * lengths[0]  # what is below is rounding, and of no use
+    return torch.where(known, found / lengths.where(known, 1.0), 0.0)
+
+
+def _by_block(
+    roots: Sequence[torch.Tensor],
+    x: torch.Tensor,
+    function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+) -> torch.Tensor:
+    """`x` with `function` of each root and the rows that it is over; as it is where there are none."""
+    if not roots:
+        return x
+    return torch.cat(
+        [function(root, rows) for root, rows in zip(roots, x.split([*map(len, roots)]), strict=True)]
+    )
+
+
+def metric_roots(metric: torch.Tensor, others: torch.Tensor) -> list[torch.Tensor]:
+    """Lower triangular roots of a metric of errors, in blocks over outputs, damped so that no error is free.
 
     `metric [2, G, D, D]` is of plain keys and of values (`weighting.attention_usage`), `others
     [G, N]` the key dims that are factorised.
@@ -72,11 +102,9 @@ def metric_root(metric: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
     heads = zip(metric[0], metric[1], others, strict=True)
     blocks = [block for keys, values, dims in heads for block in (keys[dims][:, dims], values)]
     scale = torch.cat([block.diagonal() for block in blocks]).mean()
-    roots = []
-    for block in blocks:
-        ridge = METRIC_RIDGE * (block.diagonal() + scale)
-        roots.append(torch.linalg.cholesky(block + torch.diag(ridge)))
-    return torch.block_diag(*roots)
+    ridges = (METRIC_RIDGE * (block.diagonal() + scale) for block in blocks)
+    pairs = zip(blocks, ridges, strict=True)
+    return [torch.linalg.cholesky(block + torch.diag(ridge)) for block, ridge in pairs]
 
 
 def block_factors(weight: torch.Tensor, is_key: torch.Tensor, rank: int, method: str) -> Factors:

@@ -15,12 +15,14 @@ from torch import nn
 from transformers import BatchFeature, PreTrainedModel
 
 from mha2mla_vlm.attention import MLAAttention
+from mha2mla_vlm.calibration import LayerStats
 from mha2mla_vlm.config import BLOCKS, OUTPUT_WEIGHTED, SHARED, AttentionSizes, ConversionConfig, MLAConfig
 from mha2mla_vlm.evaluation import kl_sum
 from mha2mla_vlm.families import get_family
 from mha2mla_vlm.measuring import LayerProfile, measure_layer, measure_moments
 from mha2mla_vlm.modeling import decoder_layers
 from mha2mla_vlm.offload import end_modules, resident
+from mha2mla_vlm.progress import Phases
 from mha2mla_vlm.streams import Chat, States, advance, answer_states, attending, begin
 from mha2mla_vlm.surgery import converted_layer, factored_weights, partial_rope_weights, table_scale
 
@@ -44,10 +46,12 @@ class LayerwiseConversion:
         mla: MLAConfig,
         *,
         device: torch.device,
+        phases: Phases,
         states: States | None = None,
         profiles: Sequence[LayerProfile] | None = None,
     ) -> None:
         self.model, self.config, self.mla, self.device = model, config, mla, device
+        self.phase = phases.phase
         self.states: States = {} if states is None else states
         self.profiles = profiles
         self.sizes = AttentionSizes.of(model.config)
@@ -64,14 +68,14 @@ class LayerwiseConversion:
         visual = get_family(self.model.config.model_type).visual_token_ids(self.model.config)
         wanted = [CALIBRATION] if self.is_original and self.profiles is None else []
         wanted += [CALIBRATION_PARTIAL] if self.after_rope else []
-        streams: dict[int, list[str]] = {0: wanted, 1: [ORIGINAL, PARTIAL, CONVERTED]}
-        for number, (chats, batches) in enumerate(
-            ((self.calibration, calibration), (self.held_out, held_out))
-        ):
-            for chat, hidden in begin(self.model, batches, visual, self.device):
-                for stream in () if again else streams[number]:
-                    self.states[stream, len(chats)] = hidden
-                chats.append(chat)
+        ends = [ORIGINAL, PARTIAL, CONVERTED]
+        both = ((self.calibration, calibration, wanted), (self.held_out, held_out, ends))
+        with self.phase("vision and embeddings"):
+            for chats, batches, streams in both:
+                for chat, hidden in begin(self.model, batches, visual, self.device):
+                    for stream in () if again else streams:
+                        self.states[stream, len(chats)] = hidden
+                    chats.append(chat)
 
     @torch.no_grad()
     def layer(self, index: int) -> Weights:
@@ -81,23 +85,22 @@ class LayerwiseConversion:
         """
         layer = decoder_layers(self.model)[index]
         with resident(layer.modules(), self.device):
-            advance(layer, self.held_out, self.states, ORIGINAL)
-            profile = self._profile(layer, index)
-            partial = self._partial(layer.self_attn, profile, index)
+            with self.phase("calibration"):
+                profile = self._profile(layer, index)
+            with self.phase("partial RoPE"):
+                partial = self._partial(layer.self_attn, profile, index)
             stats = profile.stats
             if self.after_rope:
-                with attending(layer, partial):
+                with self.phase("calibration"), attending(layer, partial):
                     stats = measure_moments(layer, self.calibration, self.states, CALIBRATION_PARTIAL)
                 LayerProfile(stats=stats).check(index)
-            converted = partial
-            if self.factorises:
-                whole = partial.state_dict()
-                factors = factored_weights(whole, stats, self.mla, index, self.sizes.head_dim)
-                kept = {k: v for k, v in whole.items() if not k.startswith(("kv_a_proj.", "o_proj."))}
-                converted = converted_layer(layer.self_attn, kept | factors, self.mla, index)
-            for stream, attention in ((PARTIAL, partial), (CONVERTED, converted)):
-                with attending(layer, attention):
-                    advance(layer, self.held_out, self.states, stream)
+            with self.phase("factorisation"):
+                converted = self._factorised(layer.self_attn, partial, stats, index)
+            with self.phase("held-out loss"):
+                ends = ((ORIGINAL, layer.self_attn), (PARTIAL, partial), (CONVERTED, converted))
+                for stream, attention in ends:
+                    with attending(layer, attention):
+                        advance(layer, self.held_out, self.states, stream)
             return {k: v for k, v in converted.state_dict().items() if not k.startswith("o_proj.")}
 
     def _profile(self, layer: nn.Module, index: int) -> LayerProfile:
@@ -117,6 +120,17 @@ class LayerwiseConversion:
         weights = partial_rope_weights(source, selection, table_scale(self.model))
         mla = replace(self.mla, kv_lora_rank=None, kv_bias=False, modalities=SHARED)
         return converted_layer(source, weights, mla, index)
+
+    def _factorised(
+        self, source: nn.Module, partial: MLAAttention, stats: LayerStats, index: int
+    ) -> MLAAttention:
+        """The layer's attention with its keys and values factorised, if they are to be."""
+        if not self.factorises:
+            return partial
+        whole = partial.state_dict()
+        factors = factored_weights(whole, stats, self.mla, index, self.sizes.head_dim)
+        kept = {k: v for k, v in whole.items() if not k.startswith(("kv_a_proj.", "o_proj."))}
+        return converted_layer(source, kept | factors, self.mla, index)
 
     @torch.no_grad()
     def kl(self) -> dict[str, float]:

@@ -27,6 +27,7 @@ class Probe:
         self, model: PreTrainedModel, batches: Sequence[BatchFeature], visual_token_ids: Sequence[int]
     ) -> None:
         self.model = model
+        batches = [batch.to(model.device) for batch in batches]
         with _observed(model.model.language_model) as calls:
             for batch in batches:
                 model(**{k: v for k, v in batch.items() if k != "labels"}, use_cache=False, logits_to_keep=1)

@@ -1,10 +1,12 @@
 """Progress and messages for people, on standard error; standard output is for the result."""
 
+import contextlib
+import time
 from collections.abc import Iterable, Iterator, Sized
-from typing import TypeVar
+from typing import Self, TypeVar
 
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 
 def console() -> Console:
@@ -22,3 +24,37 @@ def track(items: Iterable[T], title: str) -> Iterator[T]:
         for item in items:
             yield item
             bar.advance(task)
+
+
+class Phases:
+    """A bar over steps of several phases, which shows the phase and the time left; and the seconds of each.
+
+    The first `done` of `total` steps are done already.
+    """
+
+    def __init__(self, title: str, total: int, done: int = 0) -> None:
+        self.seconds: dict[str, float] = {}
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self._bar = Progress(*columns, TextColumn("{task.fields[phase]}"), console=console(), transient=True)
+        self._task = self._bar.add_task(title, total=total, completed=done, phase="")
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Within the context, work of this phase is done; phases do not nest."""
+        self._bar.update(self._task, phase=name)
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def advance(self) -> None:
+        """A step is done."""
+        self._bar.advance(self._task)

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,20 @@ from mha2mla_vlm.errors import InputError
 from mha2mla_vlm.layerwise import LayerwiseConversion
 from mha2mla_vlm.modeling import decoder_layers, mla_classes
 from mha2mla_vlm.offload import ON_DISK, read_weights, stored_names
-from mha2mla_vlm.progress import track
+from mha2mla_vlm.progress import Phases
 from mha2mla_vlm.surgery import converted_config
 from mha2mla_vlm.workfolder import WorkFolder, writing
 
 FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model")
 SHARD_BYTES = 2_000_000_000  # of what lies beside the layers, which have a shard each
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamedConversion:
+    """What was made, and the seconds that each phase took."""
+
+    mla: MLAConfig
+    seconds: dict[str, float]
 
 
 def convert_checkpoint(
@@ -39,7 +47,7 @@ def convert_checkpoint(
     spill: str | Path | None = None,
     dtype: str = "auto",
     device: torch.device | str = "cpu",
-) -> MLAConfig:
+) -> StreamedConversion:
     """Convert a model folder or hub id to `output`, with one decoder layer in memory at a time.
 
     What `convert` and `save` would give, for sizes that are the same in every layer. It works in
@@ -63,12 +71,15 @@ def convert_checkpoint(
     }
     work = WorkFolder(Path(output), settings, resume=resume, spill=None if spill is None else Path(spill))
     print_plan(model.config, mla)
-    conversion = LayerwiseConversion(model, config, mla, device=target, states=work.states)
-    mla = _convert_layers(conversion, work, calibration, held_out)
-    with writing("the rest of the model", work.folder):
-        _write_rest(model, processor, mla, work)
+    phases = Phases("converting layers", AttentionSizes.of(model.config).layers, work.done)
+    with phases:
+        conversion = LayerwiseConversion(model, config, mla, device=target, phases=phases, states=work.states)
+        mla = replace(mla, kl=_convert_layers(conversion, work, phases, calibration, held_out))
+        with phases.phase("writing"), writing("the rest of the model", work.folder):
+            _write_rest(model, processor, mla, work)
+    print_losses(mla.kl or {})
     work.finish()
-    return mla
+    return StreamedConversion(mla=mla, seconds=phases.seconds)
 
 
 def check_streamed(config: ConversionConfig) -> None:
@@ -82,16 +93,18 @@ def check_streamed(config: ConversionConfig) -> None:
 def _convert_layers(
     conversion: LayerwiseConversion,
     work: WorkFolder,
+    phases: Phases,
     calibration: list[BatchFeature],
     held_out: list[BatchFeature],
-) -> MLAConfig:
+) -> dict[str, float]:
+    """Convert and write the layers that are not done; returns the losses."""
     model = conversion.model
     names = shard_names(model)
     with writing("hidden states", work.folder):
         conversion.begin(calibration, held_out, again=work.done > 0)
         if work.done == 0:
             work.started()
-    for index in track(range(work.done, len(decoder_layers(model))), "converting layers"):
+    for index in range(work.done, len(decoder_layers(model))):
         with writing(f"layer {index}", work.folder):
             made = conversion.layer(index)
             prefix = layer_prefix(model, index)
@@ -103,11 +116,11 @@ def _convert_layers(
                 and (name.startswith(attention + "o_proj.") or not name.startswith(attention))
             ]
             tensors = {attention + key: value for key, value in made.items()}
-            work.write(names[index], tensors | read_weights(model, kept))
-            work.finished_layer()
-    kl = conversion.kl()
-    print_losses(kl)
-    return replace(conversion.mla, kl=kl)
+            with phases.phase("writing"):
+                work.write(names[index], tensors | read_weights(model, kept))
+                work.finished_layer()
+        phases.advance()
+    return conversion.kl()
 
 
 def layer_prefix(model: PreTrainedModel, index: int) -> str:

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from mha2mla_vlm.attention import MLAAttention
 from mha2mla_vlm.calibration import LayerStats, TokenStats
 from mha2mla_vlm.config import BLOCKS, CENTERED, OUTPUT_WEIGHTED, SHARED, MLAConfig
-from mha2mla_vlm.factorize import Factors, block_factors, metric_root, pca_factors
+from mha2mla_vlm.factorize import Factors, block_factors, metric_roots, pca_factors
 from mha2mla_vlm.folding import fold_keys
 from mha2mla_vlm.modeling import decoder_layers, mla_classes
 from mha2mla_vlm.rope import split_dims
@@ -138,10 +138,11 @@ def _token_factors(
     weight: torch.Tensor, others: torch.Tensor, tokens: TokenStats, rank: int, method: str
 ) -> Factors:
     """Factors of `weight [O, hidden]` for the tokens of one modality."""
-    root = metric_root(cast(torch.Tensor, tokens.metric), others) if method in OUTPUT_WEIGHTED else None
+    weighted = method in OUTPUT_WEIGHTED
+    roots = metric_roots(cast(torch.Tensor, tokens.metric), others) if weighted else []
     if method not in CENTERED:
-        return pca_factors(weight, tokens.moment, rank, root)
-    factors = pca_factors(weight, tokens.centered().moment, rank, root)
+        return pca_factors(weight, tokens.moment, rank, roots)
+    factors = pca_factors(weight, tokens.centered().moment, rank, roots)
     mean = tokens.total / tokens.mass
     return replace(factors, shift=weight.double() @ mean - factors.up @ (factors.down @ mean))
 

@@ -45,13 +45,14 @@ def whitened_svd(weight, moment, rank):
     return truncated(weight @ root, rank) @ torch.linalg.inv(root)
 
 
+@pytest.mark.parametrize("outputs", [O, HIDDEN - 1])  # solved on the side of inputs, and of outputs
 @pytest.mark.parametrize("rank", [1, 4, 8, 11])
-def test_pca_equals_the_whitened_svd_where_the_moment_has_full_rank(rank):
-    weight, inputs = make_weight(), make_inputs(200, decades=1.5)
+def test_pca_equals_the_whitened_svd_where_the_moment_has_full_rank(rank, outputs):
+    weight, inputs = make_weight(outputs), make_inputs(200, decades=1.5)
     expected = whitened_svd(weight, inputs.T @ inputs, rank)
     factors = pca_factors(weight, inputs.T @ inputs, rank)
     assert factors.down.shape == (rank, HIDDEN)
-    assert factors.up.shape == (O, rank)
+    assert factors.up.shape == (outputs, rank)
     # a ridge of 1e-6 of the mean variance is all that differs
     assert float((product(factors) - expected).norm() / expected.norm()) < 1e-4
     best, ours = (output_error(weight, w, inputs) for w in (expected, product(factors)))
@@ -235,12 +236,36 @@ def test_each_layer_gets_its_own_rank():
     assert shapes == [(3, HIDDEN), (5, HIDDEN)]
 
 
+@pytest.mark.parametrize("outputs", [O, HIDDEN])
+def test_a_metric_of_errors_counts_in_blocks(outputs):
+    """What is left of `root^T (W - W') x` is what the SVD of `root^T W` leaves."""
+    weight, inputs, first = make_weight(outputs), make_inputs(200, decades=1.5), outputs // 3
+    generator = torch.Generator().manual_seed(7)
+    roots = []
+    for size in (first, outputs - first):
+        x = torch.randn(size, 2 * size, generator=generator, dtype=torch.float64)
+        roots.append(torch.linalg.cholesky(x @ x.T))
+    whole = torch.block_diag(*roots)
+    found = product(pca_factors(weight, inputs.T @ inputs, 5, roots))
+    best = whitened_svd(whole.T @ weight, inputs.T @ inputs, 5)
+    errors = [output_error(whole.T @ weight, w, inputs) for w in (whole.T @ found, best)]
+    assert errors[0] == pytest.approx(errors[1], rel=1e-4)
+
+
+def test_weights_of_lower_rank_than_asked_for_come_back():
+    low = make_weight()[:, :3] @ make_weight(3)
+    inputs = make_inputs(200, decades=1.5)
+    factors = pca_factors(low, inputs.T @ inputs, 8)
+    assert bool(factors.up.isfinite().all())
+    torch.testing.assert_close(product(factors), low)
+
+
 @pytest.mark.parametrize("weighted", [False, True])
 def test_both_factors_have_the_same_scale(weighted):
     """Training with steps of one size spoils a factor much smaller than the other."""
     weight, inputs = make_weight(), make_inputs(200)
-    root = torch.linalg.cholesky(1e6 * torch.eye(O, dtype=torch.float64)) if weighted else None
-    factors = pca_factors(weight, inputs.T @ inputs, 8, root)
+    roots = [1e3 * torch.eye(size, dtype=torch.float64) for size in (O - 8, 8)] if weighted else []
+    factors = pca_factors(weight, inputs.T @ inputs, 8, roots)
     torch.testing.assert_close(factors.up.norm(dim=0), factors.down.norm(dim=1))
     plain = pca_factors(weight, inputs.T @ inputs, 8)
     torch.testing.assert_close(product(factors), product(plain), rtol=1e-3, atol=1e-6)
