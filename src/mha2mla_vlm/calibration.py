@@ -13,6 +13,7 @@ from transformers import BatchFeature
 
 from mha2mla_vlm.config import DECOUPLED
 from mha2mla_vlm.data import IGNORE_INDEX
+from mha2mla_vlm.parallel import sum_over_processes
 from mha2mla_vlm.rope import one_table, rotate
 from mha2mla_vlm.weighting import attention_usage
 
@@ -73,6 +74,15 @@ class LayerStats:
     def add(self, modality: str, new: TokenStats) -> None:
         """Add tokens of a modality."""
         self.tokens[modality] = self.tokens[modality] + new if modality in self.tokens else new
+
+    def sum_over_processes(self) -> None:
+        """Let these be the tokens of all processes."""
+        for name in sorted(self.tokens):
+            one = self.tokens[name]
+            counts = one.moment.new_tensor([one.count, one.mass])
+            metric = [] if one.metric is None else [one.metric]
+            sum_over_processes([counts, one.moment, one.total, *metric])
+            one.count, one.mass = int(counts[0]), float(counts[1])
 
     def pooled(self) -> TokenStats:
         """Of all modalities."""

@@ -20,6 +20,7 @@ from transformers import (
     ProcessorMixin,
 )
 
+from mha2mla_vlm.card import write_card
 from mha2mla_vlm.config import AttentionSizes, MLAConfig
 from mha2mla_vlm.errors import InputError
 from mha2mla_vlm.families import get_family
@@ -138,6 +139,8 @@ def save(model: PreTrainedModel, processor: ProcessorMixin | None, output: str |
     """Write a model and, if there is one, its processor as one transformers folder, whole or not at all."""
     with new_folder(output) as folder:
         model.save_pretrained(folder)
+        if getattr(model.config, "mla", None) is not None:
+            write_card(model.config, folder)
         if processor is not None:
             processor.save_pretrained(folder)
     return Path(output)

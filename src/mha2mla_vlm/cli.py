@@ -11,15 +11,23 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from mha2mla_vlm.cli_options import (
+    BudgetOption,
     CacheBitsOption,
     DataOption,
     DeviceOption,
+    DryRunOption,
     DType,
     DTypeOption,
     FactorizationOption,
+    FoldOption,
+    LatentDimOption,
     ModelArgument,
     OutputOption,
+    PushOption,
+    ResumeOption,
+    RopeDimOption,
     SelectionOption,
+    SpillOption,
     finish,
 )
 from mha2mla_vlm.cli_zoo import zoo_app
@@ -66,65 +74,89 @@ def convert(
     model: ModelArgument,
     data: DataOption,
     output: OutputOption,
-    budget: Annotated[
-        float | None,
-        typer.Option(help="Share of the cache to keep, allotted over layers.  [default: 0.375]"),
-    ] = None,
-    rope_dim: Annotated[
-        int | None, typer.Option(help="R, rope dims kept per head, instead the same in every layer.")
-    ] = None,
-    d_kv: Annotated[
-        int | None, typer.Option(help="Latent dims per KV head, instead the same in every layer.")
-    ] = None,
+    budget: BudgetOption = None,
+    rope_dim: RopeDimOption = None,
+    d_kv: LatentDimOption = None,
     rope_selection: SelectionOption = "residual",
-    fold: Annotated[
-        bool, typer.Option(help="Move the mean rotation of dropped pairs into the weights.")
-    ] = True,
+    fold: FoldOption = True,
     factorization: FactorizationOption = "output-weighted",
     samples: Annotated[int, typer.Option(help="Chats to calibrate and measure on, at most.")] = 128,
+    dry_run: DryRunOption = False,
+    resume: ResumeOption = False,
+    spill: SpillOption = None,
+    push_to_hub: PushOption = None,
     dtype: DTypeOption = DType.auto,
     device: DeviceOption = "auto",
 ) -> None:
-    """Convert a model without training; a fifth of the chats is held out to measure the loss."""
-    from mha2mla_vlm.checkpoint import check_output, load_config, save
+    """Convert a model without training; a fifth of the chats is held out to measure the loss.
+
+    With --rope-dim and --d-kv one layer at a time is in memory, and an interrupted run can be resumed.
+    With a budget, which is allotted by running the whole model many times, all of it is.
+    """
+    from mha2mla_vlm.card import check_repository
+    from mha2mla_vlm.checkpoint import check_output, load_config, pick_device
     from mha2mla_vlm.config import ConversionConfig
-    from mha2mla_vlm.conversion import convert as convert_model
-    from mha2mla_vlm.conversion import plan
+    from mha2mla_vlm.conversion import is_allotted, plan
+    from mha2mla_vlm.parallel import join_processes
     from mha2mla_vlm.sources import load_records
 
-    config = ConversionConfig(
-        budget=budget,
-        rope_dim=rope_dim,
-        d_kv=d_kv,
-        rope_selection=rope_selection,
-        fold=fold,
-        factorization=factorization,
-        samples=samples,
-    )
+    sizes: dict[str, Any] = {"budget": budget, "rope_dim": rope_dim, "d_kv": d_kv, "samples": samples}
+    method: dict[str, Any] = {"rope_selection": rope_selection, "fold": fold, "factorization": factorization}
+    config = ConversionConfig(**sizes, **method)
     check_output(output)
-    plan(load_config(model), config)
-    records = load_records(data, limit=samples)
+    model_config = load_config(model)
+    plan(model_config, config)
+    in_memory = is_allotted(model_config, config)
+    if in_memory and (dry_run or resume or spill):
+        raise InputError("--dry-run, --resume and --spill go with --rope-dim and --d-kv, without a budget")
+    check_repository(push_to_hub)
+    target, records = join_processes(pick_device(device)), load_records(data, limit=samples)
+    if dry_run:
+        _foretell(model, records, config, dtype, target)
+    elif in_memory:
+        _finish_conversion(
+            output, push_to_hub, _convert_in_memory(model, records, output, config, dtype, device)
+        )
+    else:
+        streamed = {"resume": resume, "spill": spill, "dtype": dtype.value, "device": target}
+        _finish_conversion(output, push_to_hub, _convert_streamed(model, records, output, config, **streamed))
+
+
+def _foretell(model: str, records: Any, config: Any, dtype: DType, device: Any) -> None:
+    from mha2mla_vlm.prediction import predict, print_prediction
+
+    prediction = predict(model, records, config, dtype=dtype.value, device=device)
+    print_prediction(prediction)
+    finish(prediction.to_dict())
+
+
+def _convert_streamed(model: str, records: Any, output: Path, config: Any, **options: Any) -> dict[str, Any]:
+    from mha2mla_vlm.streaming import convert_checkpoint
+
+    return convert_checkpoint(model, records, output, config, **options).to_dict()
+
+
+def _finish_conversion(output: Path, repository: str | None, result: dict[str, Any]) -> None:
+    """Send the model where it is to go, and report; the first of several processes does."""
+    from mha2mla_vlm.card import push
+    from mha2mla_vlm.parallel import process_index
+
+    if process_index() == 0:
+        pushed = {} if repository is None else {"pushed": push(output, repository)}
+        finish({"output": str(output), **result, **pushed})
+
+
+def _convert_in_memory(
+    model: str, records: Any, output: Path, config: Any, dtype: DType, device: str
+) -> dict[str, Any]:
+    from mha2mla_vlm.checkpoint import save
+    from mha2mla_vlm.conversion import convert as convert_model
+    from mha2mla_vlm.describe import conversion_summary
+
     original, processor = _load(model, dtype, device)
     converted = convert_model(original, processor, records, config)
     save(converted, processor, output)
-    finish({"output": str(output), **_conversion(original, converted)})
-
-
-def _conversion(original: Any, converted: Any) -> dict[str, Any]:
-    """What a conversion made of a model."""
-    from mha2mla_vlm.cache import bytes_per_token
-
-    mla, itemsize = converted.mla_config, converted.dtype.itemsize
-    return {
-        "family": original.config.model_type,
-        "qk_rope_head_dim": mla.qk_rope_head_dim,
-        "kv_lora_rank": mla.kv_lora_rank,
-        "bytes_per_token": bytes_per_token(converted.config, itemsize=itemsize),
-        "bytes_per_token_original": bytes_per_token(original.config, itemsize=itemsize),
-        "kl": list(mla.kl.values())[-1],
-        "kl_by_step": mla.kl,
-        "predicted_kl": mla.predicted_kl,
-    }
+    return conversion_summary(original.config, converted.mla_config, converted.dtype)
 
 
 @app.command()

@@ -41,6 +41,28 @@ FactorizationOption = Annotated[
         "output-weighted-centered, split, only-key or only-value."
     ),
 ]
+BudgetOption = Annotated[
+    float | None, typer.Option(help="Share of the cache to keep, allotted over layers.  [default: 0.375]")
+]
+RopeDimOption = Annotated[
+    int | None, typer.Option(help="R, rope dims kept per head, instead the same in every layer.")
+]
+LatentDimOption = Annotated[
+    int | None, typer.Option(help="Latent dims per KV head, instead the same in every layer.")
+]
+FoldOption = Annotated[bool, typer.Option(help="Move the mean rotation of dropped pairs into the weights.")]
+DryRunOption = Annotated[
+    bool, typer.Option("--dry-run", help="Foretell sizes, memory, disk and time, and stop.")
+]
+ResumeOption = Annotated[
+    bool, typer.Option("--resume", help="Go on where an earlier run to this output was interrupted.")
+]
+SpillOption = Annotated[
+    Path | None, typer.Option(help="Folder for hidden states.  [default: beside the output]")
+]
+PushOption = Annotated[
+    str | None, typer.Option(help="Repository of the hub to send the result to.", show_default=False)
+]
 OutputOption = Annotated[
     Path, typer.Option("--output", "-o", help="Folder to write; new or empty.", show_default=False)
 ]

@@ -55,7 +55,7 @@ def convert(
     _check_placement(model)
     mla = plan(model.config, config)
     calibration, held_out = encode_split(model, processor, records, config)
-    if config.share is not None:
+    if is_allotted(model.config, config):
         profile = profile or Profile(model, calibration, config)
         mla = profile.allot(mla, config)
     if profile is not None:
@@ -139,6 +139,11 @@ def plan(model_config: Any, config: ConversionConfig) -> MLAConfig:
     if config.share is not None:
         _check_budget(sizes, config)
     return mla
+
+
+def is_allotted(model_config: Any, config: ConversionConfig) -> bool:
+    """Whether sizes come from a budget, so that the whole model has to be run many times."""
+    return config.share is not None and getattr(model_config, "mla", None) is None
 
 
 def _plan_factors(model_config: Any, config: ConversionConfig) -> MLAConfig:

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.table import Table
 from safetensors import SafetensorError, safe_open
 
@@ -11,6 +12,7 @@ from mha2mla_vlm.checkpoint import load_config, resolve
 from mha2mla_vlm.config import MLAConfig
 from mha2mla_vlm.errors import InputError
 from mha2mla_vlm.progress import console
+from mha2mla_vlm.surgery import converted_config
 
 
 def describe(name: str) -> dict[str, Any]:
@@ -40,6 +42,21 @@ def describe(name: str) -> dict[str, Any]:
         "kl": mla.kl,
         "predicted_kl": mla.predicted_kl,
         "pairs": _pairs(Path(resolve(name))),
+    }
+
+
+def conversion_summary(original: Any, mla: MLAConfig, dtype: torch.dtype) -> dict[str, Any]:
+    """What a conversion made of a model with the config `original`; bytes in its number format."""
+    converted = converted_config(original, mla)
+    return {
+        "family": original.model_type.removesuffix("_mla"),
+        "qk_rope_head_dim": mla.qk_rope_head_dim,
+        "kv_lora_rank": mla.kv_lora_rank,
+        "bytes_per_token": bytes_per_token(converted, itemsize=dtype.itemsize),
+        "bytes_per_token_original": bytes_per_token(original, itemsize=dtype.itemsize),
+        "kl": None if not mla.kl else list(mla.kl.values())[-1],
+        "kl_by_step": mla.kl,
+        "predicted_kl": mla.predicted_kl,
     }
 
 

@@ -6,7 +6,7 @@ partial RoPE (`calibration partial`); those that are held out through the `origi
 the `converted` layers, whose ends give the loss.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -22,6 +22,7 @@ from mha2mla_vlm.families import get_family
 from mha2mla_vlm.measuring import LayerProfile, measure_layer, measure_moments
 from mha2mla_vlm.modeling import decoder_layers
 from mha2mla_vlm.offload import end_modules, resident
+from mha2mla_vlm.parallel import own_share, sum_over_processes
 from mha2mla_vlm.progress import Phases
 from mha2mla_vlm.streams import Chat, States, advance, answer_states, attending, begin
 from mha2mla_vlm.surgery import converted_layer, factored_weights, partial_rope_weights, table_scale
@@ -60,11 +61,15 @@ class LayerwiseConversion:
         self.after_rope = config.factorization not in (*MOMENTLESS, *OUTPUT_WEIGHTED)
         self.calibration: list[Chat] = []
         self.held_out: list[Chat] = []
+        self.total = 0
 
     def begin(
-        self, calibration: Iterable[BatchFeature], held_out: Iterable[BatchFeature], *, again: bool = False
+        self, calibration: Sequence[BatchFeature], held_out: Sequence[BatchFeature], *, again: bool = False
     ) -> None:
-        """Bring all chats before the first layer; or, `again`, only what layers are given besides states."""
+        """Bring this process's share of the chats before the first layer; or, `again`, only what layers are
+        given besides states.
+        """
+        self.calibration, self.held_out, self.total = [], [], len(calibration)
         visual = get_family(self.model.config.model_type).visual_token_ids(self.model.config)
         wanted = [CALIBRATION] if self.is_original and self.profiles is None else []
         wanted += [CALIBRATION_PARTIAL] if self.after_rope else []
@@ -72,7 +77,7 @@ class LayerwiseConversion:
         both = ((self.calibration, calibration, wanted), (self.held_out, held_out, ends))
         with self.phase("vision and embeddings"):
             for chats, batches, streams in both:
-                for chat, hidden in begin(self.model, batches, visual, self.device):
+                for chat, hidden in begin(self.model, own_share(batches), visual, self.device):
                     for stream in () if again else streams:
                         self.states[stream, len(chats)] = hidden
                     chats.append(chat)
@@ -109,7 +114,8 @@ class LayerwiseConversion:
             return self.profiles[index]
         if not self.is_original:
             return LayerProfile()
-        found = measure_layer(layer, self.calibration, self.states, CALIBRATION, self.config, moments=False)
+        options: dict[str, Any] = {"total": self.total, "moments": False}
+        found = measure_layer(layer, self.calibration, self.states, CALIBRATION, self.config, **options)
         return found.check(index)
 
     def _partial(self, source: Any, profile: LayerProfile, index: int) -> MLAAttention:
@@ -138,7 +144,7 @@ class LayerwiseConversion:
         norm, head = end_modules(self.model)
         streams = {"partial_rope": PARTIAL} if self.is_original else {}
         streams |= {"factorization": CONVERTED} if self.factorises else {}
-        sums, count = dict.fromkeys(streams, 0.0), 0
+        sums = torch.zeros(len(streams) + 1, dtype=torch.float64, device=self.device)
         with resident((norm, head), self.device):
             for number, chat in enumerate(self.held_out):
 
@@ -147,7 +153,8 @@ class LayerwiseConversion:
                     return head(answer_states(chat, hidden, norm)).float().log_softmax(-1)
 
                 expected = log_probs(ORIGINAL)
-                count += len(expected)
-                for name, stream in streams.items():
-                    sums[name] += kl_sum(log_probs(stream), expected)
-        return {name: max(0.0, total / count) for name, total in sums.items()}
+                sums[-1] += len(expected)
+                for position, stream in enumerate(streams.values()):
+                    sums[position] += kl_sum(log_probs(stream), expected)
+        sum_over_processes([sums])
+        return {name: max(0.0, float(total / sums[-1])) for name, total in zip(streams, sums, strict=False)}

@@ -14,6 +14,7 @@ from mha2mla_vlm.calibration import Heads, LayerStats, TokenStats, layer_usage
 from mha2mla_vlm.config import OUTPUT_WEIGHTED, AttentionSizes, ConversionConfig
 from mha2mla_vlm.errors import InputError
 from mha2mla_vlm.folding import drop_order, fold_coefficients, pair_covariance
+from mha2mla_vlm.parallel import sum_over_processes
 from mha2mla_vlm.rope import fixed_pairs, pair_kl_scores, top_pairs, two_norm_scores
 from mha2mla_vlm.streams import Chat, States, Tables, advance
 from mha2mla_vlm.surgery import RopeSelection
@@ -73,12 +74,13 @@ def measure_layer(
     stream: str,
     config: ConversionConfig,
     *,
+    total: int,
     moments: bool,
 ) -> LayerProfile:
     """Take a stream of an original model through a layer, and look on; with `moments` also where the
-    method takes them from the model after partial RoPE.
+    method takes them from the model after partial RoPE. `total` is the number of chats in all processes.
     """
-    found, share, method = LayerProfile(), 1 / len(chats), config.rope_selection
+    found, share, method = LayerProfile(), 1 / total, config.rope_selection
 
     def observe(chat: Chat, module: Any, hidden: torch.Tensor, tables: Tables) -> None:
         heads = Heads.of(module, hidden, tables)
@@ -96,6 +98,8 @@ def measure_layer(
             add_moments(found.stats, chat, hidden)
 
     advance(layer, chats, states, stream, observe)
+    sum_over_processes(x for x in (found.scores, found.covariance) if x is not None)
+    found.stats.sum_over_processes()
     return found
 
 
@@ -110,6 +114,7 @@ def measure_moments(layer: nn.Module, chats: Sequence[Chat], states: States, str
     """Take a stream through a layer; moments of what goes into its attention, by modality."""
     stats = LayerStats()
     advance(layer, chats, states, stream, lambda chat, _, hidden, __: add_moments(stats, chat, hidden))
+    stats.sum_over_processes()
     return stats
 
 

@@ -61,7 +61,9 @@ class Profile:
             states[CALIBRATION, len(chats)] = hidden
             chats.append(chat)
         self.layers = [
-            measure_layer(layer, chats, states, CALIBRATION, config, moments=True).check(index)
+            measure_layer(layer, chats, states, CALIBRATION, config, total=len(chats), moments=True).check(
+                index
+            )
             for index, layer in enumerate(track(decoder_layers(model), "calibrating"))
         ]
 

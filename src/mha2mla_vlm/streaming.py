@@ -13,28 +13,38 @@ from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
 from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
 
+from mha2mla_vlm.card import write_card
 from mha2mla_vlm.checkpoint import load, load_config, load_processor, resolve
 from mha2mla_vlm.config import AttentionSizes, ConversionConfig, MLAConfig
-from mha2mla_vlm.conversion import encode_split, plan, print_losses, print_plan
+from mha2mla_vlm.conversion import encode_split, is_allotted, plan, print_losses, print_plan
 from mha2mla_vlm.data import Record
+from mha2mla_vlm.describe import conversion_summary
 from mha2mla_vlm.errors import InputError
 from mha2mla_vlm.layerwise import LayerwiseConversion
+from mha2mla_vlm.memory import peak_resident_bytes
 from mha2mla_vlm.modeling import decoder_layers, mla_classes
 from mha2mla_vlm.offload import ON_DISK, read_weights, stored_names
+from mha2mla_vlm.parallel import process_count
 from mha2mla_vlm.progress import Phases
 from mha2mla_vlm.surgery import converted_config
 from mha2mla_vlm.workfolder import WorkFolder, writing
 
 FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model")
-SHARD_BYTES = 2_000_000_000  # of what lies beside the layers, which have a shard each
+SHARD_BYTES = 1_000_000_000  # of what lies beside the layers, which have a shard each
 
 
 @dataclass(frozen=True, kw_only=True)
 class StreamedConversion:
-    """What was made, and the seconds that each phase took."""
+    """What was made, the seconds that each phase took, and the most memory that the process held."""
 
     mla: MLAConfig
+    summary: dict[str, Any]
     seconds: dict[str, float]
+    peak_bytes: int | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values, for JSON."""
+        return {**self.summary, "seconds": self.seconds, "peak_bytes": self.peak_bytes}
 
 
 def convert_checkpoint(
@@ -56,8 +66,12 @@ def convert_checkpoint(
     and shards that fail, with the work so far kept.
     """
     folder, target = local_folder(name), torch.device(device)
-    mla = plan(load_config(folder), config)
-    check_streamed(config)
+    model_config = load_config(folder)
+    mla = plan(model_config, config)
+    if is_allotted(model_config, config):
+        raise InputError(
+            "a budget is allotted by running the whole model; give rope_dim and d_kv to go layer by layer"
+        )
     check_shards(folder)
     processor = load_processor(folder)
     model = load(folder, dtype=dtype, device_map=ON_DISK)
@@ -67,27 +81,31 @@ def convert_checkpoint(
         "model": str(folder),
         "config": config.to_dict(),
         "dtype": str(model.dtype),
+        "processes": process_count(),
         "records": _digest([*calibration, *held_out]),
     }
+    if min(len(calibration), len(held_out)) < process_count():
+        raise InputError(
+            f"{len(calibration)} chats to calibrate on and {len(held_out)} held out are too few for "
+            f"{process_count()} processes; give each one of both"
+        )
     work = WorkFolder(Path(output), settings, resume=resume, spill=None if spill is None else Path(spill))
     print_plan(model.config, mla)
     phases = Phases("converting layers", AttentionSizes.of(model.config).layers, work.done)
     with phases:
         conversion = LayerwiseConversion(model, config, mla, device=target, phases=phases, states=work.states)
         mla = replace(mla, kl=_convert_layers(conversion, work, phases, calibration, held_out))
-        with phases.phase("writing"), writing("the rest of the model", work.folder):
-            _write_rest(model, processor, mla, work)
+        if work.main:
+            with phases.phase("writing"), writing("the rest of the model", work.folder):
+                _write_rest(model, processor, mla, work)
     print_losses(mla.kl or {})
     work.finish()
-    return StreamedConversion(mla=mla, seconds=phases.seconds)
-
-
-def check_streamed(config: ConversionConfig) -> None:
-    """Raise `InputError` for sizes that are only known with the whole model in memory."""
-    if config.share is not None:
-        raise InputError(
-            "a budget is allotted by running the whole model; give rope_dim and d_kv to go layer by layer"
-        )
+    return StreamedConversion(
+        mla=mla,
+        summary=conversion_summary(model_config, mla, model.dtype),
+        seconds=phases.seconds,
+        peak_bytes=peak_resident_bytes(),
+    )
 
 
 def _convert_layers(
@@ -144,6 +162,7 @@ def _write_rest(model: PreTrainedModel, processor: ProcessorMixin, mla: MLAConfi
     if model.generation_config is not None:
         model.generation_config.save_pretrained(work.result)
     skeleton.save_remote_code(work.result)
+    write_card(config, work.result)
     processor.save_pretrained(work.result)
 
 

@@ -15,9 +15,11 @@ from safetensors.torch import load_file, save_file
 
 from mha2mla_vlm.checkpoint import check_output
 from mha2mla_vlm.errors import InputError
+from mha2mla_vlm.parallel import process_index, wait_for_all
 from mha2mla_vlm.streams import Key
 
 PROGRESS = "progress.json"
+WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EACCES, errno.EROFS)
 
 
 class FolderStates(MutableMapping[Key, torch.Tensor]):
@@ -80,9 +82,12 @@ class WorkFolder:
         self.result = self.folder / "result"
         self.settings = json.loads(json.dumps(settings))
         self.done = self._begun(resume)
+        self.main = process_index() == 0
         self.states_folder = self.folder / "states" if spill is None else spill / f"{self.output.name}.states"
-        self.result.mkdir(parents=True, exist_ok=True)
-        self.states = FolderStates(self.states_folder, self.done - 1 if self.done == 0 else self.done)
+        self.states = FolderStates(self.states_folder / str(process_index()), self.done or -1)
+        wait_for_all()  # all have read how far it is
+        if self.main:
+            self.result.mkdir(parents=True, exist_ok=True)
         self._write_progress()
 
     def _begun(self, resume: bool) -> int:
@@ -108,13 +113,17 @@ class WorkFolder:
         return int(progress["done"])
 
     def _write_progress(self) -> None:
+        if not self.main:
+            return
         path = self.folder / PROGRESS
         temporary = path.with_suffix(".tmp")
         temporary.write_text(json.dumps({"done": self.done, "settings": self.settings}), encoding="utf-8")
         temporary.rename(path)
 
     def write(self, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Write a shard of the result, whole or not at all."""
+        """Write a shard of the result, whole or not at all; the first process does."""
+        if not self.main:
+            return
         temporary = self.result / f".{name}.tmp"
         save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, temporary, metadata={"format": "pt"})
         temporary.rename(self.result / name)
@@ -127,11 +136,16 @@ class WorkFolder:
         """A layer's shard and the states after it are written."""
         self.states.next()
         self.done += 1
+        wait_for_all()  # states of all processes are there
         self._write_progress()
+        wait_for_all()
         self.states.drop_before()
 
     def finish(self) -> None:
         """Make the result the output, and remove the rest."""
+        wait_for_all()
+        if not self.main:
+            return
         if self.output.exists():
             self.output.rmdir()
         self.result.rename(self.output)
@@ -145,7 +159,7 @@ def writing(what: str, folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EACCES, errno.EROFS):
+        if error.errno not in WRITE_ERRORS:
             raise
         raise InputError(_failed(what, folder, os.strerror(error.errno))) from error
     except SafetensorError as error:

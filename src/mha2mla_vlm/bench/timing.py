@@ -5,10 +5,11 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
+
+from mha2mla_vlm.memory import forget_peak, peak_resident_bytes, resident_bytes
 
 ROUNDS = (5, 200)  # least and most
 WARM_UP = 2
@@ -84,17 +85,8 @@ def _reset_peak(device: torch.device) -> int | None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-        return _status("VmRSS")
-    except OSError:
-        return None
+    return resident_bytes() if forget_peak() else None
 
 
 def _peak(device: torch.device) -> int:
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _status("VmHWM")
-
-
-def _status(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_resident_bytes() or 0

@@ -9,4 +9,8 @@ FAMILY = Family(
     processor_class="LlavaProcessor",
     text_model_types=("llama", "mistral", "qwen2"),
     visual_tokens=("image_token_id",),
+    licence=(
+        'Where the language model is a Llama, its licence asks that you show "Built with Llama" and, from '
+        'Llama 3 on, that the model\'s name begins with "Llama".'
+    ),
 )

@@ -1,0 +1,205 @@
+"""What a conversion layer by layer will take, before it starts: from the config, the headers of the shards
+and one layer of random numbers that is converted on this machine.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+from safetensors import safe_open
+from transformers import AutoModelForImageTextToText, BatchFeature, PreTrainedModel
+
+from mha2mla_vlm.cache import bytes_per_token
+from mha2mla_vlm.checkpoint import load_config, load_processor
+from mha2mla_vlm.config import AttentionSizes, ConversionConfig, MLAConfig
+from mha2mla_vlm.conversion import encode_split, plan
+from mha2mla_vlm.data import Record
+from mha2mla_vlm.errors import InputError
+from mha2mla_vlm.families import get_family
+from mha2mla_vlm.layerwise import LayerwiseConversion
+from mha2mla_vlm.memory import forget_peak, peak_resident_bytes, resident_bytes
+from mha2mla_vlm.modeling import decoder_layers, mla_classes
+from mha2mla_vlm.offload import front_modules, stored_names
+from mha2mla_vlm.progress import Phases, console
+from mha2mla_vlm.streaming import check_shards, local_folder, rest_shards
+from mha2mla_vlm.streams import advance
+from mha2mla_vlm.surgery import converted_config
+
+WRITE_RATE = 500e6  # bytes a second, of an ordinary disk
+FIRST_LAYER = ".layers.0."
+SMALL_VOCABULARY = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """Bytes a token takes in the cache before and after (in the model's number format), bytes of the
+    result and of hidden states on disk, the most memory (None where Linux does not tell), and seconds.
+    """
+
+    bytes_per_token: int
+    bytes_per_token_original: int
+    output_bytes: int
+    states_bytes: int
+    peak_bytes: int | None
+    seconds: float
+    phases: dict[str, float]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values, for JSON."""
+        return asdict(self)
+
+
+def predict(
+    name: str | Path,
+    records: Sequence[Record],
+    config: ConversionConfig = ConversionConfig(),
+    *,
+    dtype: str = "auto",
+    device: torch.device | str = "cpu",
+) -> Prediction:
+    """Foretell `streaming.convert_checkpoint`; raises `InputError` for what it would refuse."""
+    folder = local_folder(name)
+    model_config = load_config(folder)
+    mla = plan(model_config, config)
+    if mla.original is None and model_config.model_type.endswith("_mla"):
+        raise InputError(f"{name!r} has partial RoPE already; only originals can be foretold")
+    check_shards(folder)
+    number = _stored_dtype(folder) if dtype == "auto" else getattr(torch, dtype)
+    original, converted = _skeleton(model_config), _skeleton(converted_config(model_config, mla))
+    calibration, held_out = encode_split(original, load_processor(folder), records, config)
+    target = torch.device(device)
+    base = resident_bytes() or 0
+    phases, peak = _one_layer(model_config, config, mla, calibration[0], number, target)
+    sizes = {name: _bytes(converted, [name], number) for name in stored_names(converted)}
+    layers = AttentionSizes.of(model_config).layers
+    counts = {"calibration": len(calibration) * layers, "held-out loss": len(held_out) * layers}
+    counts["vision and embeddings"] = (len(calibration) + len(held_out)) * _vision_depth(model_config)
+    seconds = {phase: taken * counts.get(phase, layers) for phase, taken in phases.items()}
+    seconds["writing"] = sum(sizes.values()) / WRITE_RATE
+    lengths = [batch["input_ids"].shape[1] for batch in calibration]
+    lengths += 3 * [batch["input_ids"].shape[1] for batch in held_out]
+    return Prediction(
+        bytes_per_token=bytes_per_token(converted.config, itemsize=number.itemsize),
+        bytes_per_token_original=bytes_per_token(model_config, itemsize=number.itemsize),
+        output_bytes=sum(sizes.values()),
+        states_bytes=2 * sum(lengths) * AttentionSizes.of(model_config).hidden * number.itemsize,
+        peak_bytes=None if peak is None else max(peak, base + _front_and_shards(original, number)),
+        seconds=sum(seconds.values()),
+        phases=seconds,
+    )
+
+
+def _stored_dtype(folder: Path) -> torch.dtype:
+    """The number format of the first decoder layer."""
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118 (not a dict)
+                if FIRST_LAYER in key and key.endswith("q_proj.weight"):
+                    return file.get_tensor(key).dtype
+    raise InputError(f"{folder} holds no decoder layer")
+
+
+def _skeleton(config: Any) -> Any:
+    """A model of an original or a converted config without memory."""
+    family = get_family(config.model_type)
+    with torch.device("meta"):
+        if getattr(config, "mla", None) is not None:
+            return mla_classes(family.model_type)[1](config)
+        return AutoModelForImageTextToText.from_config(config)
+
+
+def _bytes(model: PreTrainedModel, names: Sequence[str], number: torch.dtype) -> int:
+    state = model.state_dict()
+    kinds = {name: number if state[name].is_floating_point() else state[name].dtype for name in names}
+    return sum(state[name].numel() * kind.itemsize for name, kind in kinds.items())
+
+
+def _front_and_shards(model: PreTrainedModel, number: torch.dtype) -> int:
+    """The most that is in memory before the first layer, or while a shard is written."""
+    own = {id(m): name for name, m in model.named_modules()}
+    embeddings = id(model.get_input_embeddings())
+    prefixes = tuple(own[id(m)] + "." for m in front_modules(model) if id(m) != embeddings and own[id(m)])
+    direct = [name for name in stored_names(model) if name.rpartition(".")[0] + "." in prefixes]
+    shards = [_bytes(model, names, number) for names in rest_shards(model)]
+    layer = own[id(decoder_layers(model)[0])] + "."
+    shards.append(_bytes(model, [name for name in stored_names(model) if name.startswith(layer)], number))
+    return max(_bytes(model, direct, number), *shards)
+
+
+def _vision_depth(config: Any) -> int:
+    vision = config.vision_config
+    return int(getattr(vision, "depth", None) or vision.num_hidden_layers)
+
+
+def _one_layer(
+    model_config: Any,
+    config: ConversionConfig,
+    mla: MLAConfig,
+    batch: BatchFeature,
+    number: torch.dtype,
+    device: torch.device,
+) -> tuple[dict[str, float], int | None]:
+    """Seconds of each phase for one chat and one layer, of vision too, and the most memory."""
+    known = forget_peak()
+    model = AutoModelForImageTextToText.from_config(_small(model_config), dtype=number).to(device).eval()
+    phases = Phases("timing one layer", 1)
+    with phases:
+        timed = LayerwiseConversion(model, config, mla, device=device, phases=phases)
+        chat = _renamed(batch, model_config)
+        timed.begin([chat], [chat])
+        phases.seconds.clear()
+        advance(decoder_layers(model)[0], timed.held_out, timed.states, "original")  # the first is slow
+        timed.begin([chat], [chat])
+        timed.layer(0)
+    phases.seconds["vision and embeddings"] /= 2  # chats
+    return phases.seconds, peak_resident_bytes() if known else None
+
+
+def _small(config: Any) -> Any:
+    """The config with one layer and one of vision, and hardly a vocabulary."""
+    values = config.to_dict()
+    text, vision = values["text_config"], values["vision_config"]
+    text |= {"num_hidden_layers": 1, "vocab_size": SMALL_VOCABULARY, "bos_token_id": None}
+    text |= {"eos_token_id": None, "pad_token_id": None}
+    text.pop("layer_types", None)
+    depth = "depth" if "depth" in vision else "num_hidden_layers"
+    vision[depth] = 1
+    for number, name in enumerate(_token_names(values)):
+        values[name] = 2 + number
+    return type(config)(**values)
+
+
+def _token_names(values: dict[str, Any]) -> list[str]:
+    """Fields of a config that hold the ids of special tokens."""
+    return [name for name, value in values.items() if name.endswith("_token_id") and type(value) is int]
+
+
+def _renamed(batch: BatchFeature, config: Any) -> BatchFeature:
+    """A chat in the tokens of `_small`, of which 1 is any other."""
+    values = config.to_dict()
+    ids = torch.ones_like(batch["input_ids"])
+    for number, name in enumerate(_token_names(values)):
+        ids[batch["input_ids"] == values[name]] = 2 + number
+    return BatchFeature({**batch, "input_ids": ids})
+
+
+def print_prediction(prediction: Prediction) -> None:
+    """The figures as a table, on standard error."""
+    table = Table(title="what it will take", show_header=False)
+    share = prediction.bytes_per_token / prediction.bytes_per_token_original
+    cache = f"{prediction.bytes_per_token_original:,} to {prediction.bytes_per_token:,} ({share:.1%})"
+    rows = {
+        "cache bytes per token": cache,
+        "result": f"{prediction.output_bytes / 1e9:.2f} GB",
+        "hidden states on disk": f"{prediction.states_bytes / 1e9:.2f} GB",
+        "memory": "unknown" if prediction.peak_bytes is None else f"{prediction.peak_bytes / 1e9:.2f} GB",
+        "time": f"{prediction.seconds / 60:.1f} minutes",
+    }
+    for name, value in rows.items():
+        table.add_row(name, value)
+    for phase, seconds in prediction.phases.items():
+        table.add_row(f"  {phase}", f"{seconds / 60:.1f} minutes")
+    console().print(table)

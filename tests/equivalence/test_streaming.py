@@ -1,0 +1,272 @@
+"""Conversion from disk, a layer at a time: the model that conversion in memory gives, whatever happens."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import original, prompt_inputs, run_command, whole_logits
+from safetensors.torch import load_file, save_file
+
+from mha2mla_vlm.checkpoint import load, load_processor, save
+from mha2mla_vlm.config import ConversionConfig
+from mha2mla_vlm.conversion import convert
+from mha2mla_vlm.errors import InputError
+from mha2mla_vlm.prediction import predict
+from mha2mla_vlm.sources import load_records
+from mha2mla_vlm.streaming import convert_checkpoint
+from mha2mla_vlm.zoo.chats import write_chats
+
+KILLED = Path(__file__).parents[1] / "processes" / "killed.py"
+SIZES = ("--rope-dim", "16", "--d-kv", "8")
+FAMILY = "qwen2_5_vl"  # where one is enough
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """`{family: folder}` of random originals in several shards, and of chats about them."""
+    made = {}
+
+    def get(family):
+        if family not in made:
+            folder = tmp_path_factory.mktemp(family)
+            model, processor = original(family)
+            model.save_pretrained(folder / "model", max_shard_size="3MB")
+            processor.save_pretrained(folder / "model")
+            (folder / "data").mkdir()
+            write_chats(family, folder / "data", split="train", count=5, seed=0)
+            made[family] = folder
+        return made[family]
+
+    return get
+
+
+def chats(folder):
+    return load_records(folder / "data" / "chats.jsonl")
+
+
+def assert_same(found, expected):
+    """Two models of the same weights, bit by bit, and of the same configuration."""
+    state, wanted = found.state_dict(), expected.state_dict()
+    assert state.keys() == wanted.keys()
+    assert not [key for key in wanted if not torch.equal(state[key], wanted[key])]
+    assert found.mla_config == expected.mla_config
+
+
+@pytest.mark.parametrize("factorization", ["output-weighted", "md-svd", "none"])
+def test_it_is_the_conversion_in_memory(family, factorization, checkpoints, tmp_path):
+    folder = checkpoints(family)
+    config = ConversionConfig(
+        rope_dim=16, d_kv=None if factorization == "none" else 8, factorization=factorization
+    )
+    convert_checkpoint(folder / "model", chats(folder), tmp_path / "small", config)
+    model, processor = load(folder / "model"), load_processor(folder / "model")
+    expected = convert(model, processor, chats(folder), config)
+    assert_same(load(tmp_path / "small"), expected)
+    save(expected, processor, tmp_path / "saved")
+    for name in ("config.json", "generation_config.json", "tokenizer.json", "modeling_mha2mla.py"):
+        assert (tmp_path / "small" / name).read_text() == (tmp_path / "saved" / name).read_text()
+    assert [path.name for path in tmp_path.iterdir() if "partial" in path.name] == []
+
+
+def test_a_model_with_partial_rope_is_factorised_from_disk(checkpoints, tmp_path):
+    folder = checkpoints(FAMILY)
+    first = ConversionConfig(rope_dim=16, factorization="none")
+    convert_checkpoint(folder / "model", chats(folder), tmp_path / "partial", first)
+    config = ConversionConfig(d_kv=8, factorization="md-svd")
+    convert_checkpoint(tmp_path / "partial", chats(folder), tmp_path / "small", config)
+    partial = load(tmp_path / "partial")
+    before = {key: value.clone() for key, value in partial.state_dict().items()}
+    expected = convert(partial, load_processor(folder / "model"), chats(folder), config)
+    assert_same(load(tmp_path / "small"), expected)
+    assert all(torch.equal(before[key], value) for key, value in partial.state_dict().items())
+
+
+def test_tied_embeddings_and_bfloat16_stay(checkpoints, tmp_path):
+    folder = checkpoints(FAMILY)
+    model, processor = original(FAMILY)
+    model.config.tie_word_embeddings = model.config.text_config.tie_word_embeddings = True
+    model.tie_weights()
+    save(model.bfloat16(), processor, tmp_path / "tied")
+    assert "lm_head.weight" not in load_file(tmp_path / "tied" / "model.safetensors")
+    config = ConversionConfig(rope_dim=16, d_kv=8)
+    convert_checkpoint(tmp_path / "tied", chats(folder), tmp_path / "small", config)
+    small = load(tmp_path / "small")
+    assert small.dtype == torch.bfloat16
+    assert small.lm_head.weight is small.get_input_embeddings().weight
+    inputs = prompt_inputs(FAMILY, processor, ["image"])
+    assert bool(whole_logits(small, inputs).isfinite().all())
+
+
+def command(folder, output, *more):
+    data = folder / "data" / "chats.jsonl"
+    return [str(x) for x in ("convert", folder / "model", "--data", data, "-o", output, *SIZES, *more)]
+
+
+def files(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        "progress.json",  # before anything is done
+        "model-00003-of-00005.safetensors",  # a shard is written but not yet in its place
+        "small",  # all is done but for the last name
+    ],
+)
+@pytest.mark.parametrize("spill", [False, True])
+def test_a_killed_run_is_resumed_to_the_same_bytes(monkeypatch, capsys, place, spill, checkpoints, tmp_path):
+    folder, more = checkpoints(FAMILY), ("--spill", tmp_path / "spilled") if spill else ()
+    whole = tmp_path / "whole" / "small"
+    code, _, err = run_command(monkeypatch, capsys, *command(folder, whole))
+    assert code == 0, err
+    output = tmp_path / "small"
+    killed = subprocess.run(
+        [sys.executable, str(KILLED), place, *command(folder, output, *more)], capture_output=True
+    )
+    assert killed.returncode == -9
+    assert not output.exists()
+    code, _, err = run_command(monkeypatch, capsys, *command(folder, output, *more))
+    assert code == 2
+    assert "--resume" in err
+    code, out, err = run_command(monkeypatch, capsys, *command(folder, output, *more, "--resume"))
+    assert code == 0, err
+    assert json.loads(out)["output"] == str(output)
+    assert files(output) == files(whole)
+    assert not [path for path in tmp_path.rglob("*") if "partial" in path.name or "states" in path.name]
+
+
+def test_a_run_is_not_resumed_with_other_settings(monkeypatch, capsys, checkpoints, tmp_path):
+    folder, output = checkpoints(FAMILY), tmp_path / "small"
+    arguments = command(folder, output)
+    subprocess.run([sys.executable, str(KILLED), "model-00002-of-00005.safetensors", *arguments], check=False)
+    code, _, err = run_command(monkeypatch, capsys, *arguments, "--resume", "--no-fold")
+    assert code == 2
+    assert "begun with another config" in " ".join(err.split())
+
+
+def test_two_processes_give_what_one_gives(checkpoints, tmp_path):
+    folder, data = checkpoints(FAMILY), tmp_path / "data"
+    data.mkdir()
+    write_chats(FAMILY, data, split="train", count=10, seed=3)
+    python = [sys.executable, "-m"]
+    launch = [*python, "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
+    results = []
+    for name, start in (("one", python), ("two", launch)):
+        options = ("--data", data / "chats.jsonl", "-o", tmp_path / name, *SIZES)
+        program = [*start, "mha2mla_vlm", "convert", folder / "model", *options]
+        done = subprocess.run([str(x) for x in program], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        results.append(json.loads(done.stdout))
+    assert results[1]["kl"] == pytest.approx(results[0]["kl"], rel=1e-3)
+    inputs = prompt_inputs(FAMILY, load_processor(folder / "model"), ["two images"])
+    expected, found = (whole_logits(load(tmp_path / name), inputs) for name in ("one", "two"))
+    torch.testing.assert_close(found, expected, atol=1e-2, rtol=1e-2)
+
+
+def test_too_many_processes_for_the_chats_are_refused(checkpoints, tmp_path):
+    folder = checkpoints(FAMILY)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
+    program = [*launch, "mha2mla_vlm", *command(folder, tmp_path / "small")]
+    done = subprocess.run(program, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "too few for 2 processes" in " ".join(done.stderr.split())
+    assert not list(tmp_path.glob("small*"))
+
+
+def broken(folder, target, change):
+    """A copy of a checkpoint with something wrong."""
+    shutil.copytree(folder / "model", target)
+    change(target, sorted(target.glob("*.safetensors")))
+    return target
+
+
+def test_broken_shards_are_named_before_work_starts(checkpoints, tmp_path):
+    folder, config = checkpoints(FAMILY), ConversionConfig(rope_dim=16, d_kv=8)
+
+    def cut(_, shards):
+        shards[1].write_bytes(shards[1].read_bytes()[:-100])
+
+    def remove(_, shards):
+        shards[1].unlink()
+
+    def to_bin(target, shards):
+        for shard in shards:
+            shard.unlink()
+        (target / "model.safetensors.index.json").unlink()
+        torch.save({}, target / "pytorch_model.bin")
+
+    for change, says in ((cut, "00002-of"), (remove, "00002-of"), (to_bin, "pytorch_model.bin: save it as")):
+        source = broken(folder, tmp_path / change.__name__, change)
+        with pytest.raises(InputError, match=says):
+            convert_checkpoint(source, chats(folder), tmp_path / "small", config)
+    assert not list(tmp_path.glob("small*"))
+
+
+def test_numbers_that_are_not_finite_name_their_layer(checkpoints, tmp_path):
+    def spoil(_, shards):
+        for shard in shards:
+            tensors = load_file(shard)
+            for key in tensors:
+                if ".layers.2.self_attn.k_proj.weight" in key:
+                    tensors[key] = tensors[key].clone()
+                    tensors[key][0, 0] = torch.nan
+            save_file({k: v.clone() for k, v in tensors.items()}, shard, metadata={"format": "pt"})
+
+    folder = checkpoints(FAMILY)
+    source = broken(folder, tmp_path / "spoiled", spoil)
+    with pytest.raises(InputError, match="layer 2: calibration gives numbers that are not finite"):
+        convert_checkpoint(source, chats(folder), tmp_path / "small", ConversionConfig(rope_dim=16, d_kv=8))
+    assert json.loads((tmp_path / "small.partial" / "progress.json").read_text())["done"] == 2
+
+
+def test_a_full_disk_is_said_and_what_was_done_is_kept(checkpoints, tmp_path):
+    folder, output = checkpoints(FAMILY), tmp_path / "small"
+    arguments = " ".join(command(folder, output))
+    limited = f"ulimit -f 1000; exec {sys.executable} -m mha2mla_vlm {arguments}"  # 1 MB a file
+    done = subprocess.run(["bash", "-c", limited], capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    said = " ".join(done.stderr.split())
+    assert "layer 0: cannot write in" in said
+    assert "go on with --resume" in said
+    done = subprocess.run([sys.executable, "-m", "mha2mla_vlm", *command(folder, output, "--resume")])
+    assert done.returncode == 0
+    load(output)
+
+
+def test_a_dry_run_foretells_sizes(monkeypatch, capsys, family, checkpoints, tmp_path):
+    folder = checkpoints(family)
+    code, out, err = run_command(monkeypatch, capsys, *command(folder, tmp_path / "small", "--dry-run"))
+    assert code == 0, err
+    assert not list(tmp_path.iterdir())
+    foretold = json.loads(out)
+    code, out, err = run_command(monkeypatch, capsys, *command(folder, tmp_path / "small"))
+    assert code == 0, err
+    found = json.loads(out)
+    for name in ("bytes_per_token", "bytes_per_token_original"):
+        assert foretold[name] == found[name]
+    size = sum(path.stat().st_size for path in (tmp_path / "small").glob("*.safetensors"))
+    assert foretold["output_bytes"] == pytest.approx(size, rel=0.02)
+    assert foretold["phases"].keys() == found["seconds"].keys()
+
+
+def test_a_dry_run_refuses_what_conversion_would(checkpoints):
+    folder = checkpoints(FAMILY)
+    with pytest.raises(InputError, match="give at least 2"):
+        predict(folder / "model", chats(folder)[:1], ConversionConfig(rope_dim=16))
+    with pytest.raises(InputError, match="give an even number"):
+        predict(folder / "model", chats(folder), ConversionConfig(rope_dim=15))
+
+
+@pytest.mark.parametrize("more", ["--dry-run", "--resume"])
+def test_a_budget_needs_the_whole_model(monkeypatch, capsys, more, checkpoints, tmp_path):
+    folder = checkpoints(FAMILY)
+    data = folder / "data" / "chats.jsonl"
+    arguments = ("convert", folder / "model", "--data", data, "-o", tmp_path / "small", more)
+    code, _, err = run_command(monkeypatch, capsys, *arguments)
+    assert code == 2
+    assert "without a budget" in err

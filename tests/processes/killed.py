@@ -1,0 +1,19 @@
+"""`mha2mla` with the arguments after the first; killed as it renames a file to a name that ends in that."""
+
+import os
+import signal
+import sys
+
+from mha2mla_vlm.cli import main
+
+
+def kill_at_rename(event, arguments):
+    """An audit hook."""
+    if event == "os.rename" and str(arguments[1]).endswith(place):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    place = sys.argv.pop(1)
+    sys.addaudithook(kill_at_rename)
+    main()
