@@ -1,5 +1,6 @@
 """What a converted checkpoint holds: sizes, kept pairs and bytes, read without loading the model."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,15 @@ from mha2mla_vlm.checkpoint import load_config, resolve
 from mha2mla_vlm.config import MLAConfig
 from mha2mla_vlm.errors import InputError
 from mha2mla_vlm.progress import console
+from mha2mla_vlm.remote import remote_tensors
 from mha2mla_vlm.surgery import converted_config
 
 
 def describe(name: str) -> dict[str, Any]:
     """Layers, sizes, kept pairs and bytes per token (16 bits an element) of a converted checkpoint.
 
-    `pairs` lists, for each layer and KV head, the frequency pairs that stay rotated; they are read
-    where the checkpoint is a folder. `predicted_kl` is, for each layer, what converting it alone was
+    `pairs` lists, for each layer and KV head, the frequency pairs that stay rotated; of a checkpoint on the
+    hub they alone are read. `predicted_kl` is, for each layer, what converting it alone was
     measured to cost, by which sizes were allotted.
     """
     config = load_config(name)
@@ -41,7 +43,7 @@ def describe(name: str) -> dict[str, Any]:
         "folded": mla.folded,
         "kl": mla.kl,
         "predicted_kl": mla.predicted_kl,
-        "pairs": _pairs(Path(resolve(name))),
+        "pairs": _pairs(resolve(name)),
     }
 
 
@@ -60,14 +62,21 @@ def conversion_summary(original: Any, mla: MLAConfig, dtype: torch.dtype) -> dic
     }
 
 
-def _pairs(folder: Path) -> list[list[list[int]]]:
-    found: dict[int, list[list[int]]] = {}
+def _pairs(source: str) -> list[list[list[int]]]:
+    tensors = _local_pairs(Path(source)) if Path(source).is_dir() else remote_tensors(source, _holds_pairs)
+    found = {int(key.split(".layers.")[1].split(".")[0]): pairs.tolist() for key, pairs in tensors}
+    return [found[layer] for layer in sorted(found)]
+
+
+def _holds_pairs(key: str) -> bool:
+    return key.endswith("self_attn.rope_pairs")
+
+
+def _local_pairs(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
     for path in sorted(folder.glob("*.safetensors")):
         with _opened(path) as file:
-            for key in file.keys():  # noqa: SIM118 (not a dict)
-                if key.endswith("self_attn.rope_pairs"):
-                    found[int(key.split(".layers.")[1].split(".")[0])] = file.get_tensor(key).tolist()
-    return [found[layer] for layer in sorted(found)]
+            for key in filter(_holds_pairs, file.keys()):
+                yield key, file.get_tensor(key)
 
 
 def _opened(path: Path) -> Any:

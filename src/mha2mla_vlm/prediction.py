@@ -2,7 +2,7 @@
 and one layer of random numbers that is converted on this machine.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from safetensors import safe_open
 from transformers import AutoModelForImageTextToText, BatchFeature, PreTrainedModel
 
 from mha2mla_vlm.cache import bytes_per_token
-from mha2mla_vlm.checkpoint import load_config, load_processor
+from mha2mla_vlm.checkpoint import load_config, load_processor, resolve
 from mha2mla_vlm.config import AttentionSizes, ConversionConfig, MLAConfig
 from mha2mla_vlm.conversion import encode_split, plan
 from mha2mla_vlm.data import Record
@@ -24,7 +24,8 @@ from mha2mla_vlm.memory import forget_peak, peak_resident_bytes, resident_bytes
 from mha2mla_vlm.modeling import decoder_layers, mla_classes
 from mha2mla_vlm.offload import front_modules, stored_names
 from mha2mla_vlm.progress import Phases, console
-from mha2mla_vlm.streaming import check_shards, local_folder, rest_shards
+from mha2mla_vlm.remote import DTYPES, remote_headers
+from mha2mla_vlm.streaming import check_shards, rest_shards
 from mha2mla_vlm.streams import advance
 from mha2mla_vlm.surgery import converted_config
 
@@ -61,15 +62,16 @@ def predict(
     device: torch.device | str = "cpu",
 ) -> Prediction:
     """Foretell `streaming.convert_checkpoint`; raises `InputError` for what it would refuse."""
-    folder = local_folder(name)
-    model_config = load_config(folder)
+    source = resolve(name)
+    model_config = load_config(name)
     mla = plan(model_config, config)
     if mla.original is None and model_config.model_type.endswith("_mla"):
         raise InputError(f"{name!r} has partial RoPE already; only originals can be foretold")
-    check_shards(folder)
-    number = _stored_dtype(folder) if dtype == "auto" else getattr(torch, dtype)
+    if Path(source).is_dir():
+        check_shards(Path(source))
+    number = _stored_dtype(source) if dtype == "auto" else getattr(torch, dtype)
     original, converted = _skeleton(model_config), _skeleton(converted_config(model_config, mla))
-    calibration, held_out = encode_split(original, load_processor(folder), records, config)
+    calibration, held_out = encode_split(original, load_processor(name), records, config)
     target = torch.device(device)
     base = resident_bytes() or 0
     phases, peak = _one_layer(model_config, config, mla, calibration[0], number, target)
@@ -92,14 +94,24 @@ def predict(
     )
 
 
-def _stored_dtype(folder: Path) -> torch.dtype:
-    """The number format of the first decoder layer."""
-    for path in sorted(folder.glob("*.safetensors")):
+def _stored_dtype(source: str) -> torch.dtype:
+    """The number format of the first decoder layer, from the headers of the shards."""
+    for header in _headers(source):
+        for key, dtype in header:
+            if FIRST_LAYER in key and key.endswith("q_proj.weight"):
+                return DTYPES[dtype]
+    raise InputError(f"{source} holds no decoder layer")
+
+
+def _headers(source: str) -> Iterator[list[tuple[str, str]]]:
+    """Names and number formats in each shard, of a folder or on the hub."""
+    if not Path(source).is_dir():
+        for _, _, header in remote_headers(source):
+            yield [(key, entry["dtype"]) for key, entry in header.items() if "dtype" in entry]
+        return
+    for path in sorted(Path(source).glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118 (not a dict)
-                if FIRST_LAYER in key and key.endswith("q_proj.weight"):
-                    return file.get_tensor(key).dtype
-    raise InputError(f"{folder} holds no decoder layer")
+            yield [(key, file.get_slice(key).get_dtype()) for key in file.keys()]  # noqa: SIM118 (not a dict)
 
 
 def _skeleton(config: Any) -> Any:

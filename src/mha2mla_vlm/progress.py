@@ -32,10 +32,18 @@ class Phases:
     The first `done` of `total` steps are done already.
     """
 
-    def __init__(self, title: str, total: int, done: int = 0) -> None:
+    def __init__(self, title: str, total: int, done: int = 0, *, shown: bool = True) -> None:
         self.seconds: dict[str, float] = {}
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self._bar = Progress(*columns, TextColumn("{task.fields[phase]}"), console=console(), transient=True)
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[phase]}"),
+            console=console(),
+            transient=True,
+            disable=not shown,
+        )
         self._task = self._bar.add_task(title, total=total, completed=done, phase="")
 
     def __enter__(self) -> Self:

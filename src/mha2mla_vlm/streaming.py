@@ -75,8 +75,10 @@ def convert_checkpoint(
     check_shards(folder)
     processor = load_processor(folder)
     model = load(folder, dtype=dtype, device_map=ON_DISK)
-    mla = replace(mla, original=str(name) if mla.original is None else mla.original)
+    if not Path(resolve(name)).is_dir():
+        mla = replace(mla, original=str(name))  # on the hub, wherever its files are now
     calibration, held_out = encode_split(model, processor, records, config)
+    _check_shares(calibration, held_out)
     settings = {
         "model": str(folder),
         "config": config.to_dict(),
@@ -84,14 +86,9 @@ def convert_checkpoint(
         "processes": process_count(),
         "records": _digest([*calibration, *held_out]),
     }
-    if min(len(calibration), len(held_out)) < process_count():
-        raise InputError(
-            f"{len(calibration)} chats to calibrate on and {len(held_out)} held out are too few for "
-            f"{process_count()} processes; give each one of both"
-        )
     work = WorkFolder(Path(output), settings, resume=resume, spill=None if spill is None else Path(spill))
     print_plan(model.config, mla)
-    phases = Phases("converting layers", AttentionSizes.of(model.config).layers, work.done)
+    phases = Phases("converting layers", AttentionSizes.of(model.config).layers, work.done, shown=work.main)
     with phases:
         conversion = LayerwiseConversion(model, config, mla, device=target, phases=phases, states=work.states)
         mla = replace(mla, kl=_convert_layers(conversion, work, phases, calibration, held_out))
@@ -106,6 +103,15 @@ def convert_checkpoint(
         seconds=phases.seconds,
         peak_bytes=peak_resident_bytes(),
     )
+
+
+def _check_shares(calibration: Sequence[Any], held_out: Sequence[Any]) -> None:
+    """Raise `InputError` if a process would have no chats."""
+    if min(len(calibration), len(held_out)) < process_count():
+        raise InputError(
+            f"{len(calibration)} chats to calibrate on and {len(held_out)} held out are too few for "
+            f"{process_count()} processes; give each one of both"
+        )
 
 
 def _convert_layers(
