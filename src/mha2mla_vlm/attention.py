@@ -35,9 +35,9 @@ EXPAND_CHUNK = 1024  # cached tokens expanded at a time when many new ones meet 
 class MLAAttention(nn.Module):
     """Takes the place of a decoder layer's `self_attn`; caches `G * R + r` numbers a token.
 
-    `source` is the attention module that it replaces; it gives sizes and biases, and its `o_proj` is
-    kept. `rank` None leaves keys and values unfactorised: `kv_a_proj` then computes them and
-    `kv_b_proj` is the identity. With `kv_bias` the up projections have a bias in any case.
+    `source` is the attention module that it replaces, original or converted; it gives sizes and biases,
+    and its `o_proj` is kept. `rank` None leaves keys and values unfactorised: `kv_a_proj` then computes
+    them and `kv_b_proj` is the identity. With `kv_bias` the up projections have a bias in any case.
 
     Two paths give the same result. The expanded one builds keys and values of all tokens from their
     latents and calls the model's attention backend. The absorbed one moves the up projections to
@@ -68,7 +68,8 @@ class MLAAttention(nn.Module):
         # the rule below which absorbed arithmetic is less: T * 2 * H * r against r * G * (N + D)
         self.absorb_limit = self.kv_heads * (self.nope_dim + self.head_dim) // (2 * self.heads)
         hidden, outputs = source.q_proj.in_features, self.kv_heads * (self.nope_dim + self.head_dim)
-        bias = source.k_proj.bias is not None
+        keys: Any = source.get_submodule("k_rope_proj" if isinstance(source, MLAAttention) else "k_proj")
+        bias = keys.bias is not None
         new: dict[str, Any] = {"device": source.q_proj.weight.device, "dtype": source.q_proj.weight.dtype}
         self.q_proj = nn.Linear(
             hidden, self.heads * self.head_dim, bias=source.q_proj.bias is not None, **new

@@ -40,13 +40,14 @@ class TokenStats:
     def of(
         cls, inputs: torch.Tensor, weights: torch.Tensor | None = None, metric: torch.Tensor | None = None
     ) -> Self:
-        """Of inputs `[tokens, hidden]` with `weights [tokens]`, by default 1; accumulated in float32."""
-        inputs = inputs.float()
+        """Of inputs `[tokens, hidden]` with `weights [tokens]`, by default 1.
+
+        In float64: what few tokens leave out must come out as nothing, not as the rounding of what they do.
+        """
+        inputs = inputs.double()
         weighted = inputs if weights is None else inputs * weights[:, None]
         mass = float(len(inputs) if weights is None else weights.sum())
-        return cls(
-            len(inputs), mass, (weighted.T @ inputs).double(), weighted.sum(0, dtype=torch.float64), metric
-        )
+        return cls(len(inputs), mass, weighted.T @ inputs, weighted.sum(0), metric)
 
     def __add__(self, other: "TokenStats") -> "TokenStats":
         """Of the tokens of both."""

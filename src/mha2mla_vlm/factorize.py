@@ -69,10 +69,15 @@ def _top_directions(weight: torch.Tensor, moment: torch.Tensor, rank: int) -> to
     With `S = L L^T` they are `W L v` for those v of `L^T W^T W L`, up to length.
     """
     outputs, inputs = weight.shape
-    if outputs <= inputs or rank > inputs:
-        _, vectors = torch.linalg.eigh(weight @ moment @ weight.T)
-        return vectors[:, -rank:].flip(-1)
-    root = torch.linalg.cholesky(moment)
+    if inputs < outputs and rank <= inputs:
+        root, failed = torch.linalg.cholesky_ex(moment)
+        if not failed:
+            return _by_inputs(weight, root, rank)
+    _, vectors = torch.linalg.eigh(weight @ moment @ weight.T)
+    return vectors[:, -rank:].flip(-1)
+
+
+def _by_inputs(weight: torch.Tensor, root: torch.Tensor, rank: int) -> torch.Tensor:
     values, vectors = torch.linalg.eigh(root.T @ (weight.T @ weight) @ root)
     lengths = values[-rank:].flip(-1).clamp_min(0).sqrt()
     found = weight @ (root @ vectors[:, -rank:].flip(-1))

@@ -186,7 +186,8 @@ def _small(config: Any) -> Any:
 
 def _token_names(values: dict[str, Any]) -> list[str]:
     """Fields of a config that hold the ids of special tokens."""
-    return [name for name, value in values.items() if name.endswith("_token_id") and type(value) is int]
+    ends = ("_token_id", "_token_index")
+    return [name for name, value in values.items() if name.endswith(ends) and type(value) is int]
 
 
 def _renamed(batch: BatchFeature, config: Any) -> BatchFeature:

@@ -21,7 +21,7 @@ def remote_headers(repository: str) -> Iterator[tuple[str, int, dict[str, Any]]]
     Raises `InputError` if it cannot be read.
     """
     try:
-        names = HfApi().list_repo_files(repository)
+        names = [file.rfilename for file in HfApi().model_info(repository).siblings or ()]
     except (HfHubHTTPError, OSError) as error:
         raise InputError(f"cannot list the files of {repository!r}: {str(error).splitlines()[0]}") from None
     for name in sorted(name for name in names if name.endswith(".safetensors")):

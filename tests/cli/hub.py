@@ -31,6 +31,8 @@ class Handler(BaseHTTPRequestHandler):
         if self.path == "/api/whoami-v2":
             known = self.headers.get("Authorization") == "Bearer hf_test"
             self.answer(200, {"name": "me"}) if known else self.answer(401, {"error": "who are you?"})
+        elif self.path.startswith("/api/models/me/small/tree/"):
+            self.answer(404, {"error": "no such folder"}, X_Error_Code="EntryNotFound")
         elif self.path.startswith("/api/models/me/small") and self.server.made:
             siblings = [{"rfilename": name} for name in self.server.files]
             self.answer(200, {"id": "me/small", "sha": "0" * 40, "siblings": siblings})
@@ -73,7 +75,8 @@ class Handler(BaseHTTPRequestHandler):
             for line in map(json.loads, body.decode().splitlines()):
                 if line["key"] == "file":
                     self.server.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
-            self.answer(200, {"success": True, "commitOid": "0" * 40, "commitUrl": "here", "hookOutput": ""})
+            address = f"http://{self.headers['Host']}/me/small/commit/{40 * '0'}"
+            self.answer(200, {"success": True, "commitOid": 40 * "0", "commitUrl": address, "hookOutput": ""})
         else:
             self.answer(404, {"error": f"no {self.path}"})
 

@@ -26,6 +26,35 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @triton.jit
+def _read(start, row, row_step, column, in_rows, in_columns):
+    """Rows and columns of a matrix, 0 outside."""
+    at = row[:, None].to(tl.int64) * row_step + column[None, :]
+    return tl.load(start + at, mask=in_rows[:, None] & in_columns[None, :], other=0.0)
+
+
+@triton.jit
+def _masked(scores, shown, cell, MASK: tl.constexpr):
+    """Scores with a mask's cells applied, and what is not `shown` at minus infinity."""
+    if MASK == 1:
+        shown = shown & (tl.load(cell, mask=shown, other=0) != 0)
+    elif MASK == 2:
+        scores += tl.load(cell, mask=shown, other=0.0).to(tl.float32)
+    return tl.where(shown, scores, float("-inf"))
+
+
+@triton.jit
+def _add_tile(top, mass, acc, scores, tile):
+    """Softmax sums so far, with a tile of tokens added: highest score, mass, and sums `[rows, r]`."""
+    highest = tl.maximum(top, tl.max(scores, 1))
+    finite = tl.where(highest == float("-inf"), 0.0, highest)
+    weights = tl.exp(scores - finite[:, None])
+    rescale = tl.exp(top - finite)
+    mass = mass * rescale + tl.sum(weights, 1)
+    acc = acc * rescale[:, None] + tl.dot(weights.to(tile.dtype), tile, input_precision="ieee")
+    return highest, mass, acc
+
+
+@triton.jit
 def _split_kernel(
     q_rope, q_latent, constant, latent, k_rope, visual, mask, filled, mixed, lse,
     rows, row_group, new, total, rank, rope_dim, splits,
@@ -50,6 +79,10 @@ def _split_kernel(
     rope = tl.load(
         q_rope + at[:, None] + (column % rope_dim)[None, :], mask=own & in_keys[None, :], other=0.0
     )
+    key_at = group.to(tl.int64) * key_g + column % rope_dim
+    mask_row = row[:, None]  # not looked at where there is no mask
+    if MASK != 0:
+        mask_row = mask + batch * mask_b + (row % new)[:, None] * mask_t
 
     inside = start + tl.arange(0, SPLIT)
     flags = tl.zeros([SPLIT], tl.int32)
@@ -63,51 +96,24 @@ def _split_kernel(
         mass = tl.zeros([ROWS], tl.float32)
         acc = tl.zeros([ROWS, RANK], tl.float32)
         if present:
-            place = ((kind * tl.num_programs(0) + batch) * rows + row) * rank
-            query = tl.load(
-                q_latent + place[:, None] + dim[None, :], mask=in_rows[:, None] & in_rank[None, :], other=0.0
-            )
+            place = q_latent + (kind * tl.num_programs(0) + batch) * rows * rank
+            query = _read(place, row, rank, dim, in_rows, in_rank)
             added = tl.zeros([ROWS], tl.float32)
             if CONSTANT and kind == 0:
                 added = tl.load(constant + batch * rows + row, mask=in_rows, other=0.0).to(tl.float32)
             for first in range(start, stop, TILE):
                 s = first + token
                 seen = s < stop
-                tile = tl.load(
-                    latent + batch * latent_b + s[:, None].to(tl.int64) * latent_s + dim[None, :],
-                    mask=seen[:, None] & in_rank[None, :],
-                    other=0.0,
-                )
-                keys = tl.load(
-                    k_rope
-                    + batch * key_b
-                    + group[None, :].to(tl.int64) * key_g
-                    + s[:, None].to(tl.int64) * key_s
-                    + (column % rope_dim)[None, :],
-                    mask=seen[:, None] & in_keys[None, :],
-                    other=0.0,
-                )
+                tile = _read(latent + batch * latent_b, s, latent_s, dim, seen, in_rank)
+                keys = _read(k_rope + batch * key_b, s, key_s, key_at, seen, in_keys)
                 scores = tl.dot(query, tl.trans(tile), input_precision="ieee")
                 scores += tl.dot(rope, tl.trans(keys), input_precision="ieee")
                 scores += added[:, None]
                 if VISUAL:
                     is_visual = tl.load(visual + batch * visual_b + s, mask=seen, other=0).to(tl.int32)
                     seen = seen & (is_visual == kind)
-                shown = seen[None, :] & in_rows[:, None]
-                if MASK != 0:
-                    cell = mask + batch * mask_b + (row % new)[:, None] * mask_t + s[None, :]
-                    if MASK == 1:
-                        shown = shown & (tl.load(cell, mask=shown, other=0) != 0)
-                    else:
-                        scores += tl.load(cell, mask=shown, other=0.0).to(tl.float32)
-                scores = tl.where(shown, scores, float("-inf"))
-                highest = tl.maximum(top, tl.max(scores, 1))
-                finite = tl.where(highest == float("-inf"), 0.0, highest)
-                weights = tl.exp(scores - finite[:, None])
-                rescale = tl.exp(top - finite)
-                mass = mass * rescale + tl.sum(weights, 1)
-                acc = acc * rescale[:, None] + tl.dot(weights.to(tile.dtype), tile, input_precision="ieee")
-                top = highest
+                scores = _masked(scores, seen[None, :] & in_rows[:, None], mask_row + s[None, :], MASK)
+                top, mass, acc = _add_tile(top, mass, acc, scores, tile)
             safe = tl.where(mass > 0, mass, 1.0)
             cells = (here * rows + row) * rank
             tl.store(
