@@ -48,7 +48,10 @@ def model_card(config: Any) -> str:
     mla, family = MLAConfig.from_dict(config.mla), get_family(config.model_type)
     base = mla.original if mla.original and not Path(mla.original).is_absolute() else None
     data = ModelCardData(
-        base_model=base, library_name="transformers", pipeline_tag="image-text-to-text", tags=TAGS
+        base_model=base if base and "/" in base else None,  # a zoo name is none of the hub's
+        library_name="transformers",
+        pipeline_tag="image-text-to-text",
+        tags=TAGS,
     )
     return CARD.format(
         metadata=data.to_yaml(),

@@ -367,6 +367,7 @@ def main() -> None:
     handler = RichHandler(console=console(), show_time=False, show_path=False, show_level=False)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
     logging.getLogger("mha2mla_vlm").setLevel(logging.INFO)
+    logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)  # it warns of what is on disk
     try:
         from transformers.utils import logging as transformers_logging
 

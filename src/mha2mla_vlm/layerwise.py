@@ -37,7 +37,7 @@ class LayerwiseConversion:
     """Converts the layers of `model`, which may lie on disk, as `mla` says; call `layer` for each in turn.
 
     `states` holds the streams, by default in memory. `profiles` are what calibration told about each
-    layer, where that was measured before.
+    layer, where that was measured before; `warn` of modalities with too few tokens in calibration.
     """
 
     def __init__(
@@ -50,9 +50,10 @@ class LayerwiseConversion:
         phases: Phases,
         states: States | None = None,
         profiles: Sequence[LayerProfile] | None = None,
+        warn: bool = True,
     ) -> None:
         self.model, self.config, self.mla, self.device = model, config, mla, device
-        self.phase = phases.phase
+        self.phase, self.warn = phases.phase, warn
         self.states: States = {} if states is None else states
         self.profiles = profiles
         self.sizes = AttentionSizes.of(model.config)
@@ -134,7 +135,8 @@ class LayerwiseConversion:
         if not self.factorises:
             return partial
         whole = partial.state_dict()
-        factors = factored_weights(whole, stats, self.mla, index, self.sizes.head_dim)
+        sizes = (self.mla, index, self.sizes.head_dim)
+        factors = factored_weights(whole, stats, *sizes, warn=self.warn)
         kept = {k: v for k, v in whole.items() if not k.startswith(("kv_a_proj.", "o_proj."))}
         return converted_layer(source, kept | factors, self.mla, index)
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForImageTextToText, BatchFeature, PreTrainedMo
 from mha2mla_vlm.cache import bytes_per_token
 from mha2mla_vlm.checkpoint import load_config, load_processor, resolve
 from mha2mla_vlm.config import AttentionSizes, ConversionConfig, MLAConfig
-from mha2mla_vlm.conversion import encode_split, plan
+from mha2mla_vlm.conversion import encode_split, is_allotted, plan
 from mha2mla_vlm.data import Record
 from mha2mla_vlm.errors import InputError
 from mha2mla_vlm.families import get_family
@@ -65,8 +65,10 @@ def predict(
     source = resolve(name)
     model_config = load_config(name)
     mla = plan(model_config, config)
-    if mla.original is None and model_config.model_type.endswith("_mla"):
-        raise InputError(f"{name!r} has partial RoPE already; only originals can be foretold")
+    if getattr(model_config, "mla", None) is not None:
+        raise InputError(f"{str(name)!r} has partial RoPE already; what originals take can be foretold")
+    if is_allotted(model_config, config):
+        raise InputError("a budget is allotted by running the whole model; give rope_dim and d_kv")
     if Path(source).is_dir():
         check_shards(Path(source))
     number = _stored_dtype(source) if dtype == "auto" else getattr(torch, dtype)
@@ -159,7 +161,7 @@ def _one_layer(
     model = AutoModelForImageTextToText.from_config(_small(model_config), dtype=number).to(device).eval()
     phases = Phases("timing one layer", 1)
     with phases:
-        timed = LayerwiseConversion(model, config, mla, device=device, phases=phases)
+        timed = LayerwiseConversion(model, config, mla, device=device, phases=phases, warn=False)
         chat = _renamed(batch, model_config)
         timed.begin([chat], [chat])
         phases.seconds.clear()

@@ -258,6 +258,8 @@ def test_a_dry_run_refuses_what_conversion_would(checkpoints):
     folder = checkpoints(FAMILY)
     with pytest.raises(InputError, match="give at least 2"):
         predict(folder / "model", chats(folder)[:1], ConversionConfig(rope_dim=16))
+    with pytest.raises(InputError, match="a budget is allotted"):
+        predict(folder / "model", chats(folder))
     with pytest.raises(InputError, match="give an even number"):
         predict(folder / "model", chats(folder), ConversionConfig(rope_dim=15))
 
