@@ -25,7 +25,7 @@ from transformers import Cache, DynamicCache, QuantizedCache
 from transformers import cache_utils as transformers_caches
 
 from mha2mla_vlm import ConversionConfig, convert, load, load_processor
-from mha2mla_vlm.bench.layers import modality_of, random_caches
+from mha2mla_vlm.bench.layers import modality_of, random_caches, rotary_tables
 from mha2mla_vlm.bench.models import device_name
 from mha2mla_vlm.bench.timing import peak_memory
 from mha2mla_vlm.cache import LatentCache, TokenModality, cache_bytes
@@ -140,7 +140,7 @@ def step_rows() -> Iterator[dict[str, Any]]:
     known = modality_of(CONTEXT, 1, torch.device("cpu"))
     modality = known.extend(TokenModality.from_mask(torch.zeros(1, 1, dtype=torch.bool)))
     hidden = torch.randn(1, 1, model.config.get_text_config().hidden_size).bfloat16()
-    tables = model.model.language_model.rotary_emb(hidden, torch.full((3, 1, 1), CONTEXT))
+    tables = rotary_tables(model, hidden, CONTEXT)
     for kind, make in kinds_of_cache().items():
         for _ in range(2):  # the first warms up
             cache = make(model.config.get_text_config())

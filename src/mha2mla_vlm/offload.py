@@ -7,11 +7,33 @@ from typing import Any
 import torch
 from accelerate.utils import align_module_device, has_offloaded_params
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForImageTextToText, PreTrainedModel
 
-from mha2mla_vlm.modeling import decoder_layers
+from mha2mla_vlm.modeling import decoder_layers, mla_classes
 
-ON_DISK = {"": "disk"}  # the `device_map` of a model that is converted layer by layer
+
+def empty_model(config: Any) -> Any:
+    """A model of an original or a converted config, without memory."""
+    with torch.device("meta"):
+        if getattr(config, "mla", None) is not None:
+            return mla_classes(config.model_type)[1](config)
+        return AutoModelForImageTextToText.from_config(config)
+
+
+def disk_map(config: Any, device: torch.device) -> dict[str, str]:
+    """The `device_map` of a model that is read from disk to `device` module by module, but for its last norm.
+
+    What stays on the device tells accelerate where to work; before 1.15 it takes no model without.
+    """
+    whole, near = empty_model(config), str(device)
+    text = whole.model.language_model
+    devices = {name: "disk" for name, child in whole.named_children() if child is not whole.model}
+    devices |= {f"model.{name}": near for name, _ in whole.model.named_parameters(recurse=False)}
+    devices |= {f"model.{name}": "disk" for name, child in whole.model.named_children() if child is not text}
+    for name, child in text.named_children():
+        small = child is text.norm or not any(True for _ in child.parameters())
+        devices[f"model.language_model.{name}"] = near if small else "disk"
+    return devices
 
 
 @contextlib.contextmanager
@@ -48,11 +70,6 @@ def front_modules(model: PreTrainedModel) -> Iterator[nn.Module]:
 def end_modules(model: PreTrainedModel) -> tuple[nn.Module, nn.Module]:
     """What follows the last decoder layer: the norm and the head."""
     return model.model.language_model.norm, model.lm_head
-
-
-def is_on_disk(model: PreTrainedModel) -> bool:
-    """Whether weights of a model have to be read from disk."""
-    return any(map(has_offloaded_params, model.modules()))
 
 
 def stored_names(model: PreTrainedModel) -> list[str]:

@@ -18,11 +18,10 @@ from mha2mla_vlm.config import AttentionSizes, ConversionConfig, MLAConfig
 from mha2mla_vlm.conversion import encode_split, is_allotted, plan
 from mha2mla_vlm.data import Record
 from mha2mla_vlm.errors import InputError
-from mha2mla_vlm.families import get_family
 from mha2mla_vlm.layerwise import LayerwiseConversion
 from mha2mla_vlm.memory import forget_peak, peak_resident_bytes, resident_bytes
-from mha2mla_vlm.modeling import decoder_layers, mla_classes
-from mha2mla_vlm.offload import front_modules, stored_names
+from mha2mla_vlm.modeling import decoder_layers
+from mha2mla_vlm.offload import empty_model, front_modules, stored_names
 from mha2mla_vlm.progress import Phases, console
 from mha2mla_vlm.remote import DTYPES, remote_headers
 from mha2mla_vlm.streaming import check_shards, rest_shards
@@ -72,7 +71,7 @@ def predict(
     if Path(source).is_dir():
         check_shards(Path(source))
     number = _stored_dtype(source) if dtype == "auto" else getattr(torch, dtype)
-    original, converted = _skeleton(model_config), _skeleton(converted_config(model_config, mla))
+    original, converted = empty_model(model_config), empty_model(converted_config(model_config, mla))
     calibration, held_out = encode_split(original, load_processor(name), records, config)
     target = torch.device(device)
     base = resident_bytes() or 0
@@ -114,15 +113,6 @@ def _headers(source: str) -> Iterator[list[tuple[str, str]]]:
     for path in sorted(Path(source).glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
             yield [(key, file.get_slice(key).get_dtype()) for key in file.keys()]  # noqa: SIM118 (not a dict)
-
-
-def _skeleton(config: Any) -> Any:
-    """A model of an original or a converted config without memory."""
-    family = get_family(config.model_type)
-    with torch.device("meta"):
-        if getattr(config, "mla", None) is not None:
-            return mla_classes(family.model_type)[1](config)
-        return AutoModelForImageTextToText.from_config(config)
 
 
 def _bytes(model: PreTrainedModel, names: Sequence[str], number: torch.dtype) -> int:

@@ -22,8 +22,8 @@ from mha2mla_vlm.describe import conversion_summary
 from mha2mla_vlm.errors import InputError
 from mha2mla_vlm.layerwise import LayerwiseConversion
 from mha2mla_vlm.memory import peak_resident_bytes
-from mha2mla_vlm.modeling import decoder_layers, mla_classes
-from mha2mla_vlm.offload import ON_DISK, read_weights, stored_names
+from mha2mla_vlm.modeling import decoder_layers
+from mha2mla_vlm.offload import disk_map, empty_model, read_weights, stored_names
 from mha2mla_vlm.parallel import process_count
 from mha2mla_vlm.progress import Phases
 from mha2mla_vlm.surgery import converted_config
@@ -74,7 +74,7 @@ def convert_checkpoint(
         )
     check_shards(folder)
     processor = load_processor(folder)
-    model = load(folder, dtype=dtype, device_map=ON_DISK)
+    model = load(folder, dtype=dtype, device_map=disk_map(model_config, target))
     if not Path(resolve(name)).is_dir():
         mla = replace(mla, original=str(name))  # on the hub, wherever its files are now
     calibration, held_out = encode_split(model, processor, records, config)
@@ -158,9 +158,7 @@ def _write_rest(model: PreTrainedModel, processor: ProcessorMixin, mla: MLAConfi
     names = shard_names(model)
     for shard, keys in zip(names[AttentionSizes.of(model.config).layers :], rest_shards(model), strict=True):
         work.write(shard, read_weights(model, keys))
-    config = converted_config(model.config, mla)
-    with torch.device("meta"):
-        skeleton: Any = mla_classes(model.config.model_type)[1](config)
+    skeleton = empty_model(converted_config(model.config, mla))
     _write_index(skeleton, work.result, names)
     config = skeleton.config
     config.architectures, config.dtype = [type(skeleton).__name__], model.dtype

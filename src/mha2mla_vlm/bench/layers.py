@@ -104,7 +104,7 @@ def time_layers(
     like = dense.layers[0].keys
     context, device = dense.get_seq_length(), like.device
     hidden = like.new_empty(like.shape[0], 1, converted.config.get_text_config().hidden_size).normal_()
-    embeddings = {model: _rotary(model, hidden, context - 1) for model in (original, converted)}
+    embeddings = {model: rotary_tables(model, hidden, context - 1) for model in (original, converted)}
     known = latent.token_modality
     assert known is not None, "random_caches gives it"
     new = TokenModality.from_mask(torch.zeros(like.shape[0], 1, dtype=torch.bool, device=device))
@@ -158,12 +158,16 @@ def _interface(name: str, way: Dense) -> str:
     return key
 
 
-def _rotary(model: PreTrainedModel, hidden: torch.Tensor, position: int) -> Any:
-    """Rotary tables of one new token."""
-    positions = torch.full(hidden.shape[:2], position, device=hidden.device)
-    if "mrope_section" in (model.config.get_text_config().rope_parameters or {}):
-        positions = positions.expand(3, -1, -1)
-    return model.model.language_model.rotary_emb(hidden, positions)
+def rotary_tables(model: PreTrainedModel, hidden: torch.Tensor, position: int) -> Any:
+    """Rotary tables of one new token at `position`."""
+    where = positions(model, torch.full(hidden.shape[:2], position, device=hidden.device))
+    return model.model.language_model.rotary_emb(hidden, where)
+
+
+def positions(model: PreTrainedModel, places: torch.Tensor) -> torch.Tensor:
+    """Places `[B, T]` of tokens as the model takes them: three times for multimodal RoPE."""
+    multimodal = "mrope_section" in (model.config.get_text_config().rope_parameters or {})
+    return places.expand(3, -1, -1) if multimodal else places
 
 
 def best_dense(times: Rows) -> str:

@@ -11,7 +11,14 @@ from typing import Any
 import torch
 from transformers import Cache, DynamicCache, PreTrainedModel
 
-from mha2mla_vlm.bench.layers import best_dense, modality_of, random_caches, time_attention, time_layers
+from mha2mla_vlm.bench.layers import (
+    best_dense,
+    modality_of,
+    positions,
+    random_caches,
+    time_attention,
+    time_layers,
+)
 from mha2mla_vlm.bench.timing import Timing, peak_memory, time_in_turn
 from mha2mla_vlm.cache import LatentCache, bytes_per_token, cache_bytes
 from mha2mla_vlm.config import AttentionSizes
@@ -188,10 +195,8 @@ def _tokens(model: PreTrainedModel, length: int, batch: int, start: int = 0) -> 
     ids = torch.full((batch, length), 1, device=device)
     if length > 1:
         ids[modality_of(length, batch, device).mask] = model.config.image_token_id
-    positions = torch.arange(start, start + length, device=device).expand(batch, -1)
-    if "mrope_section" in (model.config.get_text_config().rope_parameters or {}):
-        positions = positions.expand(3, -1, -1)
-    return {"input_ids": ids, "position_ids": positions}
+    places = torch.arange(start, start + length, device=device).expand(batch, -1)
+    return {"input_ids": ids, "position_ids": positions(model, places)}
 
 
 def _too_large(original: PreTrainedModel, converted: PreTrainedModel, context: int, batch: int) -> str | None:
