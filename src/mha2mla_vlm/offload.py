@@ -23,16 +23,19 @@ def empty_model(config: Any) -> Any:
 def disk_map(config: Any, device: torch.device) -> dict[str, str]:
     """The `device_map` of a model that is read from disk to `device` module by module, but for its last norm.
 
-    What stays on the device tells accelerate where to work; before 1.15 it takes no model without.
+    What stays on the device tells accelerate where to work; before 1.15 it takes no model without, and
+    cannot read tied weights, so that these stay too.
     """
     whole, near = empty_model(config), str(device)
     text = whole.model.language_model
-    devices = {name: "disk" for name, child in whole.named_children() if child is not whole.model}
+    ends = near if getattr(whole, "all_tied_weights_keys", None) else "disk"
+    devices = {name: ends for name, child in whole.named_children() if child is not whole.model}
     devices |= {f"model.{name}": near for name, _ in whole.model.named_parameters(recurse=False)}
     devices |= {f"model.{name}": "disk" for name, child in whole.model.named_children() if child is not text}
     for name, child in text.named_children():
         small = child is text.norm or not any(True for _ in child.parameters())
-        devices[f"model.language_model.{name}"] = near if small else "disk"
+        kept = ends if child is whole.get_input_embeddings() else "disk"
+        devices[f"model.language_model.{name}"] = near if small else kept
     return devices
 
 
