@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -74,7 +75,9 @@ def convert_checkpoint(
         )
     check_shards(folder)
     processor = load_processor(folder)
-    model = load(folder, dtype=dtype, device_map=disk_map(model_config, target))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The following device_map keys")  # of parameters
+        model = load(folder, dtype=dtype, device_map=disk_map(model_config, target))
     if not Path(resolve(name)).is_dir():
         mla = replace(mla, original=str(name))  # on the hub, wherever its files are now
     calibration, held_out = encode_split(model, processor, records, config)
