@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.filesize import decimal
 from rich.table import Table
 from safetensors import safe_open
 from transformers import AutoModelForImageTextToText, BatchFeature, PreTrainedModel
@@ -198,13 +199,17 @@ def print_prediction(prediction: Prediction) -> None:
     cache = f"{prediction.bytes_per_token_original:,} to {prediction.bytes_per_token:,} ({share:.1%})"
     rows = {
         "cache bytes per token": cache,
-        "result": f"{prediction.output_bytes / 1e9:.2f} GB",
-        "hidden states on disk": f"{prediction.states_bytes / 1e9:.2f} GB",
-        "memory": "unknown" if prediction.peak_bytes is None else f"{prediction.peak_bytes / 1e9:.2f} GB",
-        "time": f"{prediction.seconds / 60:.1f} minutes",
+        "result": decimal(prediction.output_bytes),
+        "hidden states on disk": decimal(prediction.states_bytes),
+        "memory": "unknown" if prediction.peak_bytes is None else decimal(prediction.peak_bytes),
+        "time": _time(prediction.seconds),
     }
     for name, value in rows.items():
         table.add_row(name, value)
     for phase, seconds in prediction.phases.items():
-        table.add_row(f"  {phase}", f"{seconds / 60:.1f} minutes")
+        table.add_row(f"  {phase}", _time(seconds))
     console().print(table)
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.1f} seconds" if seconds < 100 else f"{seconds / 60:.0f} minutes"
