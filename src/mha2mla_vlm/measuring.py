@@ -83,6 +83,7 @@ def measure_layer(
     found, share, method = LayerProfile(), 1 / total, config.rope_selection
 
     def observe(chat: Chat, module: Any, hidden: torch.Tensor, tables: Tables) -> None:
+        """Add one chat."""
         heads = Heads.of(module, hidden, tables)
         if method in SCORED:
             score = share * _scores(heads, method, module.scaling)

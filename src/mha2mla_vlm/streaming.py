@@ -67,28 +67,20 @@ def convert_checkpoint(
     and shards that fail, with the work so far kept.
     """
     folder, target = local_folder(name), torch.device(device)
-    model_config = load_config(folder)
-    mla = plan(model_config, config)
+    mla = plan(model_config := load_config(folder), config)
     if is_allotted(model_config, config):
         raise InputError(
             "a budget is allotted by running the whole model; give rope_dim and d_kv to go layer by layer"
         )
     check_shards(folder)
     processor = load_processor(folder)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The following device_map keys")  # of parameters
-        model = load(folder, dtype=dtype, device_map=disk_map(model_config, target))
+    model = _on_disk(folder, model_config, dtype, target)
     if not Path(resolve(name)).is_dir():
         mla = replace(mla, original=str(name))  # on the hub, wherever its files are now
     calibration, held_out = encode_split(model, processor, records, config)
     _check_shares(calibration, held_out)
-    settings = {
-        "model": str(folder),
-        "config": config.to_dict(),
-        "dtype": str(model.dtype),
-        "processes": process_count(),
-        "records": _digest([*calibration, *held_out]),
-    }
+    given = {"model": str(folder), "config": config.to_dict(), "dtype": str(model.dtype)}
+    settings = given | {"processes": process_count(), "records": _digest([*calibration, *held_out])}
     work = WorkFolder(Path(output), settings, resume=resume, spill=None if spill is None else Path(spill))
     print_plan(model.config, mla)
     phases = Phases("converting layers", AttentionSizes.of(model.config).layers, work.done, shown=work.main)
@@ -106,6 +98,13 @@ def convert_checkpoint(
         seconds=phases.seconds,
         peak_bytes=peak_resident_bytes(),
     )
+
+
+def _on_disk(folder: Path, config: Any, dtype: str, device: torch.device) -> PreTrainedModel:
+    """The model, whose weights are read as they are needed."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The following device_map keys")  # of parameters
+        return load(folder, dtype=dtype, device_map=disk_map(config, device))
 
 
 def _check_shares(calibration: Sequence[Any], held_out: Sequence[Any]) -> None:
