@@ -20,7 +20,7 @@ from mha2mla_vlm.measuring import measure_layer
 from mha2mla_vlm.modeling import decoder_layers
 from mha2mla_vlm.probe import Probe
 from mha2mla_vlm.profile import Profile
-from mha2mla_vlm.streams import Chat, States, advance, attending, begin
+from mha2mla_vlm.streams import Key, advance, attending, begin
 from mha2mla_vlm.zoo import ZOO_NAMES
 
 BUDGETS = (0.375, 0.25, 0.1875)
@@ -29,11 +29,8 @@ STREAM = "calibration"
 
 def sequential_layers(profile: Profile, mla: MLAConfig) -> dict[int, MLAAttention]:
     """Every layer converted by what it sees when those below it are."""
-    states: States = {}
-    chats: list[Chat] = []
-    for chat, hidden in begin(profile.model, profile.batches, profile.visual, torch.device("cpu")):
-        states[STREAM, len(chats)] = hidden
-        chats.append(chat)
+    states: dict[Key, torch.Tensor] = {}
+    chats = begin(profile.model, profile.batches, profile.visual, torch.device("cpu"), states, [STREAM])
     known, made = list(profile.layers), {}
     for index, layer in enumerate(decoder_layers(profile.model)):
         options = {"total": len(chats), "moments": True}

@@ -80,19 +80,15 @@ def with_factors(model, stats, mla):
     weights = []
     for index, layer in enumerate(decoder_layers(model)):
         whole = {k: v.detach() for k, v in layer.self_attn.state_dict().items()}
-        factors = factored_weights(whole, stats[index], mla, index, layer.self_attn.head_dim)
-        kept = {k: v for k, v in whole.items() if not k.startswith(("kv_a_proj.", "o_proj."))}
-        weights.append(kept | factors)
+        weights.append(factored_weights(whole, stats[index], mla, index, layer.self_attn.head_dim))
     return rebuild(model, mla, weights)
 
 
 def moments_of(model, batches):
     """Statistics of what goes into every layer's attention."""
     visual = get_family(model.config.model_type).visual_token_ids(model.config)
-    chats, states = [], {}
-    for chat, hidden in begin(model, batches, visual, torch.device("cpu")):
-        states["calibration", len(chats)] = hidden
-        chats.append(chat)
+    states = {}
+    chats = begin(model, batches, visual, torch.device("cpu"), states, ["calibration"])
     return [measure_moments(layer, chats, states, "calibration") for layer in decoder_layers(model)]
 
 

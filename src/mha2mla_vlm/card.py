@@ -8,7 +8,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalToken
 
 from mha2mla_vlm.cache import bytes_per_token
 from mha2mla_vlm.config import AttentionSizes, MLAConfig
-from mha2mla_vlm.errors import InputError
+from mha2mla_vlm.errors import InputError, first_line
 from mha2mla_vlm.families import get_family
 
 CARD = """---
@@ -97,7 +97,7 @@ def check_repository(repository: str | None) -> None:
     except HFValidationError as error:
         raise InputError(f"--push-to-hub {repository!r}: {error}") from None
     except (HfHubHTTPError, LocalTokenNotFoundError, OSError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise InputError(f"--push-to-hub {repository}: {reason}; log in with: hf auth login") from None
 
 
@@ -108,7 +108,7 @@ def push(folder: Path, repository: str) -> str:
         address = api.create_repo(repository, exist_ok=True)
         api.upload_folder(repo_id=repository, folder_path=folder)
     except (HfHubHTTPError, OSError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise InputError(
             f"the model is in {folder}, but cannot be sent to {repository}: {reason}; "
             f"send it with: hf upload {repository} {folder}"

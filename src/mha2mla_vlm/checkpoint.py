@@ -22,7 +22,7 @@ from transformers import (
 
 from mha2mla_vlm.card import write_card
 from mha2mla_vlm.config import AttentionSizes, MLAConfig
-from mha2mla_vlm.errors import InputError
+from mha2mla_vlm.errors import InputError, first_line
 from mha2mla_vlm.families import get_family
 from mha2mla_vlm.modeling import register
 from mha2mla_vlm.zoo import ZOO_PREFIX, zoo_path
@@ -45,7 +45,7 @@ def load_config(name: str | Path, **kwargs: Any) -> PreTrainedConfig:
     except InputError:
         raise
     except (OSError, ValueError, TypeError, KeyError, StrictDataclassError) as error:
-        raise InputError(f"cannot read a model config from {source!r}: {_first_line(error)}") from None
+        raise InputError(f"cannot read a model config from {source!r}: {first_line(error)}") from None
     get_family(config.model_type)
     if getattr(config, "mla", None) is not None:
         MLAConfig.from_dict(config.mla).check(AttentionSizes.of(config))
@@ -67,7 +67,7 @@ def load(name: str | Path, **kwargs: Any) -> PreTrainedModel:
     except InputError:
         raise
     except (OSError, RuntimeError, ValueError, ImportError, SafetensorError) as error:
-        raise InputError(f"cannot load the weights of {source!r}: {_first_line(error)}") from error
+        raise InputError(f"cannot load the weights of {source!r}: {first_line(error)}") from error
     if missing := sorted(info["missing_keys"]):
         raise InputError(f"the weights of {source!r} are not whole; missing keys: {', '.join(missing[:5])}")
     return model.eval()
@@ -94,14 +94,9 @@ def load_processor(name: str | Path) -> ProcessorMixin:
     try:
         processor = AutoProcessor.from_pretrained(source)
     except (OSError, ValueError) as error:
-        raise InputError(f"cannot load the processor of {source!r}: {_first_line(error)}") from None
+        raise InputError(f"cannot load the processor of {source!r}: {first_line(error)}") from None
     processor.tokenizer.padding_side = "left"
     return processor
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
 
 
 def check_output(output: str | Path) -> Path:

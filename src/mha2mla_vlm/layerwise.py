@@ -59,6 +59,8 @@ class LayerwiseConversion:
         self.sizes = AttentionSizes.of(model.config)
         self.is_original = getattr(model.config, "mla", None) is None
         self.factorises = config.factorization != "none"
+        self.ends = {"partial_rope": PARTIAL} if self.is_original else {}  # streams that losses are read from
+        self.ends |= {"factorization": CONVERTED} if self.factorises else {}
         self.after_rope = config.factorization not in (*MOMENTLESS, *OUTPUT_WEIGHTED)
         self.calibration: list[Chat] = []
         self.held_out: list[Chat] = []
@@ -70,18 +72,18 @@ class LayerwiseConversion:
         """Bring this process's share of the chats before the first layer; or, `again`, only what layers are
         given besides states.
         """
-        self.calibration, self.held_out, self.total = [], [], len(calibration)
+        self.total = len(calibration)
         visual = get_family(self.model.config.model_type).visual_token_ids(self.model.config)
         wanted = [CALIBRATION] if self.is_original and self.profiles is None else []
         wanted += [CALIBRATION_PARTIAL] if self.after_rope else []
-        ends = [ORIGINAL, PARTIAL, CONVERTED]
-        both = ((self.calibration, calibration, wanted), (self.held_out, held_out, ends))
+        ends = [ORIGINAL, *self.ends.values()]
+
+        def chats(batches: Sequence[BatchFeature], streams: list[str]) -> list[Chat]:
+            started = [] if again else streams
+            return begin(self.model, own_share(batches), visual, self.device, self.states, started)
+
         with self.phase("vision and embeddings"):
-            for chats, batches, streams in both:
-                for chat, hidden in begin(self.model, own_share(batches), visual, self.device):
-                    for stream in () if again else streams:
-                        self.states[stream, len(chats)] = hidden
-                    chats.append(chat)
+            self.calibration, self.held_out = chats(calibration, wanted), chats(held_out, ends)
 
     @torch.no_grad()
     def layer(self, index: int) -> Weights:
@@ -103,9 +105,9 @@ class LayerwiseConversion:
             with self.phase("factorisation"):
                 converted = self._factorised(layer.self_attn, partial, stats, index)
             with self.phase("held-out loss"):
-                ends = ((ORIGINAL, layer.self_attn), (PARTIAL, partial), (CONVERTED, converted))
-                for stream, attention in ends:
-                    with attending(layer, attention):
+                attention = {ORIGINAL: layer.self_attn, PARTIAL: partial, CONVERTED: converted}
+                for stream in (ORIGINAL, *self.ends.values()):
+                    with attending(layer, attention[stream]):
                         advance(layer, self.held_out, self.states, stream)
             return {k: v for k, v in converted.state_dict().items() if not k.startswith("o_proj.")}
 
@@ -134,19 +136,15 @@ class LayerwiseConversion:
         """The layer's attention with its keys and values factorised, if they are to be."""
         if not self.factorises:
             return partial
-        whole = partial.state_dict()
         sizes = (self.mla, index, self.sizes.head_dim)
-        factors = factored_weights(whole, stats, *sizes, warn=self.warn)
-        kept = {k: v for k, v in whole.items() if not k.startswith(("kv_a_proj.", "o_proj."))}
-        return converted_layer(source, kept | factors, self.mla, index)
+        factored = factored_weights(partial.state_dict(), stats, *sizes, warn=self.warn)
+        return converted_layer(source, factored, self.mla, index)
 
     @torch.no_grad()
     def kl(self) -> dict[str, float]:
         """After the last layer: mean divergence from the original on held-out answers, in nats a token."""
         norm, head = end_modules(self.model)
-        streams = {"partial_rope": PARTIAL} if self.is_original else {}
-        streams |= {"factorization": CONVERTED} if self.factorises else {}
-        sums = torch.zeros(len(streams) + 1, dtype=torch.float64, device=self.device)
+        sums = torch.zeros(len(self.ends) + 1, dtype=torch.float64, device=self.device)
         with resident((norm, head), self.device):
             for number, chat in enumerate(self.held_out):
 
@@ -156,7 +154,7 @@ class LayerwiseConversion:
 
                 expected = log_probs(ORIGINAL)
                 sums[-1] += len(expected)
-                for position, stream in enumerate(streams.values()):
+                for position, stream in enumerate(self.ends.values()):
                     sums[position] += kl_sum(log_probs(stream), expected)
         sum_over_processes([sums])
-        return {name: max(0.0, float(total / sums[-1])) for name, total in zip(streams, sums, strict=False)}
+        return {name: max(0.0, float(total / sums[-1])) for name, total in zip(self.ends, sums, strict=False)}

@@ -77,18 +77,18 @@ def predict(
     target = torch.device(device)
     base = resident_bytes() or 0
     phases, peak = _one_layer(model_config, config, mla, calibration[0], number, target)
-    sizes = {name: _bytes(converted, [name], number) for name in stored_names(converted)}
+    output_bytes = _bytes(converted, stored_names(converted), number)
     layers = AttentionSizes.of(model_config).layers
     counts = {"calibration": len(calibration) * layers, "held-out loss": len(held_out) * layers}
     counts["vision and embeddings"] = (len(calibration) + len(held_out)) * _vision_depth(model_config)
     seconds = {phase: taken * counts.get(phase, layers) for phase, taken in phases.items()}
-    seconds["writing"] = sum(sizes.values()) / WRITE_RATE
+    seconds["writing"] = output_bytes / WRITE_RATE
     lengths = [batch["input_ids"].shape[1] for batch in calibration]
     lengths += 3 * [batch["input_ids"].shape[1] for batch in held_out]
     return Prediction(
         bytes_per_token=bytes_per_token(converted.config, itemsize=number.itemsize),
         bytes_per_token_original=bytes_per_token(model_config, itemsize=number.itemsize),
-        output_bytes=sum(sizes.values()),
+        output_bytes=output_bytes,
         states_bytes=2 * sum(lengths) * AttentionSizes.of(model_config).hidden * number.itemsize,
         peak_bytes=None if peak is None else max(peak, base + _front_and_shards(original, number)),
         seconds=sum(seconds.values()),

@@ -19,7 +19,7 @@ from mha2mla_vlm.measuring import measure_layer
 from mha2mla_vlm.modeling import decoder_layers
 from mha2mla_vlm.probe import Probe
 from mha2mla_vlm.progress import track
-from mha2mla_vlm.streams import Chat, States, begin
+from mha2mla_vlm.streams import States, begin
 from mha2mla_vlm.surgery import (
     converted_layer,
     factored_weights,
@@ -56,10 +56,7 @@ class Profile:
         self.unit = unit_dims(self.sizes.head_dim)
         self._losses: list[LayerLosses] = []
         states: States = {}
-        chats: list[Chat] = []
-        for chat, hidden in begin(model, batches, self.visual, model.device):
-            states[CALIBRATION, len(chats)] = hidden
-            chats.append(chat)
+        chats = begin(model, batches, self.visual, model.device, states, [CALIBRATION])
         self.layers = [
             measure_layer(layer, chats, states, CALIBRATION, config, total=len(chats), moments=True).check(
                 index
@@ -82,9 +79,8 @@ class Profile:
         if rank is None:
             return converted_layer(source, weights, replace(mla, modalities=SHARED), index)
         head_dim = self.sizes.head_dim
-        factors = factored_weights(weights, self.layers[index].stats, mla, index, head_dim, warn=False)
-        kept = {key: value for key, value in weights.items() if not key.startswith("kv_a_proj.")}
-        return converted_layer(source, kept | factors, mla, index)
+        factored = factored_weights(weights, self.layers[index].stats, mla, index, head_dim, warn=False)
+        return converted_layer(source, factored, mla, index)
 
     def losses(self, mla: MLAConfig) -> list[LayerLosses]:
         """Measured once: what each layer costs, by units of rope dims alone, and of latent dims beyond

@@ -10,7 +10,7 @@ from huggingface_hub import HfApi, hf_hub_url
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
-from mha2mla_vlm.errors import InputError
+from mha2mla_vlm.errors import InputError, first_line
 
 DTYPES = {"I64": torch.int64, "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
@@ -23,7 +23,7 @@ def remote_headers(repository: str) -> Iterator[tuple[str, int, dict[str, Any]]]
     try:
         names = [file.rfilename for file in HfApi().model_info(repository).siblings or ()]
     except (HfHubHTTPError, OSError) as error:
-        raise InputError(f"cannot list the files of {repository!r}: {str(error).splitlines()[0]}") from None
+        raise InputError(f"cannot list the files of {repository!r}: {first_line(error)}") from None
     for name in sorted(name for name in names if name.endswith(".safetensors")):
         address = hf_hub_url(repository, name)
         size = struct.unpack("<Q", _bytes(address, 0, 8))[0]

@@ -20,7 +20,7 @@ from mha2mla_vlm.config import AttentionSizes, ConversionConfig, MLAConfig
 from mha2mla_vlm.conversion import encode_split, is_allotted, plan, print_losses, print_plan
 from mha2mla_vlm.data import Record
 from mha2mla_vlm.describe import conversion_summary
-from mha2mla_vlm.errors import InputError
+from mha2mla_vlm.errors import InputError, first_line
 from mha2mla_vlm.layerwise import LayerwiseConversion
 from mha2mla_vlm.memory import peak_resident_bytes
 from mha2mla_vlm.modeling import decoder_layers
@@ -219,9 +219,7 @@ def local_folder(name: str | Path) -> Path:
     try:
         return Path(snapshot_download(str(name), allow_patterns=list(FILES)))
     except (OSError, ValueError, HFValidationError) as error:
-        raise InputError(
-            f"{name!r} is no folder, and cannot be downloaded: {str(error).splitlines()[0]}"
-        ) from None
+        raise InputError(f"{name!r} is no folder, and cannot be downloaded: {first_line(error)}") from None
 
 
 def check_shards(folder: Path) -> None:

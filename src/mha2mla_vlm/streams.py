@@ -4,9 +4,9 @@ Shapes: T tokens, C hidden, A answer tokens, P pairs of rotary dims.
 """
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -21,7 +21,16 @@ from mha2mla_vlm.offload import front_modules, resident
 
 Tables = tuple[torch.Tensor, torch.Tensor]  # cos and sin
 Key = tuple[str, int]  # of hidden states `[1, T, C]`: which stream, which chat
-States = MutableMapping[Key, torch.Tensor]
+
+
+class States(Protocol):
+    """Where hidden states are kept; a dict will do."""
+
+    def __getitem__(self, key: Key, /) -> torch.Tensor: ...
+
+    def __setitem__(self, key: Key, hidden: torch.Tensor, /) -> None: ...
+
+
 # observe(chat, attention module, its input [1, T, C], rotary tables)
 Observe = Callable[["Chat", nn.Module, torch.Tensor, Tables], None]
 
@@ -57,8 +66,11 @@ def begin(
     batches: Iterable[BatchFeature],
     visual_token_ids: Sequence[int],
     device: torch.device,
-) -> Iterator[tuple[Chat, torch.Tensor]]:
-    """Chats of one row each, and their hidden states before the first layer: vision is done here."""
+    states: States,
+    streams: Sequence[str],
+) -> list[Chat]:
+    """Chats of one row each; hidden states before the first layer begin `streams`. Vision is done here."""
+    chats: list[Chat] = []
     with resident(front_modules(model), device):
         for batch in batches:
             with _stopped_at(decoder_layers(model)[0]) as reached, contextlib.suppress(_ReachedDecoder):
@@ -73,7 +85,10 @@ def begin(
                 answers=predicted(batch)[0],
                 modality=TokenModality.from_mask(visual[None]),
             )
-            yield chat, hidden
+            for stream in streams:
+                states[stream, len(chats)] = hidden
+            chats.append(chat)
+    return chats
 
 
 @contextlib.contextmanager

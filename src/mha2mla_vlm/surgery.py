@@ -83,10 +83,10 @@ def factored_weights(
     *,
     warn: bool = True,
 ) -> dict[str, torch.Tensor]:
-    """Down and up projections of one layer, from its parameters after partial RoPE."""
+    """Parameters of one layer with factors, from those after partial RoPE; without `o_proj`, which stays."""
     _, others = split_dims(whole["rope_pairs"], head_dim)
     source, bias = whole["kv_a_proj.shared.weight"], whole.get("kv_a_proj.shared.bias")
-    made = {}
+    made = {k: v for k, v in whole.items() if not k.startswith(("kv_a_proj.", "o_proj."))}
     for modality, factor in layer_factors(source, others, stats, mla, layer, warn=warn).items():
         made[f"kv_a_proj.{modality}.weight"] = factor.down.to(source.dtype)
         made[f"kv_b_proj.{modality}.weight"] = factor.up.to(source.dtype)

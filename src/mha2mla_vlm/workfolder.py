@@ -5,7 +5,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ PROGRESS = "progress.json"
 WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EACCES, errno.EROFS)
 
 
-class FolderStates(MutableMapping[Key, torch.Tensor]):
+class FolderStates:
     """Hidden states in files: what is read comes from before the layer at work, what is written is after it.
 
     `layer` is that layer, -1 while chats are brought before the first.
@@ -54,17 +54,6 @@ class FolderStates(MutableMapping[Key, torch.Tensor]):
         for path in self.folder.iterdir() if self.folder.exists() else ():
             if path.name.isdigit() and int(path.name) < self.layer:
                 shutil.rmtree(path)
-
-    def __delitem__(self, key: Key) -> None:
-        self._path(key, self.layer).unlink()
-
-    def __iter__(self) -> Iterator[Key]:
-        for path in sorted((self.folder / str(self.layer)).glob("*.safetensors")):
-            stream, _, number = path.stem.rpartition("-")
-            yield stream.replace("-", " "), int(number)
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
 
 
 class WorkFolder:
