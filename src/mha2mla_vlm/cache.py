@@ -306,15 +306,16 @@ def _match_rows(known: TokenModality, rows: int) -> TokenModality:
     )
 
 
-def bytes_per_token(config: Any, *, itemsize: int = 2) -> int:
+def bytes_per_token(config: Any, *, itemsize: int = 2, original: bool = False) -> int:
     """Bytes that a token adds to the cache, over all layers, for `itemsize` bytes an element.
 
     `config` is that of an original model, `2 * G * D` elements a layer, or of a converted one,
-    `G * R + r` elements; without factorisation r is `G * (2 * D - R)`.
+    `G * R + r` elements; without factorisation r is `G * (2 * D - R)`. With `original` they are those
+    of the model that a converted one was made of.
     """
     sizes = AttentionSizes.of(config)
     values = getattr(config, "mla", None)
-    if values is None:
+    if values is None or original:
         return sizes.layers * 2 * sizes.kv_heads * sizes.head_dim * itemsize
     mla = MLAConfig.from_dict(values)
     elements = 0

@@ -64,8 +64,7 @@ def model_card(config: Any) -> str:
 
 def _facts(config: Any, mla: MLAConfig) -> dict[str, str]:
     """Sizes, method and losses."""
-    plain = type(config)(**{**config.to_dict(), "mla": None})
-    before, after = bytes_per_token(plain), bytes_per_token(config)
+    before, after = bytes_per_token(config, original=True), bytes_per_token(config)
     layers = [mla.layer(index) for index in range(AttentionSizes.of(config).layers)]
     facts = {
         "cache bytes per token (16 bits)": f"{before:,} to {after:,} ({after / before:.1%})",

@@ -29,7 +29,6 @@ def describe(name: str) -> dict[str, Any]:
         raise InputError(f"{name!r} is not a converted model; make one with: mha2mla convert")
     mla = MLAConfig.from_dict(config.mla)
     layers = config.get_text_config(decoder=True).num_hidden_layers
-    plain = type(config)(**{**config.to_dict(), "mla": None})
     return {
         "family": config.model_type.removesuffix("_mla"),
         "layers": layers,
@@ -37,7 +36,7 @@ def describe(name: str) -> dict[str, Any]:
         "kv_lora_rank": mla.kv_lora_rank,
         "modalities": list(mla.modalities),
         "bytes_per_token": bytes_per_token(config),
-        "bytes_per_token_original": bytes_per_token(plain),
+        "bytes_per_token_original": bytes_per_token(config, original=True),
         "rope_selection": mla.rope_selection,
         "factorization": mla.factorization,
         "folded": mla.folded,

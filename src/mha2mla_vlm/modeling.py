@@ -43,6 +43,12 @@ def decoder_layers(model: PreTrainedModel) -> torch.nn.ModuleList:
     return model.model.language_model.layers
 
 
+def layer_prefixes(model: PreTrainedModel) -> list[str]:
+    """What the names of each decoder layer's parameters begin with."""
+    names = {id(module): name for name, module in model.named_modules()}
+    return [names[id(layer)] + "." for layer in decoder_layers(model)]
+
+
 if TYPE_CHECKING:  # a mixin to a PreTrainedModel
     from transformers import PreTrainedModel as _Model
 else:

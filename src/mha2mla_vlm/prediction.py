@@ -21,7 +21,7 @@ from mha2mla_vlm.data import Record
 from mha2mla_vlm.errors import InputError
 from mha2mla_vlm.layerwise import LayerwiseConversion
 from mha2mla_vlm.memory import forget_peak, peak_resident_bytes, resident_bytes
-from mha2mla_vlm.modeling import decoder_layers
+from mha2mla_vlm.modeling import decoder_layers, layer_prefixes
 from mha2mla_vlm.offload import empty_model, front_modules, stored_names
 from mha2mla_vlm.progress import Phases, console
 from mha2mla_vlm.remote import DTYPES, remote_headers
@@ -129,7 +129,7 @@ def _front_and_shards(model: PreTrainedModel, number: torch.dtype) -> int:
     prefixes = tuple(own[id(m)] + "." for m in front_modules(model) if id(m) != embeddings and own[id(m)])
     direct = [name for name in stored_names(model) if name.rpartition(".")[0] + "." in prefixes]
     shards = [_bytes(model, names, number) for names in rest_shards(model)]
-    layer = own[id(decoder_layers(model)[0])] + "."
+    layer = layer_prefixes(model)[0]
     shards.append(_bytes(model, [name for name in stored_names(model) if name.startswith(layer)], number))
     return max(_bytes(model, direct, number), *shards)
 

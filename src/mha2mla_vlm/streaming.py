@@ -23,7 +23,7 @@ from mha2mla_vlm.describe import conversion_summary
 from mha2mla_vlm.errors import InputError, first_line
 from mha2mla_vlm.layerwise import LayerwiseConversion
 from mha2mla_vlm.memory import peak_resident_bytes
-from mha2mla_vlm.modeling import decoder_layers
+from mha2mla_vlm.modeling import decoder_layers, layer_prefixes
 from mha2mla_vlm.offload import disk_map, empty_model, read_weights, stored_names
 from mha2mla_vlm.parallel import process_count
 from mha2mla_vlm.progress import Phases
@@ -125,7 +125,7 @@ def _convert_layers(
 ) -> dict[str, float]:
     """Convert and write the layers that are not done; returns the losses."""
     model = conversion.model
-    names = shard_names(model)
+    names, prefixes, stored = shard_names(model), layer_prefixes(model), stored_names(model)
     with writing("hidden states", work.folder):
         conversion.begin(calibration, held_out, again=work.done > 0)
         if work.done == 0:
@@ -133,12 +133,11 @@ def _convert_layers(
     for index in range(work.done, len(decoder_layers(model))):
         with writing(f"layer {index}", work.folder):
             made = conversion.layer(index)
-            prefix = layer_prefix(model, index)
-            attention = prefix + "self_attn."
+            attention = prefixes[index] + "self_attn."
             kept = [
                 name
-                for name in stored_names(model)
-                if name.startswith(prefix)
+                for name in stored
+                if name.startswith(prefixes[index])
                 and (name.startswith(attention + "o_proj.") or not name.startswith(attention))
             ]
             tensors = {attention + key: value for key, value in made.items()}
@@ -147,12 +146,6 @@ def _convert_layers(
                 work.finished_layer()
         phases.advance()
     return conversion.kl()
-
-
-def layer_prefix(model: PreTrainedModel, index: int) -> str:
-    """What the names of a decoder layer's parameters begin with."""
-    layer = decoder_layers(model)[index]
-    return next(name for name, module in model.named_modules() if module is layer) + "."
 
 
 def _write_rest(model: PreTrainedModel, processor: ProcessorMixin, mla: MLAConfig, work: WorkFolder) -> None:
@@ -195,7 +188,7 @@ def shard_names(model: PreTrainedModel) -> list[str]:
 
 def rest_shards(model: PreTrainedModel) -> list[list[str]]:
     """Names of what lies beside the decoder layers, in shards of at most `SHARD_BYTES` or one tensor."""
-    prefixes = tuple(layer_prefix(model, index) for index in range(len(decoder_layers(model))))
+    prefixes = tuple(layer_prefixes(model))
     shards: list[list[str]] = [[]]
     size = 0
     state = model.state_dict()

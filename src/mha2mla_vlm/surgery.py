@@ -19,7 +19,7 @@ from mha2mla_vlm.calibration import LayerStats, TokenStats
 from mha2mla_vlm.config import BLOCKS, CENTERED, OUTPUT_WEIGHTED, SHARED, MLAConfig
 from mha2mla_vlm.factorize import Factors, block_factors, metric_roots, pca_factors
 from mha2mla_vlm.folding import fold_keys
-from mha2mla_vlm.modeling import decoder_layers, mla_classes
+from mha2mla_vlm.modeling import layer_prefixes, mla_classes
 from mha2mla_vlm.rope import split_dims
 
 logger = logging.getLogger(__name__)
@@ -175,8 +175,7 @@ def rebuild(
 ) -> PreTrainedModel:
     """A converted model with `weights` in its attention layers and copies of all else in `model`."""
     config = converted_config(model.config, mla)
-    names = {id(module): name for name, module in model.named_modules()}
-    prefixes = [names[id(layer.self_attn)] + "." for layer in decoder_layers(model)]
+    prefixes = [prefix + "self_attn." for prefix in layer_prefixes(model)]
     replaced = tuple(prefixes)
     kept = tuple(prefix + "o_proj." for prefix in prefixes)
     state = {
