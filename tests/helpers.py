@@ -16,7 +16,7 @@ from mha2mla_vlm.data import Record, encode
 from mha2mla_vlm.families import get_family
 from mha2mla_vlm.measuring import measure_moments
 from mha2mla_vlm.modeling import decoder_layers, mla_classes
-from mha2mla_vlm.streams import begin
+from mha2mla_vlm.streams import MemoryStates, begin
 from mha2mla_vlm.surgery import factored_weights, partial_rope_weights, rebuild
 from mha2mla_vlm.zoo.architectures import new_model
 from mha2mla_vlm.zoo.chats import PAGE_MULTIPLE, make_page
@@ -87,9 +87,10 @@ def with_factors(model, stats, mla):
 def moments_of(model, batches):
     """Statistics of what goes into every layer's attention."""
     visual = get_family(model.config.model_type).visual_token_ids(model.config)
-    states = {}
+    states = MemoryStates()
     chats = begin(model, batches, visual, torch.device("cpu"), states, ["calibration"])
-    return [measure_moments(layer, chats, states, "calibration") for layer in decoder_layers(model)]
+    layers = enumerate(decoder_layers(model))
+    return [measure_moments(layer, index, chats, states, "calibration") for index, layer in layers]
 
 
 def record(name, prompt, seed=0):

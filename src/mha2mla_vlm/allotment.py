@@ -5,7 +5,7 @@ both cost as much in the cache. A layer's sizes are `(rope units, latent units)`
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 Sizes = tuple[int, int]
 Curve = Mapping[int, float]  # units -> loss
@@ -58,22 +58,3 @@ def allot(rope: Sequence[Curve], latent: Sequence[Curve], budget: int) -> list[S
         raise ValueError(f"{budget} units do not hold the least sizes of {len(rope)} layers")
     _, flat = min(best.values(), key=lambda entry: (entry[0], sum(entry[1])))
     return list(zip(flat[::2], flat[1::2], strict=True))
-
-
-def exchanges(
-    sizes: Sequence[Sizes], rope: Sequence[Curve], latent: Sequence[Curve]
-) -> Iterator[list[Sizes]]:
-    """Allotments that differ from `sizes` by one unit moved, those of least predicted loss first."""
-    curves = [curve for pair in zip(rope, latent, strict=True) for curve in pair]
-    flat = [units for pair in sizes for units in pair]
-    moves = []
-    for giver, taker in ((i, j) for i in range(len(flat)) for j in range(len(flat)) if i != j):
-        less, more = flat[giver] - 1, flat[taker] + 1
-        if less in curves[giver] and more in curves[taker]:
-            change = curves[giver][less] - curves[giver][flat[giver]]
-            change += curves[taker][more] - curves[taker][flat[taker]]
-            moves.append((change, giver, taker))
-    for _, giver, taker in sorted(moves):
-        moved = list(flat)
-        moved[giver], moved[taker] = flat[giver] - 1, flat[taker] + 1
-        yield list(zip(moved[::2], moved[1::2], strict=True))

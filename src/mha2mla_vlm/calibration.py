@@ -60,6 +60,17 @@ class TokenStats:
             metric,
         )
 
+    def tensors(self) -> dict[str, torch.Tensor | None]:
+        """All of it, by name."""
+        sums = self.moment.new_tensor([self.count, self.mass])
+        return {"sums": sums, "moment": self.moment, "total": self.total, "metric": self.metric}
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, torch.Tensor]) -> Self:
+        """From `tensors`."""
+        count, mass = tensors["sums"].tolist()
+        return cls(int(count), mass, tensors["moment"], tensors["total"], tensors.get("metric"))
+
     def centered(self) -> "TokenStats":
         """With the moment about the mean."""
         mean = self.total / max(self.mass, torch.finfo(torch.float32).tiny)

@@ -90,13 +90,12 @@ def convert(
 ) -> None:
     """Convert a model without training; a fifth of the chats is held out to measure the loss.
 
-    With --rope-dim and --d-kv one layer at a time is in memory, and an interrupted run can be resumed.
-    With a budget, which is allotted by running the whole model many times, all of it is.
+    One layer at a time is in memory, and an interrupted run can be resumed.
     """
     from mha2mla_vlm.card import check_repository
     from mha2mla_vlm.checkpoint import check_output, load_config, pick_device
     from mha2mla_vlm.config import ConversionConfig
-    from mha2mla_vlm.conversion import is_allotted, plan
+    from mha2mla_vlm.conversion import plan
     from mha2mla_vlm.parallel import join_processes
     from mha2mla_vlm.sources import load_records
 
@@ -104,22 +103,14 @@ def convert(
     method: dict[str, Any] = {"rope_selection": rope_selection, "fold": fold, "factorization": factorization}
     config = ConversionConfig(**sizes, **method)
     check_output(output)
-    model_config = load_config(model)
-    plan(model_config, config)
-    in_memory = is_allotted(model_config, config)
-    if in_memory and (dry_run or resume or spill):
-        raise InputError("--dry-run, --resume and --spill go with --rope-dim and --d-kv, without a budget")
+    plan(load_config(model), config)
     check_repository(push_to_hub)
     target, records = join_processes(pick_device(device)), load_records(data, limit=samples)
     if dry_run:
         _foretell(model, records, config, dtype, target)
-    elif in_memory:
-        _finish_conversion(
-            output, push_to_hub, _convert_in_memory(model, records, output, config, dtype, device)
-        )
-    else:
-        streamed = {"resume": resume, "spill": spill, "dtype": dtype.value, "device": target}
-        _finish_conversion(output, push_to_hub, _convert_streamed(model, records, output, config, **streamed))
+        return
+    streamed = {"resume": resume, "spill": spill, "dtype": dtype.value, "device": target}
+    _finish_conversion(output, push_to_hub, _convert_streamed(model, records, output, config, **streamed))
 
 
 def _foretell(model: str, records: Any, config: Any, dtype: DType, device: Any) -> None:
@@ -144,19 +135,6 @@ def _finish_conversion(output: Path, repository: str | None, result: dict[str, A
     if process_index() == 0:
         pushed = {} if repository is None else {"pushed": push(output, repository)}
         finish({"output": str(output), **result, **pushed})
-
-
-def _convert_in_memory(
-    model: str, records: Any, output: Path, config: Any, dtype: DType, device: str
-) -> dict[str, Any]:
-    from mha2mla_vlm.checkpoint import save
-    from mha2mla_vlm.conversion import convert as convert_model
-    from mha2mla_vlm.describe import conversion_summary
-
-    original, processor = _load(model, dtype, device)
-    converted = convert_model(original, processor, records, config)
-    save(converted, processor, output)
-    return conversion_summary(original.config, converted.mla_config, converted.dtype)
 
 
 @app.command()

@@ -28,7 +28,7 @@ from mha2mla_vlm.data import Record, encode_with_labels
 from mha2mla_vlm.errors import InputError
 from mha2mla_vlm.families import get_family
 from mha2mla_vlm.layerwise import LayerwiseConversion
-from mha2mla_vlm.profile import Profile, budget_units
+from mha2mla_vlm.profile import LayerwiseProfile, MemoryWork, Profile, allotted, budget_units
 from mha2mla_vlm.progress import Phases, console
 from mha2mla_vlm.surgery import converted_config, rebuild
 from mha2mla_vlm.zoo import ZOO_FOLDER, ZOO_PREFIX
@@ -55,22 +55,23 @@ def convert(
     _check_placement(model)
     mla = plan(model.config, config)
     calibration, held_out = encode_split(model, processor, records, config)
-    if is_allotted(model.config, config):
-        profile = profile or Profile(model, calibration, config)
-        mla = profile.allot(mla, config)
     if profile is not None:
         profile.check(config)
+    if is_allotted(model.config, config):
+        profile = profile or _measured(model, calibration, config)
+        mla = allotted(mla, profile.losses, AttentionSizes.of(model.config), config)
     print_plan(model.config, mla)
-    profiles = None if profile is None else profile.layers
+    known = None if profile is None else profile.layers.__getitem__
     layers = AttentionSizes.of(model.config).layers
     with Phases("converting layers", layers) as phases:
         conversion = LayerwiseConversion(
-            model, config, mla, device=model.device, phases=phases, profiles=profiles
+            model, config, mla, device=model.device, phases=phases, known=known
         )
         conversion.begin(calibration, held_out)
         weights = []
         for index in range(layers):
             weights.append(conversion.layer(index))
+            conversion.states.drop(index)
             phases.advance()
         kl = conversion.kl()
     print_losses(kl)
@@ -91,8 +92,17 @@ def make_profile(
 ) -> Profile:
     """What calibration tells, for several calls of `convert` with the same records and methods."""
     _check_placement(model)
-    plan(model.config, config)
-    return Profile(model, encode_split(model, processor, records, config)[0], config)
+    return _measured(model, encode_split(model, processor, records, config)[0], config)
+
+
+def _measured(model: PreTrainedModel, batches: Sequence[BatchFeature], config: ConversionConfig) -> Profile:
+    """The profile from chats to calibrate on."""
+    mla, layers = plan(model.config, config), AttentionSizes.of(model.config).layers
+    with Phases("measuring layers", 2 * layers) as phases:
+        given = {"device": model.device, "phases": phases, "work": MemoryWork()}
+        found = LayerwiseProfile(model, config, mla, **given)
+        found.run(batches)
+    return Profile(config=config, layers=[found.layer(i) for i in range(layers)], losses=found.losses())
 
 
 def _check_placement(model: PreTrainedModel) -> None:
@@ -142,7 +152,7 @@ def plan(model_config: Any, config: ConversionConfig) -> MLAConfig:
 
 
 def is_allotted(model_config: Any, config: ConversionConfig) -> bool:
-    """Whether sizes come from a budget, so that the whole model has to be run many times."""
+    """Whether the sizes of layers come from a budget, by what each is measured to cost."""
     return config.share is not None and getattr(model_config, "mla", None) is None
 
 

@@ -4,7 +4,8 @@ Shapes: O = G * (N + D) outputs, per KV head N key rows and D value rows; r late
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 
@@ -20,12 +21,24 @@ class Factors:
 
     Each latent dim has a row of `down` and a column of `up` of the same norm, as published: training
     takes steps of one size in both, which spoil a factor that is much smaller than the other.
-    `shift [O]`, what the mean input loses, is to be added to the outputs; 0 where none was taken out.
+    With the `mean [hidden]` input, and the outputs `[O]` that the weight gives for it, it stays exact.
     """
 
     down: torch.Tensor
     up: torch.Tensor
-    shift: torch.Tensor
+    mean: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    @property
+    def shift(self) -> torch.Tensor | None:
+        """What the mean input loses `[O]`, to be added to the outputs; None where no mean was taken out."""
+        if self.mean is None:
+            return None
+        inputs, outputs = self.mean
+        return outputs - self.up @ (self.down @ inputs)
+
+    def of_rank(self, rank: int) -> Self:
+        """Those of a smaller rank: of the PCA, the first directions."""
+        return replace(self, down=self.down[:rank], up=self.up[:, :rank])
 
 
 def damped(moment: torch.Tensor) -> torch.Tensor:
@@ -60,7 +73,7 @@ def pca_factors(
     down = top.T @ seen
     norms, tiny = down.norm(dim=1), torch.finfo(torch.float32).tiny
     scale = (up.norm(dim=0) / norms.clamp_min(max(1e-6 * float(norms.max()), tiny))).sqrt().clamp_min(tiny)
-    return Factors(down=down * scale[:, None], up=up / scale, shift=weight.new_zeros(len(weight)))
+    return Factors(down=down * scale[:, None], up=up / scale)
 
 
 def _top_directions(weight: torch.Tensor, moment: torch.Tensor, rank: int) -> torch.Tensor:
@@ -127,4 +140,4 @@ def block_factors(weight: torch.Tensor, is_key: torch.Tensor, rank: int, method:
         up[rows, start : start + part] = factors.up
         down.append(factors.down)
         start += part
-    return Factors(down=torch.cat(down), up=up, shift=up.new_zeros(len(weight)))
+    return Factors(down=torch.cat(down), up=up)

@@ -6,8 +6,7 @@ partial RoPE (`calibration partial`); those that are held out through the `origi
 the `converted` layers, whose ends give the loss.
 """
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,18 +15,19 @@ from transformers import BatchFeature, PreTrainedModel
 
 from mha2mla_vlm.attention import MLAAttention
 from mha2mla_vlm.calibration import LayerStats
-from mha2mla_vlm.config import BLOCKS, OUTPUT_WEIGHTED, SHARED, AttentionSizes, ConversionConfig, MLAConfig
+from mha2mla_vlm.config import BLOCKS, OUTPUT_WEIGHTED, AttentionSizes, ConversionConfig, MLAConfig
 from mha2mla_vlm.evaluation import kl_sum
 from mha2mla_vlm.families import get_family
 from mha2mla_vlm.measuring import LayerProfile, measure_layer, measure_moments
 from mha2mla_vlm.modeling import decoder_layers
 from mha2mla_vlm.offload import end_modules, resident
 from mha2mla_vlm.parallel import own_share, sum_over_processes
+from mha2mla_vlm.profile import CALIBRATION
 from mha2mla_vlm.progress import Phases
-from mha2mla_vlm.streams import Chat, States, advance, answer_states, attending, begin
-from mha2mla_vlm.surgery import converted_layer, factored_weights, partial_rope_weights, table_scale
+from mha2mla_vlm.streams import Chat, MemoryStates, States, advance, answer_states, attending, begin
+from mha2mla_vlm.surgery import converted_layer, factored_weights, partial_layer, table_scale
 
-CALIBRATION, CALIBRATION_PARTIAL = "calibration", "calibration partial"
+CALIBRATION_PARTIAL = "calibration partial"
 ORIGINAL, PARTIAL, CONVERTED = "original", "partial", "converted"
 Weights = dict[str, torch.Tensor]
 MOMENTLESS = ("none", "weight-svd", *BLOCKS)
@@ -36,8 +36,8 @@ MOMENTLESS = ("none", "weight-svd", *BLOCKS)
 class LayerwiseConversion:
     """Converts the layers of `model`, which may lie on disk, as `mla` says; call `layer` for each in turn.
 
-    `states` holds the streams, by default in memory. `profiles` are what calibration told about each
-    layer, where that was measured before; `warn` of modalities with too few tokens in calibration.
+    `states` holds the streams, by default in memory. `known` tells what calibration found of a layer,
+    where that was measured before; `warn` of modalities with too few tokens in calibration.
     """
 
     def __init__(
@@ -49,13 +49,13 @@ class LayerwiseConversion:
         device: torch.device,
         phases: Phases,
         states: States | None = None,
-        profiles: Sequence[LayerProfile] | None = None,
+        known: Callable[[int], LayerProfile] | None = None,
         warn: bool = True,
     ) -> None:
         self.model, self.config, self.mla, self.device = model, config, mla, device
-        self.phase, self.warn = phases.phase, warn
-        self.states: States = {} if states is None else states
-        self.profiles = profiles
+        self.phases, self.warn = phases, warn
+        self.states: States = MemoryStates() if states is None else states
+        self.known = known
         self.sizes = AttentionSizes.of(model.config)
         self.is_original = getattr(model.config, "mla", None) is None
         self.factorises = config.factorization != "none"
@@ -74,7 +74,7 @@ class LayerwiseConversion:
         """
         self.total = len(calibration)
         visual = get_family(self.model.config.model_type).visual_token_ids(self.model.config)
-        wanted = [CALIBRATION] if self.is_original and self.profiles is None else []
+        wanted = [CALIBRATION] if self.is_original and self.known is None else []
         wanted += [CALIBRATION_PARTIAL] if self.after_rope else []
         ends = [ORIGINAL, *self.ends.values()]
 
@@ -82,8 +82,9 @@ class LayerwiseConversion:
             started = [] if again else streams
             return begin(self.model, own_share(batches), visual, self.device, self.states, started)
 
-        with self.phase("vision and embeddings"):
-            self.calibration, self.held_out = chats(calibration, wanted), chats(held_out, ends)
+        with self.phases.phase("vision and embeddings"):
+            self.calibration = chats(calibration, wanted) if wanted else []
+            self.held_out = chats(held_out, ends)
 
     @torch.no_grad()
     def layer(self, index: int) -> Weights:
@@ -93,42 +94,40 @@ class LayerwiseConversion:
         """
         layer = decoder_layers(self.model)[index]
         with resident(layer.modules(), self.device):
-            with self.phase("calibration"):
+            with self.phases.phase("calibration"):
                 profile = self._profile(layer, index)
-            with self.phase("partial RoPE"):
+            with self.phases.phase("partial RoPE"):
                 partial = self._partial(layer.self_attn, profile, index)
             stats = profile.stats
             if self.after_rope:
-                with self.phase("calibration"), attending(layer, partial):
-                    stats = measure_moments(layer, self.calibration, self.states, CALIBRATION_PARTIAL)
+                with self.phases.phase("calibration"), attending(layer, partial):
+                    stats = measure_moments(layer, index, self.calibration, self.states, CALIBRATION_PARTIAL)
                 LayerProfile(stats=stats).check(index)
-            with self.phase("factorisation"):
+            with self.phases.phase("factorisation"):
                 converted = self._factorised(layer.self_attn, partial, stats, index)
-            with self.phase("held-out loss"):
+            with self.phases.phase("held-out loss"):
                 attention = {ORIGINAL: layer.self_attn, PARTIAL: partial, CONVERTED: converted}
                 for stream in (ORIGINAL, *self.ends.values()):
                     with attending(layer, attention[stream]):
-                        advance(layer, self.held_out, self.states, stream)
+                        advance(layer, index, self.held_out, self.states, stream)
             return {k: v for k, v in converted.state_dict().items() if not k.startswith("o_proj.")}
 
     def _profile(self, layer: nn.Module, index: int) -> LayerProfile:
         """What calibration tells about the original layer; nothing is asked of one that is none any more."""
-        if self.profiles is not None:
-            return self.profiles[index]
+        if self.known is not None:
+            return self.known(index)
         if not self.is_original:
             return LayerProfile()
         options: dict[str, Any] = {"total": self.total, "moments": False}
-        found = measure_layer(layer, self.calibration, self.states, CALIBRATION, self.config, **options)
-        return found.check(index)
+        given = (layer, index, self.calibration, self.states, CALIBRATION, self.config)
+        return measure_layer(*given, **options).check(index)
 
     def _partial(self, source: Any, profile: LayerProfile, index: int) -> MLAAttention:
         """The layer's attention with partial RoPE alone."""
         if not self.is_original:
             return source
         selection = profile.selection(self.mla.layer(index)[0], self.sizes, self.config)
-        weights = partial_rope_weights(source, selection, table_scale(self.model))
-        mla = replace(self.mla, kv_lora_rank=None, kv_bias=False, modalities=SHARED)
-        return converted_layer(source, weights, mla, index)
+        return partial_layer(source, selection, self.mla, index, table_scale(self.model))
 
     def _factorised(
         self, source: nn.Module, partial: MLAAttention, stats: LayerStats, index: int
@@ -144,12 +143,13 @@ class LayerwiseConversion:
     def kl(self) -> dict[str, float]:
         """After the last layer: mean divergence from the original on held-out answers, in nats a token."""
         norm, head = end_modules(self.model)
+        last = len(decoder_layers(self.model))
         sums = torch.zeros(len(self.ends) + 1, dtype=torch.float64, device=self.device)
         with resident((norm, head), self.device):
             for number, chat in enumerate(self.held_out):
 
                 def log_probs(stream: str, key: int = number, chat: Chat = chat) -> torch.Tensor:
-                    hidden = self.states[stream, key].to(self.device)
+                    hidden = self.states[stream, last, key].to(self.device)
                     return head(answer_states(chat, hidden, norm)).float().log_softmax(-1)
 
                 expected = log_probs(ORIGINAL)

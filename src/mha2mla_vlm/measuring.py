@@ -55,6 +55,25 @@ class LayerProfile:
 
     _order: torch.Tensor | None = field(default=None, repr=False)
 
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All of it, by name."""
+        found = {"scores": self.scores, "covariance": self.covariance}
+        for name, part in self.stats.tokens.items():
+            found |= {f"{name}.{key}": value for key, value in part.tensors().items()}
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, torch.Tensor]) -> Self:
+        """From `tensors`."""
+        parts = sorted({name.partition(".")[0] for name in tensors if "." in name})
+        tokens = {
+            part: TokenStats.from_tensors(
+                {k.partition(".")[2]: v for k, v in tensors.items() if k.startswith(f"{part}.")}
+            )
+            for part in parts
+        }
+        return cls(tensors.get("scores"), tensors.get("covariance"), LayerStats(tokens))
+
     def check(self, layer: int) -> Self:
         """Raise `InputError` if something measured is not finite."""
         tokens = [x for part in self.stats.tokens.values() for x in (part.moment, part.metric)]
@@ -69,6 +88,7 @@ class LayerProfile:
 
 def measure_layer(
     layer: nn.Module,
+    index: int,
     chats: Sequence[Chat],
     states: States,
     stream: str,
@@ -98,7 +118,7 @@ def measure_layer(
         elif moments:
             add_moments(found.stats, chat, hidden)
 
-    advance(layer, chats, states, stream, observe)
+    advance(layer, index, chats, states, stream, observe)
     sum_over_processes(x for x in (found.scores, found.covariance) if x is not None)
     found.stats.sum_over_processes()
     return found
@@ -111,10 +131,17 @@ def _scores(heads: Heads, method: str, scaling: float) -> torch.Tensor:
     return pair_kl_scores(*heads.rotated(), scaling, unrotated=plain)
 
 
-def measure_moments(layer: nn.Module, chats: Sequence[Chat], states: States, stream: str) -> LayerStats:
+def measure_moments(
+    layer: nn.Module, index: int, chats: Sequence[Chat], states: States, stream: str
+) -> LayerStats:
     """Take a stream through a layer; moments of what goes into its attention, by modality."""
     stats = LayerStats()
-    advance(layer, chats, states, stream, lambda chat, _, hidden, __: add_moments(stats, chat, hidden))
+
+    def observe(chat: Chat, _: Any, hidden: torch.Tensor, __: Tables) -> None:
+        """Add one chat."""
+        add_moments(stats, chat, hidden)
+
+    advance(layer, index, chats, states, stream, observe)
     stats.sum_over_processes()
     return stats
 

@@ -3,7 +3,7 @@ and one layer of random numbers that is converted on this machine.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from rich.table import Table
 from safetensors import safe_open
 from transformers import AutoModelForImageTextToText, BatchFeature, PreTrainedModel
 
+from mha2mla_vlm.allotment import unit_dims
 from mha2mla_vlm.cache import bytes_per_token
 from mha2mla_vlm.checkpoint import load_config, load_processor, resolve
 from mha2mla_vlm.config import AttentionSizes, ConversionConfig, MLAConfig
@@ -23,6 +24,7 @@ from mha2mla_vlm.layerwise import LayerwiseConversion
 from mha2mla_vlm.memory import forget_peak, peak_resident_bytes, resident_bytes
 from mha2mla_vlm.modeling import decoder_layers, layer_prefixes
 from mha2mla_vlm.offload import empty_model, front_modules, stored_names
+from mha2mla_vlm.profile import SKETCHES, LayerwiseProfile, MemoryWork, budget_units
 from mha2mla_vlm.progress import Phases, console
 from mha2mla_vlm.remote import DTYPES, remote_headers
 from mha2mla_vlm.streaming import check_shards, rest_shards
@@ -37,7 +39,7 @@ SMALL_VOCABULARY = 16
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
     """Bytes a token takes in the cache before and after (in the model's number format), bytes of the
-    result and of hidden states on disk, the most memory (None where Linux does not tell), and seconds.
+    result and of what is on disk meanwhile, the most memory (None where Linux does not tell), and seconds.
     """
 
     bytes_per_token: int
@@ -67,8 +69,9 @@ def predict(
     mla = plan(model_config, config)
     if getattr(model_config, "mla", None) is not None:
         raise InputError(f"{str(name)!r} has partial RoPE already; what originals take can be foretold")
-    if is_allotted(model_config, config):
-        raise InputError("a budget is allotted by running the whole model; give rope_dim and d_kv")
+    allots = is_allotted(model_config, config)
+    if allots:
+        mla = _evenly(mla, AttentionSizes.of(model_config), config)
     if Path(source).is_dir():
         check_shards(Path(source))
     number = _stored_dtype(source) if dtype == "auto" else getattr(torch, dtype)
@@ -76,20 +79,22 @@ def predict(
     calibration, held_out = encode_split(original, load_processor(name), records, config)
     target = torch.device(device)
     base = resident_bytes() or 0
-    phases, peak = _one_layer(model_config, config, mla, calibration[0], number, target)
+    phases, peak, kept = _one_layer(model_config, config, mla, calibration[0], number, target, allots=allots)
     output_bytes = _bytes(converted, stored_names(converted), number)
     layers = AttentionSizes.of(model_config).layers
     counts = {"calibration": len(calibration) * layers, "held-out loss": len(held_out) * layers}
+    counts["sensitivity"] = counts["calibration"]
     counts["vision and embeddings"] = (len(calibration) + len(held_out)) * _vision_depth(model_config)
     seconds = {phase: taken * counts.get(phase, layers) for phase, taken in phases.items()}
-    seconds["writing"] = output_bytes / WRITE_RATE
-    lengths = [batch["input_ids"].shape[1] for batch in calibration]
-    lengths += 3 * [batch["input_ids"].shape[1] for batch in held_out]
+    seconds["writing"] = (output_bytes + layers * kept) / WRITE_RATE
+    tokens, others = (sum(x["input_ids"].shape[1] for x in chats) for chats in (calibration, held_out))
+    # all layers' states stay until their gradients have come down; else those of two layers are there
+    hidden = (layers + 2 * SKETCHES) * tokens if allots else 2 * (tokens + 3 * others)
     return Prediction(
         bytes_per_token=bytes_per_token(converted.config, itemsize=number.itemsize),
         bytes_per_token_original=bytes_per_token(model_config, itemsize=number.itemsize),
         output_bytes=output_bytes,
-        states_bytes=2 * sum(lengths) * AttentionSizes.of(model_config).hidden * number.itemsize,
+        states_bytes=hidden * AttentionSizes.of(model_config).hidden * number.itemsize + layers * kept,
         peak_bytes=None if peak is None else max(peak, base + _front_and_shards(original, number)),
         seconds=sum(seconds.values()),
         phases=seconds,
@@ -146,21 +151,39 @@ def _one_layer(
     batch: BatchFeature,
     number: torch.dtype,
     device: torch.device,
-) -> tuple[dict[str, float], int | None]:
-    """Seconds of each phase for one chat and one layer, of vision too, and the most memory."""
+    *,
+    allots: bool,
+) -> tuple[dict[str, float], int | None, int]:
+    """Seconds of each phase for one chat and one layer, of vision too, the most memory, and the bytes of
+    what is kept of a layer to allot sizes.
+    """
     known = forget_peak()
     model = AutoModelForImageTextToText.from_config(_small(model_config), dtype=number).to(device).eval()
     phases = Phases("timing one layer", 1)
+    chat, work, given = _renamed(batch, model_config), MemoryWork(), {"device": device, "phases": phases}
     with phases:
-        timed = LayerwiseConversion(model, config, mla, device=device, phases=phases, warn=False)
-        chat = _renamed(batch, model_config)
+        timed = LayerwiseConversion(model, config, mla, **given, warn=False)
         timed.begin([chat], [chat])
         phases.seconds.clear()
-        advance(decoder_layers(model)[0], timed.held_out, timed.states, "original")  # the first is slow
+        advance(decoder_layers(model)[0], 0, timed.held_out, timed.states, "original")  # the first is slow
+        if allots:
+            profile = LayerwiseProfile(model, config, mla, **given, work=work)
+            profile.run([chat])
+            timed.known = profile.layer
         timed.begin([chat], [chat])
         timed.layer(0)
     phases.seconds["vision and embeddings"] /= 2  # chats
-    return phases.seconds, peak_resident_bytes() if known else None
+    kept = sum(x.numel() * x.element_size() for x in work.kept("layer 0").values()) if allots else 0
+    return phases.seconds, peak_resident_bytes() if known else None, kept
+
+
+def _evenly(mla: MLAConfig, sizes: AttentionSizes, config: ConversionConfig) -> MLAConfig:
+    """Sizes as a budget may give them, the same in every layer: two of three dims for RoPE."""
+    unit = unit_dims(sizes.head_dim)
+    units = budget_units(sizes, config) // sizes.layers
+    rope = (config.rope_dim or 0) // unit or units - ((config.d_kv or 0) // unit or max(1, units // 3))
+    rope = min(rope, sizes.head_dim // unit)
+    return replace(mla, qk_rope_head_dim=rope * unit, kv_lora_rank=(units - rope) * unit * sizes.kv_heads)
 
 
 def _small(config: Any) -> Any:
@@ -200,7 +223,7 @@ def print_prediction(prediction: Prediction) -> None:
     rows = {
         "cache bytes per token": cache,
         "result": decimal(prediction.output_bytes),
-        "hidden states on disk": decimal(prediction.states_bytes),
+        "disk meanwhile": decimal(prediction.states_bytes),
         "memory": "unknown" if prediction.peak_bytes is None else decimal(prediction.peak_bytes),
         "time": _time(prediction.seconds),
     }

@@ -1,68 +1,64 @@
-"""What calibration tells about an original model: enough to convert any of its layers to any size.
+"""What calibration tells about an original model: enough to convert its layers to any sizes.
 
 Shapes: G KV heads, D head dim, P = D / 2 pairs, R rope dims kept.
 """
 
-import functools
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Protocol, Self
 
+import torch
 from transformers import BatchFeature, PreTrainedModel
 
-from mha2mla_vlm.allotment import Curve, Sizes, allot, exchanges, interpolate, unit_dims
+from mha2mla_vlm.allotment import Curve, allot, interpolate, unit_dims
 from mha2mla_vlm.attention import MLAAttention
-from mha2mla_vlm.config import SHARED, AttentionSizes, ConversionConfig, MLAConfig
+from mha2mla_vlm.config import BLOCKS, AttentionSizes, ConversionConfig, MLAConfig
 from mha2mla_vlm.families import get_family
-from mha2mla_vlm.layerwise import CALIBRATION
-from mha2mla_vlm.measuring import measure_layer
+from mha2mla_vlm.measuring import LayerProfile, measure_layer
 from mha2mla_vlm.modeling import decoder_layers
-from mha2mla_vlm.probe import Probe
-from mha2mla_vlm.progress import track
-from mha2mla_vlm.streams import States, begin
-from mha2mla_vlm.surgery import (
-    converted_layer,
-    factored_weights,
-    partial_rope_weights,
-    table_scale,
-)
+from mha2mla_vlm.offload import resident
+from mha2mla_vlm.parallel import own_share, sum_over_processes
+from mha2mla_vlm.progress import Phases
+from mha2mla_vlm.rope import split_dims
+from mha2mla_vlm.sensitivity import begin_gradients, project_errors
+from mha2mla_vlm.streams import Chat, MemoryStates, States, begin
+from mha2mla_vlm.surgery import converted_layer, layer_factors, partial_layer, table_scale, with_factors
 
-PROBE_CHATS = 48  # that losses are measured on, the hardest
-ROPE_UNITS = (1, 2, 4, 6, 8, 10, 12, 14)  # of 16, measured
+CALIBRATION = "calibration"  # a stream through the original layers
+SKETCHES = 2  # of each chat's answers
+ROPE_UNITS = (1, 2, 4, 6, 8, 10, 12, 14)  # of 16, tried
 LATENT_UNITS = (1, 2, 3, 4, 6, 8, 12)
-EXCHANGES = 24  # allotments tried around the predicted best
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerLosses:
-    """KL divergence that converting one layer costs, by units of rope dims and of latent dims."""
+    """KL divergence that converting one layer alone costs, foretold by `sensitivity`: by units of rope dims,
+    and of latent dims beyond that at half of the rope dims.
+    """
 
     rope: Curve
     latent: Curve
 
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values, for JSON."""
+        return asdict(self)
 
+    @classmethod
+    def from_dict(cls, values: dict[str, dict[str, float]]) -> Self:
+        """From plain values."""
+        return cls(**{name: {int(k): v for k, v in curve.items()} for name, curve in values.items()})
+
+
+@dataclass(frozen=True, kw_only=True)
 class Profile:
-    """Statistics of an original model under calibration chats, for one way of converting it.
+    """Of every layer, what calibration found and, for methods that take a budget, what converting it costs.
 
     It serves any sizes, so conversions to several budgets share one (`convert(..., profile=...)`).
     """
 
-    def __init__(
-        self, model: PreTrainedModel, batches: Sequence[BatchFeature], config: ConversionConfig
-    ) -> None:
-        self.model, self.batches, self.config = model, batches, config
-        self.sizes = AttentionSizes.of(model.config)
-        self.visual = get_family(model.config.model_type).visual_token_ids(model.config)
-        self.unit = unit_dims(self.sizes.head_dim)
-        self._losses: list[LayerLosses] = []
-        states: States = {}
-        chats = begin(model, batches, self.visual, model.device, states, [CALIBRATION])
-        self.layers = [
-            measure_layer(layer, chats, states, CALIBRATION, config, total=len(chats), moments=True).check(
-                index
-            )
-            for index, layer in enumerate(track(decoder_layers(model), "calibrating"))
-        ]
+    config: ConversionConfig
+    layers: Sequence[LayerProfile]
+    losses: Sequence[LayerLosses]
 
     def check(self, config: ConversionConfig) -> None:
         """Raise `ValueError` if this is the profile of another method than that of `config`."""
@@ -70,120 +66,196 @@ class Profile:
         if mine != config:
             raise ValueError(f"the profile was made for {self.config}, not for {config}")
 
-    def layer(self, index: int, mla: MLAConfig) -> MLAAttention:
-        """A layer's attention converted as `mla` says, alone."""
-        source: Any = decoder_layers(self.model)[index].self_attn
-        rope_dim, rank = mla.layer(index)
-        selection = self.layers[index].selection(rope_dim, self.sizes, self.config)
-        weights = partial_rope_weights(source, selection, table_scale(self.model))
-        if rank is None:
-            return converted_layer(source, weights, replace(mla, modalities=SHARED), index)
-        head_dim = self.sizes.head_dim
-        factored = factored_weights(weights, self.layers[index].stats, mla, index, head_dim, warn=False)
-        return converted_layer(source, factored, mla, index)
 
-    def losses(self, mla: MLAConfig) -> list[LayerLosses]:
-        """Measured once: what each layer costs, by units of rope dims alone, and of latent dims beyond
-        that at half of the rope dims.
+class Work(Protocol):
+    """Where measuring keeps what it needs: steps `done`, `notes` of what they found, and hidden states."""
+
+    done: int
+    notes: dict[str, Any]
+    states: States
+
+    def keep(self, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Keep tensors under a name."""
+
+    def kept(self, name: str) -> dict[str, torch.Tensor]:
+        """Tensors that were kept."""
+
+    def finished_step(self, *, drop: int | None = None) -> None:
+        """One more step is done; the states before layer `drop` are not needed any more."""
+
+
+class MemoryWork:
+    """Keeps all in memory."""
+
+    def __init__(self) -> None:
+        self.done = 0
+        self.notes: dict[str, Any] = {}
+        self.states: States = MemoryStates()
+        self._kept: dict[str, Mapping[str, torch.Tensor]] = {}
+
+    def keep(self, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Keep tensors under a name."""
+        self._kept[name] = tensors
+
+    def kept(self, name: str) -> dict[str, torch.Tensor]:
+        """Tensors that were kept."""
+        return dict(self._kept[name])
+
+    def finished_step(self, *, drop: int | None = None) -> None:
+        """One more step is done."""
+        self.done += 1
+        if drop is not None:
+            self.states.drop(drop)
+
+
+class LayerwiseProfile:
+    """Measures the layers of an original `model`, which may lie on disk, for conversion as `mla` and `config`
+    say. What is found stays in `work`.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        config: ConversionConfig,
+        mla: MLAConfig,
+        *,
+        device: torch.device,
+        phases: Phases,
+        work: Work,
+    ) -> None:
+        self.model, self.config, self.mla, self.device = model, config, mla, device
+        self.phases, self.work, self.states = phases, work, work.states
+        self.sizes = AttentionSizes.of(model.config)
+        self.unit = unit_dims(self.sizes.head_dim)
+        self.chats: list[Chat] = []
+        self.total = 0
+
+    def run(self, batches: Sequence[BatchFeature]) -> None:
+        """Up through the layers, a step for each, to find what the chats tell about it (`layer`); then down
+        again, if the method takes a budget, to find what converting each costs (`losses`).
         """
-        if not self._losses:
-            half = self.sizes.head_dim // 2
-            for index in track(range(self.sizes.layers), "measuring what layers cost"):
-                rope = {u: self._loss(index, mla, u * self.unit, None) for u in self._rope_units()}
-                base = self._loss(index, mla, half, None)
-                latent = {
-                    u: max(0.0, self._loss(index, mla, half, u * self.unit) - base)
-                    for u in LATENT_UNITS
-                    if u * self.unit <= self._most_latent(half)
-                }
-                self._losses.append(LayerLosses(rope=rope, latent=latent))
-        return self._losses
+        layers, work = self.sizes.layers, self.work
+        if work.done >= 2 * layers:
+            return
+        self._begin(batches)
+        for index in range(work.done, layers):
+            work.keep(f"layer {index}", self._measure(index).tensors())
+            self._finished()
+        if self.mla.factorization in ("none", *BLOCKS):
+            return
+        if work.done == layers:
+            with self.phases.phase("sensitivity"):
+                begin_gradients(self.model, self.chats, self.states, CALIBRATION, sketches=SKETCHES)
+        for index in reversed(range(2 * layers - work.done)):
+            losses = self._losses(index, self.layer(index))
+            work.notes["losses"] = [losses.to_dict(), *work.notes.get("losses", [])]
+            self._finished(drop=index + 1)
 
-    @functools.cached_property
-    def _probe(self) -> Probe:
-        """The chats that suffer most from partial RoPE at a quarter of the head dim."""
-        probe = Probe(self.model, self.batches, self.visual)
-        mla = MLAConfig(qk_rope_head_dim=self.sizes.head_dim // 8 * 2)
-        probe.keep_hardest({i: self.layer(i, mla) for i in range(self.sizes.layers)}, PROBE_CHATS)
-        return probe
+    def _finished(self, *, drop: int | None = None) -> None:
+        self.work.finished_step(drop=drop)
+        self.phases.advance()
 
-    def _rope_units(self) -> list[int]:
-        return [units for units in ROPE_UNITS if units * self.unit < self.sizes.head_dim]
+    def layer(self, index: int) -> LayerProfile:
+        """What was found of a layer."""
+        tensors = self.work.kept(f"layer {index}")
+        return LayerProfile.from_tensors({k: v.to(self.device) for k, v in tensors.items()})
 
-    def _most_latent(self, rope_dim: int) -> int:
-        """Largest d_kv at a number of rope dims."""
-        keys_and_values = 2 * self.sizes.head_dim - rope_dim
-        return min(self.sizes.hidden // self.sizes.kv_heads, keys_and_values)
+    def losses(self) -> list[LayerLosses]:
+        """What converting each layer was found to cost, where that was measured."""
+        return [LayerLosses.from_dict(values) for values in self.work.notes.get("losses", [])]
 
-    def _loss(self, index: int, mla: MLAConfig, rope_dim: int, d_kv: int | None) -> float:
-        return self._probe.loss({index: self.layer(index, self._sized(mla, rope_dim, d_kv))})
+    def _begin(self, batches: Sequence[BatchFeature]) -> None:
+        """Bring this process's share of the chats before the first layer, if they are not beyond."""
+        self.total = len(batches)
+        visual = get_family(self.model.config.model_type).visual_token_ids(self.model.config)
+        streams = [] if self.work.done else [CALIBRATION]
+        with self.phases.phase("vision and embeddings"):
+            self.chats = begin(self.model, own_share(batches), visual, self.device, self.states, streams)
 
-    def _sized(self, mla: MLAConfig, rope_dim: int, d_kv: int | None) -> MLAConfig:
-        rank = None if d_kv is None else d_kv * self.sizes.kv_heads
-        return replace(mla, qk_rope_head_dim=rope_dim, kv_lora_rank=rank)
+    @torch.no_grad()
+    def _measure(self, index: int) -> LayerProfile:
+        """Take the chats through a layer; raises `InputError` naming it for numbers that are not finite."""
+        layer = decoder_layers(self.model)[index]
+        with self.phases.phase("calibration"), resident(layer.modules(), self.device):
+            given = (layer, index, self.chats, self.states, CALIBRATION, self.config)
+            return measure_layer(*given, total=self.total, moments=True).check(index)
 
-    def allot(self, mla: MLAConfig, config: ConversionConfig) -> MLAConfig:
-        """`mla` with the sizes of each layer allotted under the budget of `config`.
-
-        First the best by the sum of the measured losses of single layers, then by moving units about
-        while the loss measured with all layers converted falls.
-        """
-        rope, latent = self._curves(mla, config)
-        chosen = allot(rope, latent, budget_units(self.sizes, config))
-        chosen = self._improve(chosen, mla, rope, latent)
-        predicted = [r[a] + c[b] for (a, b), r, c in zip(chosen, rope, latent, strict=True)]
-        return replace(
-            mla,
-            qk_rope_head_dim=[a * self.unit for a, _ in chosen],
-            kv_lora_rank=[b * self.unit * self.sizes.kv_heads for _, b in chosen],
-            predicted_kl=predicted,
+    @torch.no_grad()
+    def _losses(self, index: int, profile: LayerProfile) -> LayerLosses:
+        """What converting a layer costs."""
+        layer = decoder_layers(self.model)[index]
+        rope_units, latent_units = _tried_units(self.sizes, self.unit)
+        with resident(layer.modules(), self.device):
+            with self.phases.phase("tried sizes"):
+                tried = [self._partial(layer.self_attn, profile, index, u * self.unit) for u in rope_units]
+                tried += self._factored(layer.self_attn, profile, index, latent_units)
+            with self.phases.phase("sensitivity"):
+                found = project_errors(layer, index, self.chats, self.states, CALIBRATION, tried)
+        rope, half, latent = found.split([len(rope_units), 1, len(latent_units)])
+        losses = torch.cat([rope, latent - half]).square().sum((1, 2)) / (2 * SKETCHES)
+        answers = losses.new_tensor(sum(int(chat.answers.sum()) for chat in self.chats))
+        sum_over_processes([losses, answers])
+        values = (losses / answers).tolist()
+        return LayerLosses(
+            rope=dict(zip(rope_units, values, strict=False)),
+            latent=dict(zip(latent_units, values[len(rope_units) :], strict=True)),
         )
 
-    def _curves(
-        self, mla: MLAConfig, config: ConversionConfig
-    ) -> tuple[list[dict[int, float]], list[dict[int, float]]]:
-        """Losses by units for every layer, rope and latent; one size alone where it is given."""
-        rope, latent = [], []
-        whole = self.sizes.head_dim // self.unit
-        for losses in self.losses(mla):
-            rope.append(interpolate(losses.rope, whole - 1) | {whole: 0.0})
-            latent.append(
-                interpolate(losses.latent, min(whole, self._most_latent(self.sizes.head_dim) // self.unit))
-            )
-        if config.rope_dim is not None:
-            rope = [{config.rope_dim // self.unit: 0.0}] * len(rope)
-        if config.d_kv is not None:
-            latent = [{config.d_kv // self.unit: 0.0}] * len(latent)
-        return rope, latent
+    def _partial(self, source: Any, profile: LayerProfile, index: int, rope_dim: int) -> MLAAttention:
+        selection = profile.selection(rope_dim, self.sizes, self.config)
+        mla = replace(self.mla, qk_rope_head_dim=rope_dim)
+        return partial_layer(source, selection, mla, index, table_scale(self.model))
 
-    def _improve(
-        self,
-        chosen: list[Sizes],
-        mla: MLAConfig,
-        rope: list[dict[int, float]],
-        latent: list[dict[int, float]],
-    ) -> list[Sizes]:
-        made: dict[tuple[int, Sizes], MLAAttention] = {}
+    def _factored(
+        self, source: Any, profile: LayerProfile, index: int, latent_units: Sequence[int]
+    ) -> list[MLAAttention]:
+        """The layer with half of its rope dims, whole and at each number of latent dims."""
+        half = self.sizes.head_dim // 2
+        partial = self._partial(source, profile, index, half)
+        whole = partial.state_dict()
+        _, others = split_dims(whole["rope_pairs"], self.sizes.head_dim)
+        ranks = [units * self.unit * self.sizes.kv_heads for units in latent_units]
+        mla = replace(self.mla, qk_rope_head_dim=half, kv_lora_rank=ranks[-1])
+        given = (whole["kv_a_proj.shared.weight"], others, profile.stats, mla, index)
+        factors, made = layer_factors(*given, warn=False), [partial]
+        for rank in ranks:
+            weights = with_factors(whole, {name: factor.of_rank(rank) for name, factor in factors.items()})
+            made.append(converted_layer(source, weights, replace(mla, kv_lora_rank=rank), index))
+        return made
 
-        def measured(sizes: list[Sizes]) -> float:
-            for index, (a, b) in enumerate(sizes):
-                if (index, (a, b)) not in made:
-                    made[index, (a, b)] = self.layer(index, self._sized(mla, a * self.unit, b * self.unit))
-            return self._probe.loss({index: made[index, size] for index, size in enumerate(sizes)})
 
-        best, left, tried = measured(chosen), EXCHANGES, {tuple(chosen)}
-        found = True
-        while found and left:
-            found = False
-            for candidate in exchanges(chosen, rope, latent):
-                if tuple(candidate) in tried or not left:
-                    continue
-                tried.add(tuple(candidate))
-                left -= 1
-                if (loss := measured(candidate)) < best:
-                    chosen, best, found = candidate, loss, True
-                    break
-        return chosen
+def _tried_units(sizes: AttentionSizes, unit: int) -> tuple[list[int], list[int]]:
+    """Units of rope dims and of latent dims at which losses are measured."""
+    most = most_latent(sizes, sizes.head_dim // 2)
+    rope = [units for units in ROPE_UNITS if units * unit < sizes.head_dim]
+    return rope, [units for units in LATENT_UNITS if units * unit <= most]
+
+
+def most_latent(sizes: AttentionSizes, rope_dim: int) -> int:
+    """Largest d_kv at a number of rope dims."""
+    return min(sizes.hidden // sizes.kv_heads, 2 * sizes.head_dim - rope_dim)
+
+
+def allotted(
+    mla: MLAConfig, losses: Sequence[LayerLosses], sizes: AttentionSizes, config: ConversionConfig
+) -> MLAConfig:
+    """`mla` with the sizes of each layer that cost least together under the budget of `config`."""
+    unit = unit_dims(sizes.head_dim)
+    whole = sizes.head_dim // unit
+    most = min(whole, most_latent(sizes, sizes.head_dim) // unit)
+    rope = [interpolate(layer.rope, whole - 1) | {whole: 0.0} for layer in losses]
+    latent = [interpolate(layer.latent, most) for layer in losses]
+    if config.rope_dim is not None:
+        rope = [{config.rope_dim // unit: 0.0}] * len(rope)
+    if config.d_kv is not None:
+        latent = [{config.d_kv // unit: 0.0}] * len(latent)
+    chosen = allot(rope, latent, budget_units(sizes, config))
+    return replace(
+        mla,
+        qk_rope_head_dim=[a * unit for a, _ in chosen],
+        kv_lora_rank=[b * unit * sizes.kv_heads for _, b in chosen],
+        predicted_kl=[r[a] + c[b] for (a, b), r, c in zip(chosen, rope, latent, strict=True)],
+    )
 
 
 def budget_units(sizes: AttentionSizes, config: ConversionConfig) -> int:

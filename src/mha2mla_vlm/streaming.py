@@ -1,9 +1,11 @@
 """Conversion of a checkpoint that stays on disk: a layer at a time is read, converted and written."""
 
+import contextlib
 import hashlib
 import json
 import warnings
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,10 +24,12 @@ from mha2mla_vlm.data import Record
 from mha2mla_vlm.describe import conversion_summary
 from mha2mla_vlm.errors import InputError, first_line
 from mha2mla_vlm.layerwise import LayerwiseConversion
+from mha2mla_vlm.measuring import LayerProfile
 from mha2mla_vlm.memory import peak_resident_bytes
-from mha2mla_vlm.modeling import decoder_layers, layer_prefixes
+from mha2mla_vlm.modeling import layer_prefixes
 from mha2mla_vlm.offload import disk_map, empty_model, read_weights, stored_names
 from mha2mla_vlm.parallel import process_count
+from mha2mla_vlm.profile import LayerwiseProfile, allotted
 from mha2mla_vlm.progress import Phases
 from mha2mla_vlm.surgery import converted_config
 from mha2mla_vlm.workfolder import WorkFolder, writing
@@ -61,17 +65,13 @@ def convert_checkpoint(
 ) -> StreamedConversion:
     """Convert a model folder or hub id to `output`, with one decoder layer in memory at a time.
 
-    What `convert` and `save` would give, for sizes that are the same in every layer. It works in
-    `OUTPUT.partial`; interrupted at any moment, it goes on there with `resume`. Hidden states of the
-    chats lie there too, or in `spill`. Raises `InputError` for what cannot be converted, and for disks
-    and shards that fail, with the work so far kept.
+    What `convert` and `save` would give. A budget takes two more passes over the layers, before they are
+    converted, to find what each needs. It works in `OUTPUT.partial`; interrupted at any moment, it goes
+    on there with `resume`. Hidden states of the chats lie there too, or in `spill`. Raises `InputError`
+    for what cannot be converted, and for disks and shards that fail, with the work so far kept.
     """
     folder, target = local_folder(name), torch.device(device)
     mla = plan(model_config := load_config(folder), config)
-    if is_allotted(model_config, config):
-        raise InputError(
-            "a budget is allotted by running the whole model; give rope_dim and d_kv to go layer by layer"
-        )
     check_shards(folder)
     processor = load_processor(folder)
     model = _on_disk(folder, model_config, dtype, target)
@@ -82,22 +82,86 @@ def convert_checkpoint(
     given = {"model": str(folder), "config": config.to_dict(), "dtype": str(model.dtype)}
     settings = given | {"processes": process_count(), "records": _digest([*calibration, *held_out])}
     work = WorkFolder(Path(output), settings, resume=resume, spill=None if spill is None else Path(spill))
-    print_plan(model.config, mla)
-    phases = Phases("converting layers", AttentionSizes.of(model.config).layers, work.done, shown=work.main)
-    with phases:
-        conversion = LayerwiseConversion(model, config, mla, device=target, phases=phases, states=work.states)
-        mla = replace(mla, kl=_convert_layers(conversion, work, phases, calibration, held_out))
-        if work.main:
-            with phases.phase("writing"), writing("the rest of the model", work.folder):
-                _write_rest(model, processor, mla, work)
+    streaming = _Streaming(model, config, work, target)
+    known = None
+    if is_allotted(model_config, config):
+        profile = streaming.measured(mla, calibration)
+        mla, known = allotted(mla, profile.losses(), profile.sizes, config), profile.layer
+    if work.main:
+        print_plan(model.config, mla)
+    mla = streaming.converted(mla, known, calibration, held_out, processor)
     print_losses(mla.kl or {})
     work.finish()
     return StreamedConversion(
         mla=mla,
         summary=conversion_summary(model_config, mla, model.dtype),
-        seconds=phases.seconds,
+        seconds=dict(streaming.seconds),
         peak_bytes=peak_resident_bytes(),
     )
+
+
+class _Streaming:
+    """A conversion under way, in one sweep or in three, and the seconds that each phase took."""
+
+    def __init__(
+        self, model: PreTrainedModel, config: ConversionConfig, work: WorkFolder, device: torch.device
+    ) -> None:
+        self.model, self.config, self.work, self.device = model, config, work, device
+        self.layers = AttentionSizes.of(model.config).layers
+        self.before = 0  # steps before the first layer is converted
+        self.seconds: Counter[str] = Counter()
+
+    @contextlib.contextmanager
+    def _phases(self, title: str, total: int, done: int) -> Iterator[Phases]:
+        with Phases(title, total, done, shown=self.work.main) as phases:
+            yield phases
+        self.seconds.update(phases.seconds)
+
+    def measured(self, mla: MLAConfig, calibration: Sequence[BatchFeature]) -> LayerwiseProfile:
+        """What calibration tells about all layers: up through them and down again."""
+        self.before = 2 * self.layers
+        with self._phases("measuring layers", self.before, min(self.work.done, self.before)) as phases:
+            given = (self.model, self.config, mla)
+            profile = LayerwiseProfile(*given, device=self.device, phases=phases, work=self.work)
+            with writing("what is measured", self.work.folder):
+                profile.run(calibration)
+        return profile
+
+    def converted(
+        self,
+        mla: MLAConfig,
+        known: Callable[[int], LayerProfile] | None,
+        calibration: Sequence[BatchFeature],
+        held_out: Sequence[BatchFeature],
+        processor: ProcessorMixin,
+    ) -> MLAConfig:
+        """Convert and write the layers that are not done, then the rest; returns `mla` with the losses."""
+        work, done = self.work, self.work.done - self.before
+        with self._phases("converting layers", self.layers, done) as phases:
+            conversion = LayerwiseConversion(
+                self.model,
+                self.config,
+                mla,
+                device=self.device,
+                phases=phases,
+                states=work.states,
+                known=known,
+            )
+            with writing("hidden states", work.folder):
+                conversion.begin(calibration, held_out, again=done > 0)
+            names, prefixes = shard_names(self.model), layer_prefixes(self.model)
+            for index in range(done, self.layers):
+                with writing(f"layer {index}", work.folder):
+                    made = conversion.layer(index)
+                    with phases.phase("writing"):
+                        work.write(names[index], _layer_tensors(self.model, prefixes[index], made))
+                        work.finished_step(drop=index)
+                phases.advance()
+            mla = replace(mla, kl=conversion.kl())
+            if work.main:
+                with phases.phase("writing"), writing("the rest of the model", work.folder):
+                    _write_rest(self.model, processor, mla, work)
+        return mla
 
 
 def _on_disk(folder: Path, config: Any, dtype: str, device: torch.device) -> PreTrainedModel:
@@ -116,36 +180,18 @@ def _check_shares(calibration: Sequence[Any], held_out: Sequence[Any]) -> None:
         )
 
 
-def _convert_layers(
-    conversion: LayerwiseConversion,
-    work: WorkFolder,
-    phases: Phases,
-    calibration: list[BatchFeature],
-    held_out: list[BatchFeature],
-) -> dict[str, float]:
-    """Convert and write the layers that are not done; returns the losses."""
-    model = conversion.model
-    names, prefixes, stored = shard_names(model), layer_prefixes(model), stored_names(model)
-    with writing("hidden states", work.folder):
-        conversion.begin(calibration, held_out, again=work.done > 0)
-        if work.done == 0:
-            work.started()
-    for index in range(work.done, len(decoder_layers(model))):
-        with writing(f"layer {index}", work.folder):
-            made = conversion.layer(index)
-            attention = prefixes[index] + "self_attn."
-            kept = [
-                name
-                for name in stored
-                if name.startswith(prefixes[index])
-                and (name.startswith(attention + "o_proj.") or not name.startswith(attention))
-            ]
-            tensors = {attention + key: value for key, value in made.items()}
-            with phases.phase("writing"):
-                work.write(names[index], tensors | read_weights(model, kept))
-                work.finished_layer()
-        phases.advance()
-    return conversion.kl()
+def _layer_tensors(
+    model: PreTrainedModel, prefix: str, made: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """What a shard holds: a layer's converted attention, and all else in the layer as it was."""
+    attention = prefix + "self_attn."
+    kept = [
+        name
+        for name in stored_names(model)
+        if name.startswith(prefix)
+        and (name.startswith(attention + "o_proj.") or not name.startswith(attention))
+    ]
+    return {attention + key: value for key, value in made.items()} | read_weights(model, kept)
 
 
 def _write_rest(model: PreTrainedModel, processor: ProcessorMixin, mla: MLAConfig, work: WorkFolder) -> None:

@@ -20,15 +20,27 @@ from mha2mla_vlm.modeling import decoder_layers
 from mha2mla_vlm.offload import front_modules, resident
 
 Tables = tuple[torch.Tensor, torch.Tensor]  # cos and sin
-Key = tuple[str, int]  # of hidden states `[1, T, C]`: which stream, which chat
+Key = tuple[str, int, int]  # of hidden states `[1, T, C]`: which stream, before which layer, which chat
 
 
 class States(Protocol):
-    """Where hidden states are kept; a dict will do."""
+    """Where hidden states are kept."""
 
     def __getitem__(self, key: Key, /) -> torch.Tensor: ...
 
     def __setitem__(self, key: Key, hidden: torch.Tensor, /) -> None: ...
+
+    def drop(self, layer: int) -> None:
+        """Forget all that is before a layer."""
+
+
+class MemoryStates(dict[Key, torch.Tensor]):
+    """Hidden states in memory."""
+
+    def drop(self, layer: int) -> None:
+        """Forget all that is before a layer."""
+        for key in [key for key in self if key[1] == layer]:
+            del self[key]
 
 
 # observe(chat, attention module, its input [1, T, C], rotary tables)
@@ -86,7 +98,7 @@ def begin(
                 modality=TokenModality.from_mask(visual[None]),
             )
             for stream in streams:
-                states[stream, len(chats)] = hidden
+                states[stream, 0, len(chats)] = hidden
             chats.append(chat)
     return chats
 
@@ -110,17 +122,22 @@ def _stopped_at(layer: nn.Module) -> Iterator[list[Any]]:
 
 @torch.no_grad()
 def advance(
-    layer: nn.Module, chats: Sequence[Chat], states: States, stream: str, observe: Observe | None = None
+    layer: nn.Module,
+    index: int,
+    chats: Sequence[Chat],
+    states: States,
+    stream: str,
+    observe: Observe | None = None,
 ) -> None:
     """Take a stream of hidden states through one decoder layer, of an original model or with converted
     attention.
     """
     converted = isinstance(layer.self_attn, MLAAttention)
-    for index, chat in enumerate(chats):
+    for number, chat in enumerate(chats):
         given = chat.given | ({"token_modality": chat.modality} if converted else {})
-        hidden = states[stream, index].to(chat.visual.device)
+        hidden = states[stream, index, number].to(chat.visual.device)
         with _observed(layer, chat, observe):
-            states[stream, index] = layer(hidden, **given)
+            states[stream, index + 1, number] = layer(hidden, **given)
 
 
 @contextlib.contextmanager
@@ -142,6 +159,21 @@ def _observed(layer: nn.Module, chat: Chat, observe: Observe | None) -> Iterator
 
 
 @contextlib.contextmanager
+def calls_of(module: nn.Module) -> Iterator[list[tuple[tuple[Any, ...], dict[str, Any], Any]]]:
+    """Within the context, arguments and output of each call of `module` are added to the list it yields."""
+    calls: list[tuple[tuple[Any, ...], dict[str, Any], Any]] = []
+
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        calls.append((args, kwargs, output))
+
+    handle = module.register_forward_hook(hook, with_kwargs=True)
+    try:
+        yield calls
+    finally:
+        handle.remove()
+
+
+@contextlib.contextmanager
 def attending(layer: Any, attention: nn.Module) -> Iterator[None]:
     """Within the context, a decoder layer attends by another module."""
     original, layer.self_attn = layer.self_attn, attention
@@ -151,7 +183,6 @@ def attending(layer: Any, attention: nn.Module) -> Iterator[None]:
         layer.self_attn = original
 
 
-@torch.no_grad()
 def answer_states(chat: Chat, hidden: torch.Tensor, norm: nn.Module) -> torch.Tensor:
     """Normed hidden states `[A, C]` that tell the answers, from those after the last layer."""
     return norm(hidden)[0, :-1][chat.answers]

@@ -85,14 +85,20 @@ def factored_weights(
 ) -> dict[str, torch.Tensor]:
     """Parameters of one layer with factors, from those after partial RoPE; without `o_proj`, which stays."""
     _, others = split_dims(whole["rope_pairs"], head_dim)
+    factors = layer_factors(whole["kv_a_proj.shared.weight"], others, stats, mla, layer, warn=warn)
+    return with_factors(whole, factors)
+
+
+def with_factors(whole: dict[str, torch.Tensor], factors: dict[str, Factors]) -> dict[str, torch.Tensor]:
+    """`factored_weights` of factors that are known, by modality."""
     source, bias = whole["kv_a_proj.shared.weight"], whole.get("kv_a_proj.shared.bias")
     made = {k: v for k, v in whole.items() if not k.startswith(("kv_a_proj.", "o_proj."))}
-    for modality, factor in layer_factors(source, others, stats, mla, layer, warn=warn).items():
+    for modality, factor in factors.items():
         made[f"kv_a_proj.{modality}.weight"] = factor.down.to(source.dtype)
         made[f"kv_b_proj.{modality}.weight"] = factor.up.to(source.dtype)
-        shifted = factor.shift.to(source.dtype) + (0.0 if bias is None else bias) if mla.kv_bias else bias
-        if shifted is not None:
-            made[f"kv_b_proj.{modality}.bias"] = shifted.clone()
+        found = [x.to(source.dtype) for x in (factor.shift, bias) if x is not None]
+        if found:
+            made[f"kv_b_proj.{modality}.bias"] = sum(found[1:], start=found[0].clone())
     return made
 
 
@@ -144,7 +150,15 @@ def _token_factors(
         return pca_factors(weight, tokens.moment, rank, roots)
     factors = pca_factors(weight, tokens.centered().moment, rank, roots)
     mean = tokens.total / tokens.mass
-    return replace(factors, shift=weight.double() @ mean - factors.up @ (factors.down @ mean))
+    return replace(factors, mean=(mean, weight.double() @ mean))
+
+
+def partial_layer(
+    source: nn.Module, selection: RopeSelection, mla: MLAConfig, layer: int, scale: float
+) -> MLAAttention:
+    """One layer's attention with partial RoPE alone; `scale` is `table_scale`."""
+    mla = replace(mla, kv_lora_rank=None, kv_bias=False, modalities=SHARED)
+    return converted_layer(source, partial_rope_weights(source, selection, scale), mla, layer)
 
 
 def converted_layer(

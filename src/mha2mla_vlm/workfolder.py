@@ -16,48 +16,41 @@ from safetensors.torch import load_file, save_file
 from mha2mla_vlm.checkpoint import check_output
 from mha2mla_vlm.errors import InputError
 from mha2mla_vlm.parallel import process_index, wait_for_all
-from mha2mla_vlm.streams import Key
+from mha2mla_vlm.streams import Key, States
 
 PROGRESS = "progress.json"
 WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EACCES, errno.EROFS)
 
 
 class FolderStates:
-    """Hidden states in files: what is read comes from before the layer at work, what is written is after it.
+    """Hidden states in files, a folder for each layer."""
 
-    `layer` is that layer, -1 while chats are brought before the first.
-    """
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
 
-    def __init__(self, folder: Path, layer: int) -> None:
-        self.folder, self.layer = folder, layer
-
-    def _path(self, key: Key, layer: int) -> Path:
-        return self.folder / str(layer) / f"{key[0].replace(' ', '-')}-{key[1]}.safetensors"
+    def _path(self, key: Key) -> Path:
+        stream, layer, chat = key
+        return self.folder / str(layer) / f"{stream.replace(' ', '-')}-{chat}.safetensors"
 
     def __getitem__(self, key: Key) -> torch.Tensor:
-        path = self._path(key, self.layer)
+        path = self._path(key)
         if not path.exists():
             raise KeyError(key)
         return load_file(path)["hidden"]
 
     def __setitem__(self, key: Key, hidden: torch.Tensor) -> None:
-        path = self._path(key, self.layer + 1)
+        path = self._path(key)
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file({"hidden": hidden.cpu().contiguous()}, path)
 
-    def next(self) -> None:
-        """Go on to the layer after; `drop_before` then frees what came before."""
-        self.layer += 1
-
-    def drop_before(self) -> None:
-        """Remove the states before the layers that are done."""
-        for path in self.folder.iterdir() if self.folder.exists() else ():
-            if path.name.isdigit() and int(path.name) < self.layer:
-                shutil.rmtree(path)
+    def drop(self, layer: int) -> None:
+        """Remove all that is before a layer."""
+        shutil.rmtree(self.folder / str(layer), ignore_errors=True)
 
 
 class WorkFolder:
-    """`OUTPUT.partial`, beside the output that it becomes: shards that are done, states, and how far it is.
+    """`OUTPUT.partial`, beside the output that it becomes: shards that are done, states, and how far it is,
+    in steps `done` and in `notes` of what they found.
 
     `settings` are what the result depends on. Raises `InputError` if the output is there, if the folder
     is there and is not to be resumed, or if it was begun with other settings.
@@ -70,26 +63,26 @@ class WorkFolder:
         self.folder = self.output.with_name(self.output.name + ".partial")
         self.result = self.folder / "result"
         self.settings = json.loads(json.dumps(settings))
-        self.done = self._begun(resume)
+        self.done, self.notes = self._begun(resume)
         self.main = process_index() == 0
         self.states_folder = self.folder / "states" if spill is None else spill / f"{self.output.name}.states"
-        self.states = FolderStates(self.states_folder / str(process_index()), self.done or -1)
+        self.states: States = FolderStates(self.states_folder / str(process_index()))
         wait_for_all()  # all have read how far it is
         if self.main:
             self.result.mkdir(parents=True, exist_ok=True)
         self._write_progress()
 
-    def _begun(self, resume: bool) -> int:
-        """Layers that an earlier run finished, 0 if there was none."""
+    def _begun(self, resume: bool) -> tuple[int, dict[str, Any]]:
+        """How far an earlier run came, if there was one."""
         path = self.folder / PROGRESS
         if not self.folder.exists():
-            return 0
+            return 0, {}
         if not resume:
             raise InputError(
                 f"{self.folder} holds a conversion that was interrupted; go on with --resume, or remove it"
             )
         if not path.exists():  # it ended before anything was done
-            return 0
+            return 0, {}
         progress = json.loads(path.read_text(encoding="utf-8"))
         known = progress["settings"]
         if known != self.settings:
@@ -99,36 +92,43 @@ class WorkFolder:
             raise InputError(
                 f"{self.folder} was begun with another {', '.join(other)}; give the same, or remove it"
             )
-        return int(progress["done"])
+        return int(progress["done"]), dict(progress["notes"])
 
     def _write_progress(self) -> None:
         if not self.main:
             return
         path = self.folder / PROGRESS
         temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps({"done": self.done, "settings": self.settings}), encoding="utf-8")
+        progress = {"done": self.done, "notes": self.notes, "settings": self.settings}
+        temporary.write_text(json.dumps(progress), encoding="utf-8")
         temporary.rename(path)
 
     def write(self, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
         """Write a shard of the result, whole or not at all; the first process does."""
-        if not self.main:
-            return
-        temporary = self.result / f".{name}.tmp"
-        save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, temporary, metadata={"format": "pt"})
-        temporary.rename(self.result / name)
+        if self.main:
+            _write_tensors(self.result / name, tensors)
 
-    def started(self) -> None:
-        """Chats are before the first layer."""
-        self.states.next()
+    def keep(self, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Write tensors that later steps need (`kept`); the first process does."""
+        if self.main:
+            (self.folder / "kept").mkdir(exist_ok=True)
+            _write_tensors(self._kept(name), tensors)
 
-    def finished_layer(self) -> None:
-        """A layer's shard and the states after it are written."""
-        self.states.next()
+    def kept(self, name: str) -> dict[str, torch.Tensor]:
+        """What an earlier step left."""
+        return load_file(self._kept(name))
+
+    def _kept(self, name: str) -> Path:
+        return self.folder / "kept" / f"{name}.safetensors"
+
+    def finished_step(self, *, drop: int | None = None) -> None:
+        """What a step made is written; the states before layer `drop` are not needed any more."""
         self.done += 1
         wait_for_all()  # states of all processes are there
         self._write_progress()
         wait_for_all()
-        self.states.drop_before()
+        if drop is not None:
+            self.states.drop(drop)
 
     def finish(self) -> None:
         """Make the result the output, and remove the rest."""
@@ -140,6 +140,12 @@ class WorkFolder:
         self.result.rename(self.output)
         shutil.rmtree(self.states_folder, ignore_errors=True)
         shutil.rmtree(self.folder)
+
+
+def _write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, temporary, metadata={"format": "pt"})
+    temporary.rename(path)
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """Conversion from disk, a layer at a time: the model that conversion in memory gives, whatever happens."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -59,17 +60,31 @@ def assert_same(found, expected):
 @pytest.mark.parametrize("factorization", ["output-weighted", "md-svd", "none"])
 def test_it_is_the_conversion_in_memory(family, factorization, checkpoints, tmp_path):
     folder = checkpoints(family)
-    config = ConversionConfig(
-        rope_dim=16, d_kv=None if factorization == "none" else 8, factorization=factorization
+    d_kv = None if factorization == "none" else 8
+    assert_streamed_alike(folder, tmp_path, rope_dim=16, d_kv=d_kv, factorization=factorization)
+
+
+@pytest.mark.parametrize("factorization", ["output-weighted", "md-svd"])
+def test_a_budget_is_allotted_as_in_memory(family, factorization, checkpoints, tmp_path):
+    small = assert_streamed_alike(
+        checkpoints(family), tmp_path, budget=0.3, factorization=factorization, rope_selection="mkl"
     )
+    assert len(set(zip(small.mla_config.qk_rope_head_dim, small.mla_config.kv_lora_rank, strict=True))) > 1
+
+
+def assert_streamed_alike(folder, tmp_path, **options):
+    """Conversion from disk gives what conversion in memory does, in every file; returns the model."""
+    config = ConversionConfig(**options)
     convert_checkpoint(folder / "model", chats(folder), tmp_path / "small", config)
     model, processor = load(folder / "model"), load_processor(folder / "model")
     expected = convert(model, processor, chats(folder), config)
-    assert_same(load(tmp_path / "small"), expected)
+    small = load(tmp_path / "small")
+    assert_same(small, expected)
     save(expected, processor, tmp_path / "saved")
     for name in ("config.json", "generation_config.json", "tokenizer.json", "modeling_mha2mla.py"):
         assert (tmp_path / "small" / name).read_text() == (tmp_path / "saved" / name).read_text()
     assert [path.name for path in tmp_path.iterdir() if "partial" in path.name] == []
+    return small
 
 
 def test_a_model_with_partial_rope_is_factorised_from_disk(checkpoints, tmp_path):
@@ -101,9 +116,9 @@ def test_tied_embeddings_and_bfloat16_stay(checkpoints, tmp_path):
     assert bool(whole_logits(small, inputs).isfinite().all())
 
 
-def command(folder, output, *more):
+def command(folder, output, *more, sizes=SIZES):
     data = folder / "data" / "chats.jsonl"
-    return [str(x) for x in ("convert", folder / "model", "--data", data, "-o", output, *SIZES, *more)]
+    return [str(x) for x in ("convert", folder / "model", "--data", data, "-o", output, *sizes, *more)]
 
 
 def files(folder):
@@ -120,20 +135,39 @@ def files(folder):
 )
 @pytest.mark.parametrize("spill", [False, True])
 def test_a_killed_run_is_resumed_to_the_same_bytes(monkeypatch, capsys, place, spill, checkpoints, tmp_path):
-    folder, more = checkpoints(FAMILY), ("--spill", tmp_path / "spilled") if spill else ()
+    more = ("--spill", tmp_path / "spilled") if spill else ()
+    assert_resumed(monkeypatch, capsys, place, checkpoints(FAMILY), tmp_path, SIZES, more)
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        "layer 2.safetensors",  # while layers are measured
+        "progress.json:6",  # while their losses are
+        "model-00002-of-00005.safetensors",
+    ],
+)
+def test_a_budget_is_resumed_to_the_same_bytes(monkeypatch, capsys, place, checkpoints, tmp_path):
+    sizes = ("--budget", "0.3")
+    assert_resumed(monkeypatch, capsys, place, checkpoints(FAMILY), tmp_path, sizes, ())
+
+
+def assert_resumed(monkeypatch, capsys, place, folder, tmp_path, sizes, more):
+    """A run that is killed as a file gets its name goes on to what an unbroken one makes."""
     whole = tmp_path / "whole" / "small"
-    code, _, err = run_command(monkeypatch, capsys, *command(folder, whole))
+    code, _, err = run_command(monkeypatch, capsys, *command(folder, whole, sizes=sizes))
     assert code == 0, err
     output = tmp_path / "small"
-    killed = subprocess.run(
-        [sys.executable, str(KILLED), place, *command(folder, output, *more)], capture_output=True
-    )
+    arguments = command(folder, output, *more, sizes=sizes)
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # sums differ with their number
+    program = [sys.executable, str(KILLED), place, *arguments]
+    killed = subprocess.run(program, capture_output=True, env=os.environ | threads)
     assert killed.returncode == -9
     assert not output.exists()
-    code, _, err = run_command(monkeypatch, capsys, *command(folder, output, *more))
+    code, _, err = run_command(monkeypatch, capsys, *arguments)
     assert code == 2
     assert "--resume" in err
-    code, out, err = run_command(monkeypatch, capsys, *command(folder, output, *more, "--resume"))
+    code, out, err = run_command(monkeypatch, capsys, *arguments, "--resume")
     assert code == 0, err
     assert json.loads(out)["output"] == str(output)
     assert files(output) == files(whole)
@@ -149,7 +183,8 @@ def test_a_run_is_not_resumed_with_other_settings(monkeypatch, capsys, checkpoin
     assert "begun with another config" in " ".join(err.split())
 
 
-def test_two_processes_give_what_one_gives(checkpoints, tmp_path):
+@pytest.mark.parametrize("sizes", [SIZES, ("--budget", "0.3")])
+def test_two_processes_give_what_one_gives(sizes, checkpoints, tmp_path):
     folder, data = checkpoints(FAMILY), tmp_path / "data"
     data.mkdir()
     write_chats(FAMILY, data, split="train", count=10, seed=3)
@@ -157,7 +192,7 @@ def test_two_processes_give_what_one_gives(checkpoints, tmp_path):
     launch = [*python, "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
     results = []
     for name, start in (("one", python), ("two", launch)):
-        options = ("--data", data / "chats.jsonl", "-o", tmp_path / name, *SIZES)
+        options = ("--data", data / "chats.jsonl", "-o", tmp_path / name, *sizes)
         program = [*start, "mha2mla_vlm", "convert", folder / "model", *options]
         done = subprocess.run([str(x) for x in program], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
@@ -238,13 +273,15 @@ def test_a_full_disk_is_said_and_what_was_done_is_kept(checkpoints, tmp_path):
     load(output)
 
 
-def test_a_dry_run_foretells_sizes(monkeypatch, capsys, family, checkpoints, tmp_path):
+@pytest.mark.parametrize("sizes", [SIZES, ("--budget", "0.25")])
+def test_a_dry_run_foretells_sizes(monkeypatch, capsys, family, sizes, checkpoints, tmp_path):
     folder = checkpoints(family)
-    code, out, err = run_command(monkeypatch, capsys, *command(folder, tmp_path / "small", "--dry-run"))
+    arguments = command(folder, tmp_path / "small", sizes=sizes)
+    code, out, err = run_command(monkeypatch, capsys, *arguments, "--dry-run")
     assert code == 0, err
     assert not list(tmp_path.iterdir())
     foretold = json.loads(out)
-    code, out, err = run_command(monkeypatch, capsys, *command(folder, tmp_path / "small"))
+    code, out, err = run_command(monkeypatch, capsys, *arguments)
     assert code == 0, err
     found = json.loads(out)
     for name in ("bytes_per_token", "bytes_per_token_original"):
@@ -258,17 +295,5 @@ def test_a_dry_run_refuses_what_conversion_would(checkpoints):
     folder = checkpoints(FAMILY)
     with pytest.raises(InputError, match="give at least 2"):
         predict(folder / "model", chats(folder)[:1], ConversionConfig(rope_dim=16))
-    with pytest.raises(InputError, match="a budget is allotted"):
-        predict(folder / "model", chats(folder))
     with pytest.raises(InputError, match="give an even number"):
         predict(folder / "model", chats(folder), ConversionConfig(rope_dim=15))
-
-
-@pytest.mark.parametrize("more", ["--dry-run", "--resume"])
-def test_a_budget_needs_the_whole_model(monkeypatch, capsys, more, checkpoints, tmp_path):
-    folder = checkpoints(FAMILY)
-    data = folder / "data" / "chats.jsonl"
-    arguments = ("convert", folder / "model", "--data", data, "-o", tmp_path / "small", more)
-    code, _, err = run_command(monkeypatch, capsys, *arguments)
-    assert code == 2
-    assert "without a budget" in err

@@ -1,4 +1,6 @@
-"""`mha2mla` with the arguments after the first; killed as it renames a file to a name that ends in that."""
+"""`mha2mla` with the arguments after the first; killed as it renames a file to a name that ends in that,
+or, if that is `NAME:n`, for the nth time.
+"""
 
 import os
 import signal
@@ -10,10 +12,13 @@ from mha2mla_vlm.cli import main
 def kill_at_rename(event, arguments):
     """An audit hook."""
     if event == "os.rename" and str(arguments[1]).endswith(place):
-        os.kill(os.getpid(), signal.SIGKILL)
+        left.pop()
+        if not left:
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 if __name__ == "__main__":
-    place = sys.argv.pop(1)
+    place, _, count = sys.argv.pop(1).partition(":")
+    left = [None] * int(count or 1)
     sys.addaudithook(kill_at_rename)
     main()
