@@ -111,6 +111,13 @@ def record(name, prompt, seed=0):
     return Record(messages=messages, images=images)
 
 
+def answered(name, count=6):
+    """Chats about one picture and about two, each with an answer."""
+    asked = [record(name, ("image", "two images")[seed % 2], seed) for seed in range(count)]
+    answer = {"role": "assistant", "content": "7"}
+    return [Record(messages=[*r.messages, answer], images=r.images) for r in asked]
+
+
 def prompt_inputs(name, processor, prompts, side="left"):
     """A padded batch of prompts with explicit positions, so that whole and piecewise runs agree."""
     processor.tokenizer.padding_side = side

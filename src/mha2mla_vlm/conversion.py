@@ -64,9 +64,7 @@ def convert(
     known = None if profile is None else profile.layers.__getitem__
     layers = AttentionSizes.of(model.config).layers
     with Phases("converting layers", layers) as phases:
-        conversion = LayerwiseConversion(
-            model, config, mla, device=model.device, phases=phases, known=known
-        )
+        conversion = LayerwiseConversion(model, config, mla, device=model.device, phases=phases, known=known)
         conversion.begin(calibration, held_out)
         weights = []
         for index in range(layers):

@@ -1,40 +1,31 @@
-"""Conversion as a whole: budgets, shared profiles, folds and biases in the checkpoint, probes."""
+"""Conversion as a whole: budgets, shared profiles, folds and biases in the checkpoint."""
 
 import functools
 
 import pytest
 import torch
-from helpers import original, prompt_inputs, record, whole_logits
+from helpers import answered, original, prompt_inputs, whole_logits
 
 from mha2mla_vlm.cache import bytes_per_token
 from mha2mla_vlm.checkpoint import load, save
-from mha2mla_vlm.config import ConversionConfig, MLAConfig
-from mha2mla_vlm.conversion import convert, encode_split, make_profile, plan
-from mha2mla_vlm.data import Record
-from mha2mla_vlm.evaluation import answer_log_probs
+from mha2mla_vlm.config import AttentionSizes, ConversionConfig
+from mha2mla_vlm.conversion import convert, make_profile, plan
 from mha2mla_vlm.modeling import decoder_layers
-from mha2mla_vlm.probe import Probe
-from mha2mla_vlm.profile import Profile
-from mha2mla_vlm.surgery import partial_rope_weights
-
-
-def records(family, count=6):
-    asked = [record(family, ("image", "two images")[seed % 2], seed) for seed in range(count)]
-    answer = {"role": "assistant", "content": "7"}
-    return [Record(messages=[*r.messages, answer], images=r.images) for r in asked]
+from mha2mla_vlm.rope import split_dims
+from mha2mla_vlm.surgery import converted_layer, layer_factors, partial_rope_weights, with_factors
 
 
 @functools.cache
 def profile(family):
     """A random tiny model's profile for the default methods, with its model and processor."""
     model, processor = original(family)
-    return make_profile(model, processor, records(family)), model, processor
+    return make_profile(model, processor, answered(family)), model, processor
 
 
 @pytest.mark.parametrize("budget", [0.6, 0.25])
 def test_a_budget_is_kept_and_allotted(family, budget):
     known, model, processor = profile(family)
-    small = convert(model, processor, records(family), ConversionConfig(budget=budget), profile=known)
+    small = convert(model, processor, answered(family), ConversionConfig(budget=budget), profile=known)
     mla = small.mla_config
     assert len(mla.qk_rope_head_dim) == len(mla.kv_lora_rank) == len(mla.predicted_kl) == 4
     assert 0.9 * budget <= bytes_per_token(small.config) / bytes_per_token(model.config) <= budget
@@ -49,10 +40,10 @@ def test_a_budget_is_kept_and_allotted(family, budget):
 def test_a_size_that_is_given_stays_and_the_other_is_allotted(family):
     known, model, processor = profile(family)
     config = ConversionConfig(budget=0.5, rope_dim=32)
-    mla = convert(model, processor, records(family), config, profile=known).mla_config
+    mla = convert(model, processor, answered(family), config, profile=known).mla_config
     assert mla.qk_rope_head_dim == [32] * 4
     config = ConversionConfig(budget=0.5, d_kv=16)
-    small = convert(model, processor, records(family), config, profile=known)
+    small = convert(model, processor, answered(family), config, profile=known)
     assert small.mla_config.kv_lora_rank == [16 * decoder_layers(small)[0].self_attn.kv_heads] * 4
 
 
@@ -60,7 +51,7 @@ def test_a_shared_profile_gives_the_conversion_that_its_own_would(family):
     known, model, processor = profile(family)
     config = ConversionConfig(rope_dim=24, d_kv=12)
     shared, own = (
-        convert(model, processor, records(family), config, profile=given).state_dict()
+        convert(model, processor, answered(family), config, profile=given).state_dict()
         for given in (known, None)
     )
     assert shared.keys() == own.keys()
@@ -70,7 +61,7 @@ def test_a_shared_profile_gives_the_conversion_that_its_own_would(family):
 def test_a_profile_for_another_method_is_an_error(family):
     known, model, processor = profile(family)
     with pytest.raises(ValueError, match="profile was made for"):
-        convert(model, processor, records(family), ConversionConfig(fold=False), profile=known)
+        convert(model, processor, answered(family), ConversionConfig(fold=False), profile=known)
 
 
 @pytest.mark.parametrize("factorization", ["output-weighted-centered", "centered", "output-weighted"])
@@ -78,7 +69,7 @@ def test_factors_of_full_rank_reproduce_partial_rope(family, factorization):
     """Whatever the metric and the mean, nothing is lost where nothing is cut; biases included."""
     model, processor = original(family)
     whole = ConversionConfig(rope_dim=64, d_kv=64, factorization=factorization)
-    converted = convert(model, processor, records(family), whole)
+    converted = convert(model, processor, answered(family), whole)
     inputs = prompt_inputs(family, processor, ["two images", "text"])
     expected, found = (whole_logits(m, inputs) for m in (model, converted))
     keep = inputs["attention_mask"].bool()
@@ -88,7 +79,7 @@ def test_factors_of_full_rank_reproduce_partial_rope(family, factorization):
 def test_biases_of_centred_factors_are_saved_and_loaded(family, tmp_path):
     model, processor = original(family)
     config = ConversionConfig(rope_dim=16, d_kv=8, factorization="output-weighted-centered")
-    converted = convert(model, processor, records(family), config)
+    converted = convert(model, processor, answered(family), config)
     bias = decoder_layers(converted)[0].self_attn.kv_b_proj["vision"].bias
     assert float(bias.detach().abs().max()) > 0
     save(converted, processor, tmp_path / "small")
@@ -100,11 +91,14 @@ def test_biases_of_centred_factors_are_saved_and_loaded(family, tmp_path):
 def test_centring_makes_the_mean_token_exact(family):
     model, processor = original(family)
     config = ConversionConfig(rope_dim=16, d_kv=4, factorization="centered")
-    known = make_profile(model, processor, records(family), config)
+    known = make_profile(model, processor, answered(family), config)
     mla = plan(model.config, config)
     source = decoder_layers(model)[1].self_attn
-    exact = partial_rope_weights(source, known.layers[1].selection(16, known.sizes, config))
-    module = known.layer(1, mla)
+    selection = known.layers[1].selection(16, AttentionSizes.of(model.config), config)
+    exact = partial_rope_weights(source, selection)
+    _, others = split_dims(exact["rope_pairs"], source.head_dim)
+    found = layer_factors(exact["kv_a_proj.shared.weight"], others, known.layers[1].stats, mla, 1)
+    module = converted_layer(source, with_factors(exact, found), mla, 1)
     for modality in ("text", "vision"):
         tokens = known.layers[1].stats.tokens[modality]
         tokens = tokens if tokens.count >= source.q_proj.in_features else known.layers[1].stats.pooled()
@@ -120,47 +114,21 @@ def test_folding_helps_every_selection(family, selection):
     kl = {}
     for fold in (True, False):
         config = ConversionConfig(rope_dim=32, rope_selection=selection, fold=fold, factorization="none")
-        kl[fold] = convert(model, processor, records(family, 12), config).mla_config.kl["partial_rope"]
+        kl[fold] = convert(model, processor, answered(family, 12), config).mla_config.kl["partial_rope"]
     assert kl[True] < kl[False]
 
 
-def test_a_probe_measures_what_the_models_differ_by_and_leaves_the_model_alone(family):
-    known, model, processor = profile(family)
-    calibration, _ = encode_split(model, processor, records(family), ConversionConfig())
-    probe = Probe(model, calibration, known.visual)
-    for expected, batch in zip(probe.expected, calibration, strict=True):
-        found = probe.log_probs(expected)
-        torch.testing.assert_close(found, answer_log_probs(model, batch), atol=1e-4, rtol=1e-4)
-    before = [layer.self_attn for layer in decoder_layers(model)]
-    exact = MLAConfig(qk_rope_head_dim=64)
-    assert probe.loss({1: known.layer(1, exact)}) < 1e-6
-    config = ConversionConfig(rope_dim=16, d_kv=16)
-    mla = plan(model.config, config)
-    small = convert(model, processor, records(family), config, profile=known)
-    measured = probe.loss({index: known.layer(index, mla) for index in range(4)})
-    pairs = zip(map(probe.log_probs, probe.expected), calibration, strict=True)
-    sums = [(e.exp() * (e - answer_log_probs(small, b))).sum().item() for e, b in pairs]
-    assert measured == pytest.approx(sum(sums) / sum(map(len, probe.expected)), rel=1e-2)
-    assert all(layer.self_attn is kept for layer, kept in zip(decoder_layers(model), before, strict=True))
-
-
-def test_the_hardest_chats_are_those_that_lose_most(family):
-    known, model, processor = profile(family)
-    calibration, _ = encode_split(model, processor, records(family), ConversionConfig())
-    probe = Probe(model, calibration, known.visual)
-    layers = {0: known.layer(0, MLAConfig(qk_rope_head_dim=8))}
-    every = sorted(probe.losses(layers), reverse=True)
-    probe.keep_hardest(layers, 2)
-    assert sorted(probe.losses(layers), reverse=True) == pytest.approx(every[:2], rel=1e-3)
-
-
-def test_losses_are_measured_once_and_fall_with_size(family):
+def test_a_profile_of_a_method_without_ranks_has_no_losses(family):
     model, processor = original(family)
-    config = ConversionConfig(budget=0.5)
-    calibration, _ = encode_split(model, processor, records(family), config)
-    known, mla = Profile(model, calibration, config), plan(model.config, config)
-    losses = known.losses(mla)
-    assert known.losses(mla) is losses
-    for layer in losses:
+    config = ConversionConfig(rope_dim=16, factorization="none")
+    known = make_profile(model, processor, answered(family), config)
+    assert known.losses == []
+    own, shared = (convert(model, processor, answered(family), config, profile=p) for p in (None, known))
+    assert own.mla_config == shared.mla_config
+
+
+def test_losses_fall_with_size(family):
+    known, _, _ = profile(family)
+    for layer in known.losses:
         assert layer.rope[14] < layer.rope[1]
         assert layer.latent[12] <= layer.latent[1]

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from mha2mla_vlm.allotment import allot, exchanges, interpolate, unit_dims
+from mha2mla_vlm.allotment import allot, interpolate, unit_dims
 
 
 def curves(layers, seed, units=(1, 2, 3, 4)):
@@ -48,20 +48,6 @@ def test_interpolation_goes_through_the_measured_points_and_never_rises():
     assert losses[1] == pytest.approx(0.8)
     assert losses[10] == losses[8] == pytest.approx(0.001)
     assert all(losses[u] >= losses[u + 1] for u in range(1, 10))
-
-
-def test_exchanges_move_one_unit_and_come_in_the_order_of_their_predicted_loss():
-    rope, latent = curves(2, 0), curves(2, 1)
-    start = [(2, 3), (1, 2)]
-    found = list(exchanges(start, rope, latent))
-    assert len(found) == len(set(map(tuple, found))) > 4
-    for sizes in found:
-        differences = [
-            a - b for new, old in zip(sizes, start, strict=True) for a, b in zip(new, old, strict=True)
-        ]
-        assert sorted(differences) == [-1, 0, 0, 1]
-    losses = [loss(sizes, rope, latent) for sizes in found]
-    assert losses == sorted(losses)
 
 
 @pytest.mark.parametrize(("head_dim", "unit"), [(16, 2), (32, 2), (64, 4), (96, 6), (128, 8)])
