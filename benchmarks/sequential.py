@@ -7,58 +7,89 @@ Measured: 100 other chats about training scans, for this is a choice. Prints a M
 """
 
 from dataclasses import replace
+from typing import Any
 
-import torch
+from torch import nn
+from transformers import BatchFeature
 
 from mha2mla_vlm import ConversionConfig, load, load_processor, make_profile
-from mha2mla_vlm.attention import MLAAttention
-from mha2mla_vlm.config import MLAConfig
+from mha2mla_vlm.config import AttentionSizes, MLAConfig
 from mha2mla_vlm.conversion import plan
 from mha2mla_vlm.data import encode_with_labels
 from mha2mla_vlm.demo import zoo_records
-from mha2mla_vlm.measuring import measure_layer
+from mha2mla_vlm.families import get_family
+from mha2mla_vlm.layerwise import LayerwiseConversion
+from mha2mla_vlm.measuring import LayerProfile, measure_layer
 from mha2mla_vlm.modeling import decoder_layers
-from mha2mla_vlm.probe import Probe
-from mha2mla_vlm.profile import Profile
-from mha2mla_vlm.streams import Key, advance, attending, begin
+from mha2mla_vlm.profile import Profile, allotted
+from mha2mla_vlm.progress import Phases
+from mha2mla_vlm.streams import MemoryStates, advance, attending, begin
+from mha2mla_vlm.surgery import converted_layer
 from mha2mla_vlm.zoo import ZOO_NAMES
 
 BUDGETS = (0.375, 0.25, 0.1875)
 STREAM = "calibration"
 
 
-def sequential_layers(profile: Profile, mla: MLAConfig) -> dict[int, MLAAttention]:
-    """Every layer converted by what it sees when those below it are."""
-    states: dict[Key, torch.Tensor] = {}
-    chats = begin(profile.model, profile.batches, profile.visual, torch.device("cpu"), states, [STREAM])
-    known, made = list(profile.layers), {}
-    for index, layer in enumerate(decoder_layers(profile.model)):
-        options = {"total": len(chats), "moments": True}
-        found = measure_layer(layer, chats, dict(states), STREAM, profile.config, **options)
-        profile.layers[index] = replace(known[index], stats=found.stats)
-        made[index] = profile.layer(index, mla)
-        with attending(layer, made[index]):
-            advance(layer, chats, states, STREAM)
-    profile.layers = known
-    return made
+class AboveConverted:
+    """Chats that go through the converted layers, and what they tell about the next one."""
+
+    def __init__(self, model: Any, batches: list[BatchFeature], profile: Profile) -> None:
+        self.layers, self.profile, self.states = decoder_layers(model), profile, MemoryStates()
+        visual = get_family(model.config.model_type).visual_token_ids(model.config)
+        self.chats = begin(model, batches, visual, model.device, self.states, [STREAM])
+
+    def known(self, index: int) -> LayerProfile:
+        """The pairs of the profile, and statistics above the converted layers."""
+        given = (self.layers[index], index, self.chats, self.states, STREAM, self.profile.config)
+        found = measure_layer(*given, total=len(self.chats), moments=True)
+        return replace(self.profile.layers[index], stats=found.stats)
+
+    def advance(self, index: int, converted: nn.Module) -> None:
+        """Take the chats through a layer that is converted."""
+        with attending(self.layers[index], converted):
+            advance(self.layers[index], index, self.chats, self.states, STREAM)
+
+
+def loss(
+    model: Any, profile: Profile, mla: MLAConfig, held_out: list[BatchFeature], above: AboveConverted | None
+) -> float:
+    """KL on held-out chats, with statistics of the profile or of what is `above` the converted layers."""
+    layers = decoder_layers(model)
+    with Phases("converting layers", len(layers)) as phases:
+        known = profile.layers.__getitem__ if above is None else above.known
+        given = {"device": model.device, "phases": phases, "known": known}
+        conversion = LayerwiseConversion(model, profile.config, mla, **given)
+        conversion.begin([], held_out)
+        for index, layer in enumerate(layers):
+            weights = conversion.layer(index).weights
+            if above is not None:
+                above.advance(index, converted_layer(layer.self_attn, weights, mla, index))
+            phases.advance()
+        return conversion.kl()["factorization"]
 
 
 def main() -> None:
     """Print the table."""
     print("| | budget | one pass over the original | sequential |\n|---|---|---|---|")
     for name in ZOO_NAMES:
-        model, processor = load(f"zoo:{name}", dtype=torch.float32), load_processor(f"zoo:{name}")
+        model, processor = load(f"zoo:{name}", dtype="float32"), load_processor(f"zoo:{name}")
+        visual = get_family(name).visual_token_ids(model.config)
+        chosen, others = (
+            [encode_with_labels(processor, [record], visual) for record in records]
+            for records in (
+                zoo_records(name, split="train", count=128, seed=1),
+                zoo_records(name, split="train", count=100, seed=77),
+            )
+        )
         profile = make_profile(model, processor, zoo_records(name, split="train", count=128, seed=1))
-        records = zoo_records(name, split="train", count=100, seed=77)
-        batches = [encode_with_labels(processor, [record], profile.visual) for record in records]
-        probe = Probe(model, batches, profile.visual)
         for budget in BUDGETS:
             config = ConversionConfig(budget=budget)
-            mla = profile.allot(plan(model.config, config), config)
-            plain = {index: profile.layer(index, mla) for index in range(profile.sizes.layers)}
-            sequential = sequential_layers(profile, mla)
-            losses = f"{probe.loss(plain):.4f} | {probe.loss(sequential):.4f}"
-            print(f"| `zoo:{name}` | {budget:.4g} | {losses} |", flush=True)
+            sizes = AttentionSizes.of(model.config)
+            mla = allotted(plan(model.config, config), profile.losses, sizes, config)
+            above = AboveConverted(model, chosen, profile)
+            plain, sequential = (loss(model, profile, mla, others, way) for way in (None, above))
+            print(f"| `zoo:{name}` | {budget:.4g} | {plain:.4f} | {sequential:.4f} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from mha2mla_vlm.families import get_family
 from mha2mla_vlm.measuring import measure_moments
 from mha2mla_vlm.modeling import decoder_layers, mla_classes
 from mha2mla_vlm.streams import MemoryStates, begin
-from mha2mla_vlm.surgery import factored_weights, partial_rope_weights, rebuild
+from mha2mla_vlm.surgery import factored_weights, layer_factors, partial_rope_weights, rebuild
 from mha2mla_vlm.zoo.architectures import new_model
 from mha2mla_vlm.zoo.chats import PAGE_MULTIPLE, make_page
 
@@ -80,7 +80,8 @@ def with_factors(model, stats, mla):
     weights = []
     for index, layer in enumerate(decoder_layers(model)):
         whole = {k: v.detach() for k, v in layer.self_attn.state_dict().items()}
-        weights.append(factored_weights(whole, stats[index], mla, index, layer.self_attn.head_dim))
+        factors = layer_factors(whole, stats[index], mla, index, layer.self_attn.head_dim)
+        weights.append(factored_weights(whole, factors))
     return rebuild(model, mla, weights)
 
 

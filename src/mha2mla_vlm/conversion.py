@@ -66,14 +66,21 @@ def convert(
     with Phases("converting layers", layers) as phases:
         conversion = LayerwiseConversion(model, config, mla, device=model.device, phases=phases, known=known)
         conversion.begin(calibration, held_out)
-        weights = []
+        made = []
         for index in range(layers):
-            weights.append(conversion.layer(index))
+            made.append(conversion.layer(index))
             conversion.states.drop(index)
             phases.advance()
         kl = conversion.kl()
     print_losses(kl)
-    return rebuild(model, replace(mla, kl=kl), weights)
+    small = rebuild(model, replace(mla, kl=kl), [layer.weights for layer in made])
+    small.findings = findings(config, len(calibration), [layer.spectra for layer in made])
+    return small
+
+
+def findings(config: ConversionConfig, chats: int, spectra: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What is worth knowing of a conversion beside the model's own config; `conversion.json` in its folder."""
+    return {"settings": config.to_dict(), "calibration_chats": chats, "spectra": list(spectra)}
 
 
 def print_losses(kl: dict[str, float]) -> None:

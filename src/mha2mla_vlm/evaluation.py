@@ -62,16 +62,19 @@ def generate_answers(
     prompts: Sequence[Record],
     *,
     batch_size: int,
-    max_new_tokens: int,
+    **options: Any,
 ) -> list[str]:
-    """Greedy answers to chats that end where an answer is due, in left-padded batches of like length."""
+    """Answers to chats that end where an answer is due, in left-padded batches of like length.
+
+    Greedy ones, unless `options` of `generate` say otherwise.
+    """
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i].images), len(prompts[i].messages)))
     answers = [""] * len(prompts)
     starts = range(0, len(order), batch_size)
     for start in track(starts, "generating answers"):
         rows = order[start : start + batch_size]
         inputs = encode(processor, [prompts[i] for i in rows], generation_prompt=True).to(model.device)
-        output = model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)
+        output = model.generate(**inputs, **({"do_sample": False} | options))
         texts = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         for row, text in zip(rows, texts, strict=True):
             answers[row] = text.strip()

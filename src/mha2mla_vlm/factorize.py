@@ -22,11 +22,13 @@ class Factors:
     Each latent dim has a row of `down` and a column of `up` of the same norm, as published: training
     takes steps of one size in both, which spoil a factor that is much smaller than the other.
     With the `mean [hidden]` input, and the outputs `[O]` that the weight gives for it, it stays exact.
+    `spectrum` holds what all directions carry of the squared outputs, the largest first.
     """
 
     down: torch.Tensor
     up: torch.Tensor
     mean: tuple[torch.Tensor, torch.Tensor] | None = None
+    spectrum: torch.Tensor | None = None
 
     @property
     def shift(self) -> torch.Tensor | None:
@@ -68,16 +70,19 @@ def pca_factors(
     """
     weight = weight.double()
     seen = _by_block(roots, weight, lambda root, rows: root.T @ rows)
-    top = _top_directions(seen, damped(moment), rank)
+    top, spectrum = _top_directions(seen, damped(moment), rank)
     up = _by_block(roots, top, lambda root, rows: torch.linalg.solve_triangular(root.T, rows, upper=True))
     down = top.T @ seen
     norms, tiny = down.norm(dim=1), torch.finfo(torch.float32).tiny
     scale = (up.norm(dim=0) / norms.clamp_min(max(1e-6 * float(norms.max()), tiny))).sqrt().clamp_min(tiny)
-    return Factors(down=down * scale[:, None], up=up / scale)
+    return Factors(down=down * scale[:, None], up=up / scale, spectrum=spectrum)
 
 
-def _top_directions(weight: torch.Tensor, moment: torch.Tensor, rank: int) -> torch.Tensor:
-    """Top eigenvectors of `W S W^T`, `[O, rank]`, by the smaller of the problems on outputs and on inputs.
+def _top_directions(
+    weight: torch.Tensor, moment: torch.Tensor, rank: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Top eigenvectors of `W S W^T`, `[O, rank]`, by the smaller of the problems on outputs and on inputs;
+    and all eigenvalues that it has, the largest first.
 
     With `S = L L^T` they are `W L v` for those v of `L^T W^T W L`, up to length.
     """
@@ -86,16 +91,16 @@ def _top_directions(weight: torch.Tensor, moment: torch.Tensor, rank: int) -> to
         root, failed = torch.linalg.cholesky_ex(moment)
         if not failed:
             return _by_inputs(weight, root, rank)
-    _, vectors = torch.linalg.eigh(weight @ moment @ weight.T)
-    return vectors[:, -rank:].flip(-1)
+    values, vectors = torch.linalg.eigh(weight @ moment @ weight.T)
+    return vectors[:, -rank:].flip(-1), values.flip(-1)
 
 
-def _by_inputs(weight: torch.Tensor, root: torch.Tensor, rank: int) -> torch.Tensor:
+def _by_inputs(weight: torch.Tensor, root: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
     values, vectors = torch.linalg.eigh(root.T @ (weight.T @ weight) @ root)
     lengths = values[-rank:].flip(-1).clamp_min(0).sqrt()
     found = weight @ (root @ vectors[:, -rank:].flip(-1))
     known = lengths > 1e-7 * lengths[0]  # what is below is rounding, and of no use
-    return torch.where(known, found / lengths.where(known, 1.0), 0.0)
+    return torch.where(known, found / lengths.where(known, 1.0), 0.0), values.flip(-1)
 
 
 def _by_block(

@@ -6,7 +6,9 @@ partial RoPE (`calibration partial`); those that are held out through the `origi
 the `converted` layers, whose ends give the loss.
 """
 
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,12 +27,29 @@ from mha2mla_vlm.parallel import own_share, sum_over_processes
 from mha2mla_vlm.profile import CALIBRATION
 from mha2mla_vlm.progress import Phases
 from mha2mla_vlm.streams import Chat, MemoryStates, States, advance, answer_states, attending, begin
-from mha2mla_vlm.surgery import converted_layer, factored_weights, partial_layer, table_scale
+from mha2mla_vlm.surgery import converted_layer, factored_weights, layer_factors, partial_layer, table_scale
 
 CALIBRATION_PARTIAL = "calibration partial"
 ORIGINAL, PARTIAL, CONVERTED = "original", "partial", "converted"
-Weights = dict[str, torch.Tensor]
 MOMENTLESS = ("none", "weight-svd", *BLOCKS)
+
+
+Spectrum = list[tuple[int, float]]  # number of a direction, what it carries of what the first does
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertedLayer:
+    """Parameters of a layer's `MLAAttention` but for `o_proj`, which stays, and spectra by modality."""
+
+    weights: dict[str, torch.Tensor]
+    spectra: dict[str, Spectrum]
+
+
+def thinned(spectrum: torch.Tensor, points: int = 48) -> Spectrum:
+    """A spectrum at some of its places, more of them at its begin."""
+    places = torch.logspace(0, math.log10(len(spectrum)), points).round().long().unique()
+    values = (spectrum / spectrum[0]).clamp_min(0.0)
+    return [(int(place), round(float(values[place - 1]), 9)) for place in places]
 
 
 class LayerwiseConversion:
@@ -87,8 +106,8 @@ class LayerwiseConversion:
             self.held_out = chats(held_out, ends)
 
     @torch.no_grad()
-    def layer(self, index: int) -> Weights:
-        """Convert a layer: the parameters of its `MLAAttention` but for `o_proj`, which stays.
+    def layer(self, index: int) -> ConvertedLayer:
+        """Convert a layer.
 
         Raises `InputError` naming the layer if calibration gives numbers that are not finite.
         """
@@ -104,13 +123,14 @@ class LayerwiseConversion:
                     stats = measure_moments(layer, index, self.calibration, self.states, CALIBRATION_PARTIAL)
                 LayerProfile(stats=stats).check(index)
             with self.phases.phase("factorisation"):
-                converted = self._factorised(layer.self_attn, partial, stats, index)
+                converted, spectra = self._factorised(layer.self_attn, partial, stats, index)
             with self.phases.phase("held-out loss"):
                 attention = {ORIGINAL: layer.self_attn, PARTIAL: partial, CONVERTED: converted}
                 for stream in (ORIGINAL, *self.ends.values()):
                     with attending(layer, attention[stream]):
                         advance(layer, index, self.held_out, self.states, stream)
-            return {k: v for k, v in converted.state_dict().items() if not k.startswith("o_proj.")}
+        weights = {k: v for k, v in converted.state_dict().items() if not k.startswith("o_proj.")}
+        return ConvertedLayer(weights=weights, spectra=spectra)
 
     def _profile(self, layer: nn.Module, index: int) -> LayerProfile:
         """What calibration tells about the original layer; nothing is asked of one that is none any more."""
@@ -131,13 +151,14 @@ class LayerwiseConversion:
 
     def _factorised(
         self, source: nn.Module, partial: MLAAttention, stats: LayerStats, index: int
-    ) -> MLAAttention:
-        """The layer's attention with its keys and values factorised, if they are to be."""
+    ) -> tuple[MLAAttention, dict[str, Spectrum]]:
+        """The layer's attention with its keys and values factorised, if they are to be, and their spectra."""
         if not self.factorises:
-            return partial
-        sizes = (self.mla, index, self.sizes.head_dim)
-        factored = factored_weights(partial.state_dict(), stats, *sizes, warn=self.warn)
-        return converted_layer(source, factored, self.mla, index)
+            return partial, {}
+        whole = partial.state_dict()
+        factors = layer_factors(whole, stats, self.mla, index, self.sizes.head_dim, warn=self.warn)
+        spectra = {k: thinned(f.spectrum) for k, f in factors.items() if f.spectrum is not None}
+        return converted_layer(source, factored_weights(whole, factors), self.mla, index), spectra
 
     @torch.no_grad()
     def kl(self) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ from mha2mla_vlm.quantized_cache import quantized_cache
 
 CACHES = ("dynamic", "offloaded", "static", "offloaded_static", "quantized")
 REMOTE_MODULE = "modeling_mha2mla"
+FINDINGS = "conversion.json"
 _REMOTE_CODE = '''"""For trust_remote_code=True; the code itself is in the package mha2mla-vlm."""
 
 try:
@@ -49,6 +51,11 @@ def layer_prefixes(model: PreTrainedModel) -> list[str]:
     return [names[id(layer)] + "." for layer in decoder_layers(model)]
 
 
+def write_findings(findings: dict[str, Any], folder: Path) -> None:
+    """Write what a conversion found as `conversion.json`."""
+    (folder / FINDINGS).write_text(json.dumps(findings) + "\n", encoding="utf-8")
+
+
 if TYPE_CHECKING:  # a mixin to a PreTrainedModel
     from transformers import PreTrainedModel as _Model
 else:
@@ -56,7 +63,12 @@ else:
 
 
 class MLAMixin(_Model):
-    """What a converted model adds to its family's class, whichever that is."""
+    """What a converted model adds to its family's class, whichever that is.
+
+    `findings` are what its conversion found, where it was just made; `save_pretrained` writes them.
+    """
+
+    findings: dict[str, Any] | None = None
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
@@ -139,6 +151,8 @@ class MLAMixin(_Model):
         """As transformers does, plus the module that loads the folder with `trust_remote_code=True`."""
         Path(save_directory).mkdir(parents=True, exist_ok=True)
         self.save_remote_code(save_directory)
+        if self.findings is not None:
+            write_findings(self.findings, Path(save_directory))
         # weights under the names of the modules, not of the family's checkpoints before transformers 5
         super().save_pretrained(save_directory, **{"save_original_format": False, **kwargs})
 

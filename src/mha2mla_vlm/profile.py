@@ -19,10 +19,9 @@ from mha2mla_vlm.modeling import decoder_layers
 from mha2mla_vlm.offload import resident
 from mha2mla_vlm.parallel import own_share, sum_over_processes
 from mha2mla_vlm.progress import Phases
-from mha2mla_vlm.rope import split_dims
 from mha2mla_vlm.sensitivity import begin_gradients, project_errors
 from mha2mla_vlm.streams import Chat, MemoryStates, States, begin
-from mha2mla_vlm.surgery import converted_layer, layer_factors, partial_layer, table_scale, with_factors
+from mha2mla_vlm.surgery import converted_layer, factored_weights, layer_factors, partial_layer, table_scale
 
 CALIBRATION = "calibration"  # a stream through the original layers
 SKETCHES = 2  # of each chat's answers
@@ -213,13 +212,12 @@ class LayerwiseProfile:
         half = self.sizes.head_dim // 2
         partial = self._partial(source, profile, index, half)
         whole = partial.state_dict()
-        _, others = split_dims(whole["rope_pairs"], self.sizes.head_dim)
         ranks = [units * self.unit * self.sizes.kv_heads for units in latent_units]
         mla = replace(self.mla, qk_rope_head_dim=half, kv_lora_rank=ranks[-1])
-        given = (whole["kv_a_proj.shared.weight"], others, profile.stats, mla, index)
+        given = (whole, profile.stats, mla, index, self.sizes.head_dim)
         factors, made = layer_factors(*given, warn=False), [partial]
         for rank in ranks:
-            weights = with_factors(whole, {name: factor.of_rank(rank) for name, factor in factors.items()})
+            weights = factored_weights(whole, {k: factor.of_rank(rank) for k, factor in factors.items()})
             made.append(converted_layer(source, weights, replace(mla, kv_lora_rank=rank), index))
         return made
 

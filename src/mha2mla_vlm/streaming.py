@@ -19,14 +19,14 @@ from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
 from mha2mla_vlm.card import write_card
 from mha2mla_vlm.checkpoint import load, load_config, load_processor, resolve
 from mha2mla_vlm.config import AttentionSizes, ConversionConfig, MLAConfig
-from mha2mla_vlm.conversion import encode_split, is_allotted, plan, print_losses, print_plan
+from mha2mla_vlm.conversion import encode_split, findings, is_allotted, plan, print_losses, print_plan
 from mha2mla_vlm.data import Record
 from mha2mla_vlm.describe import conversion_summary
 from mha2mla_vlm.errors import InputError, first_line
 from mha2mla_vlm.layerwise import LayerwiseConversion
 from mha2mla_vlm.measuring import LayerProfile
 from mha2mla_vlm.memory import peak_resident_bytes
-from mha2mla_vlm.modeling import layer_prefixes
+from mha2mla_vlm.modeling import layer_prefixes, write_findings
 from mha2mla_vlm.offload import disk_map, empty_model, read_weights, stored_names
 from mha2mla_vlm.parallel import process_count
 from mha2mla_vlm.profile import LayerwiseProfile, allotted
@@ -154,13 +154,16 @@ class _Streaming:
                 with writing(f"layer {index}", work.folder):
                     made = conversion.layer(index)
                     with phases.phase("writing"):
-                        work.write(names[index], _layer_tensors(self.model, prefixes[index], made))
+                        work.write(names[index], _layer_tensors(self.model, prefixes[index], made.weights))
+                        work.notes["spectra"] = [*work.notes.get("spectra", []), made.spectra]
                         work.finished_step(drop=index)
                 phases.advance()
             mla = replace(mla, kl=conversion.kl())
             if work.main:
                 with phases.phase("writing"), writing("the rest of the model", work.folder):
                     _write_rest(self.model, processor, mla, work)
+                    found = findings(self.config, len(calibration), work.notes["spectra"])
+                    write_findings(found, work.result)
         return mla
 
 

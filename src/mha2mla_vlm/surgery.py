@@ -6,7 +6,7 @@ O = G * (N + D), r latent dims.
 
 import copy
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -75,22 +75,11 @@ def partial_rope_weights(
 
 
 def factored_weights(
-    whole: dict[str, torch.Tensor],
-    stats: LayerStats,
-    mla: MLAConfig,
-    layer: int,
-    head_dim: int,
-    *,
-    warn: bool = True,
+    whole: dict[str, torch.Tensor], factors: Mapping[str, Factors]
 ) -> dict[str, torch.Tensor]:
-    """Parameters of one layer with factors, from those after partial RoPE; without `o_proj`, which stays."""
-    _, others = split_dims(whole["rope_pairs"], head_dim)
-    factors = layer_factors(whole["kv_a_proj.shared.weight"], others, stats, mla, layer, warn=warn)
-    return with_factors(whole, factors)
-
-
-def with_factors(whole: dict[str, torch.Tensor], factors: dict[str, Factors]) -> dict[str, torch.Tensor]:
-    """`factored_weights` of factors that are known, by modality."""
+    """Parameters of one layer with factors by modality, from those after partial RoPE; without `o_proj`,
+    which stays.
+    """
     source, bias = whole["kv_a_proj.shared.weight"], whole.get("kv_a_proj.shared.bias")
     made = {k: v for k, v in whole.items() if not k.startswith(("kv_a_proj.", "o_proj."))}
     for modality, factor in factors.items():
@@ -103,19 +92,21 @@ def with_factors(whole: dict[str, torch.Tensor], factors: dict[str, Factors]) ->
 
 
 def layer_factors(
-    weight: torch.Tensor,
-    others: torch.Tensor,
+    whole: dict[str, torch.Tensor],
     stats: LayerStats,
     mla: MLAConfig,
     layer: int,
+    head_dim: int,
     *,
     warn: bool = True,
 ) -> dict[str, Factors]:
-    """Factors of one layer's `weight [O, hidden]` by modality; `others [G, N]` are its key dims.
+    """Factors of one layer's keys and values by modality, from its parameters after partial RoPE.
 
     A modality with fewer calibration tokens than input dims has no moment of full rank of its own:
     it gets the pooled one, with a warning unless told not to `warn`.
     """
+    _, others = split_dims(whole["rope_pairs"], head_dim)
+    weight = whole["kv_a_proj.shared.weight"]  # [O, hidden], of them N key dims a head `others`
     rank, method = cast(int, mla.layer(layer)[1]), cast(str, mla.factorization)
     if method in BLOCKS:
         per_head = len(weight) // len(others)

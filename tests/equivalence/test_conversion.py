@@ -11,8 +11,7 @@ from mha2mla_vlm.checkpoint import load, save
 from mha2mla_vlm.config import AttentionSizes, ConversionConfig
 from mha2mla_vlm.conversion import convert, make_profile, plan
 from mha2mla_vlm.modeling import decoder_layers
-from mha2mla_vlm.rope import split_dims
-from mha2mla_vlm.surgery import converted_layer, layer_factors, partial_rope_weights, with_factors
+from mha2mla_vlm.surgery import converted_layer, factored_weights, layer_factors, partial_rope_weights
 
 
 @functools.cache
@@ -96,9 +95,8 @@ def test_centring_makes_the_mean_token_exact(family):
     source = decoder_layers(model)[1].self_attn
     selection = known.layers[1].selection(16, AttentionSizes.of(model.config), config)
     exact = partial_rope_weights(source, selection)
-    _, others = split_dims(exact["rope_pairs"], source.head_dim)
-    found = layer_factors(exact["kv_a_proj.shared.weight"], others, known.layers[1].stats, mla, 1)
-    module = converted_layer(source, with_factors(exact, found), mla, 1)
+    found = layer_factors(exact, known.layers[1].stats, mla, 1, source.head_dim)
+    module = converted_layer(source, factored_weights(exact, found), mla, 1)
     for modality in ("text", "vision"):
         tokens = known.layers[1].stats.tokens[modality]
         tokens = tokens if tokens.count >= source.q_proj.in_features else known.layers[1].stats.pooled()

@@ -81,7 +81,13 @@ def assert_streamed_alike(folder, tmp_path, **options):
     small = load(tmp_path / "small")
     assert_same(small, expected)
     save(expected, processor, tmp_path / "saved")
-    for name in ("config.json", "generation_config.json", "tokenizer.json", "modeling_mha2mla.py"):
+    for name in (
+        "config.json",
+        "conversion.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "modeling_mha2mla.py",
+    ):
         assert (tmp_path / "small" / name).read_text() == (tmp_path / "saved" / name).read_text()
     assert [path.name for path in tmp_path.iterdir() if "partial" in path.name] == []
     return small

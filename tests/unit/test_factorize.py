@@ -1,6 +1,7 @@
 """Factors of keys and values: optimal for the inputs seen, safe for inputs hardly seen."""
 
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from mha2mla_vlm.factorize import block_factors, pca_factors
 from mha2mla_vlm.surgery import layer_factors
 
 O, HIDDEN = 20, 12  # noqa: E741 - outputs of the weight, named as in the package
+HEAD_DIM = 4
 
 
 def make_weight(outputs=O, seed=0):
@@ -171,6 +173,11 @@ def make_stats(**tokens):
     return stats
 
 
+def whole(weight):
+    """Parameters of a layer with partial RoPE, of three heads of which one pair of two stays rotated."""
+    return {"rope_pairs": torch.tensor([[0], [1], [0]]), "kv_a_proj.shared.weight": weight}
+
+
 def md_svd(rank=4, factorization="md-svd"):
     modalities = DECOUPLED if factorization == "md-svd" else SHARED
     return MLAConfig(
@@ -185,12 +192,13 @@ def test_a_modality_hardly_seen_gets_the_pooled_factors_and_a_warning(caplog, mo
     tokens = {other: 60} if count is None else {other: 60, modality: count}
     weight, stats = make_weight(18), make_stats(**tokens)
     with caplog.at_level(logging.WARNING):
-        factors = layer_factors(weight, OTHERS, stats, md_svd(), layer=3)
+        factors = layer_factors(whole(weight), stats, md_svd(), 3, HEAD_DIM)
     messages = [record.getMessage() for record in caplog.records]
     assert len(messages) == 1
     assert "layer 3" in messages[0]
     assert f"{count or 0} {modality} tokens" in messages[0]
-    pooled = layer_factors(weight, OTHERS, stats, md_svd(factorization="activation-svd"), layer=3)["shared"]
+    shared = md_svd(factorization="activation-svd")
+    pooled = layer_factors(whole(weight), stats, shared, 3, HEAD_DIM)["shared"]
     assert torch.equal(factors[modality].down, pooled.down)
     assert torch.equal(factors[modality].up, pooled.up)
     own = pca_factors(weight, stats.tokens[other].moment, 4)
@@ -200,7 +208,7 @@ def test_a_modality_hardly_seen_gets_the_pooled_factors_and_a_warning(caplog, mo
 
 def test_modalities_seen_enough_get_factors_of_their_own_without_a_warning(caplog):
     weight, stats = make_weight(18), make_stats(text=HIDDEN, vision=40)
-    factors = layer_factors(weight, OTHERS, stats, md_svd(), layer=0)
+    factors = layer_factors(whole(weight), stats, md_svd(), 0, HEAD_DIM)
     assert not caplog.records
     for modality, factor in factors.items():
         torch.testing.assert_close(
@@ -220,17 +228,29 @@ def test_pooled_moment_is_that_of_all_tokens():
 @pytest.mark.parametrize("factorization", ["weight-svd", "split", "only-key", "only-value"])
 def test_baselines_of_the_weights_alone_do_not_look_at_the_inputs(factorization):
     weight, mla = make_weight(18), md_svd(rank=13, factorization=factorization)
-    made = [
-        layer_factors(weight, OTHERS, stats, mla, 0) for stats in (make_stats(text=30), make_stats(vision=99))
-    ]
+    seen = (make_stats(text=30), make_stats(vision=99))
+    made = [layer_factors(whole(weight), stats, mla, 0, HEAD_DIM) for stats in seen]
     assert set(made[0]) == {"shared"}
     assert torch.equal(product(made[0]["shared"]), product(made[1]["shared"]))
+
+
+def test_a_smaller_rank_of_factors_is_the_pca_of_that_rank():
+    weight, inputs = make_weight(), make_inputs(40)
+    moment, mean = inputs.T @ inputs, inputs.mean(0)
+    for factors in (pca_factors(weight, moment, 9), pca_factors(make_weight(8), moment, 8)):
+        cut = factors.of_rank(5)
+        expected = pca_factors(weight if len(factors.up) == O else make_weight(8), moment, 5)
+        torch.testing.assert_close(product(cut), product(expected))
+        assert torch.equal(cut.spectrum, expected.spectrum)
+        assert bool((cut.spectrum.diff() <= 0).all())
+    centred = replace(factors, mean=(mean, make_weight(8) @ mean)).of_rank(5)
+    torch.testing.assert_close(product(centred) @ mean + centred.shift, make_weight(8) @ mean)
 
 
 def test_each_layer_gets_its_own_rank():
     mla = MLAConfig(qk_rope_head_dim=2, kv_lora_rank=[3, 5], factorization="weight-svd")
     shapes = [
-        tuple(layer_factors(make_weight(18), OTHERS, LayerStats(), mla, i)["shared"].down.shape)
+        tuple(layer_factors(whole(make_weight(18)), LayerStats(), mla, i, HEAD_DIM)["shared"].down.shape)
         for i in (0, 1)
     ]
     assert shapes == [(3, HIDDEN), (5, HIDDEN)]
