@@ -10,6 +10,7 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
+from mha2mla_vlm.cli_looking import chat, generate, inspect, report, task
 from mha2mla_vlm.cli_options import (
     BudgetOption,
     CacheBitsOption,
@@ -29,6 +30,7 @@ from mha2mla_vlm.cli_options import (
     SelectionOption,
     SpillOption,
     finish,
+    load_model,
 )
 from mha2mla_vlm.cli_zoo import zoo_app
 from mha2mla_vlm.errors import InputError
@@ -42,13 +44,8 @@ app = typer.Typer(
     add_completion=False,
 )
 app.add_typer(zoo_app, name="zoo")
-
-
-def _load(name: str, dtype: DType, device: str) -> tuple[Any, Any]:
-    from mha2mla_vlm.checkpoint import load, load_processor, pick_device
-
-    target = pick_device(device)
-    return load(name, dtype=dtype.value).to(target), load_processor(name)
+for _command in (generate, inspect, report, chat, task):
+    app.command()(_command)
 
 
 @app.command()
@@ -85,6 +82,10 @@ def convert(
     resume: ResumeOption = False,
     spill: SpillOption = None,
     push_to_hub: PushOption = None,
+    evaluate: Annotated[
+        str | None,
+        typer.Option(help="Held-out chats to write OUTPUT/report.html about.", show_default=False),
+    ] = None,
     dtype: DTypeOption = DType.auto,
     device: DeviceOption = "auto",
 ) -> None:
@@ -110,7 +111,8 @@ def convert(
         _foretell(model, records, config, dtype, target)
         return
     streamed = {"resume": resume, "spill": spill, "dtype": dtype.value, "device": target}
-    _finish_conversion(output, push_to_hub, _convert_streamed(model, records, output, config, **streamed))
+    result = _convert_streamed(model, records, output, config, **streamed)
+    _finish_conversion(output, push_to_hub, result, lambda: _report(evaluate, model, output, dtype, device))
 
 
 def _foretell(model: str, records: Any, config: Any, dtype: DType, device: Any) -> None:
@@ -127,14 +129,27 @@ def _convert_streamed(model: str, records: Any, output: Path, config: Any, **opt
     return convert_checkpoint(model, records, output, config, **options).to_dict()
 
 
-def _finish_conversion(output: Path, repository: str | None, result: dict[str, Any]) -> None:
-    """Send the model where it is to go, and report; the first of several processes does."""
+def _report(data: str | None, model: str, output: Path, dtype: DType, device: str) -> dict[str, Any]:
+    if data is None:
+        return {}
+    from mha2mla_vlm.report.make import report_checkpoint
+
+    path = output / "report.html"
+    given: dict[str, Any] = {"data": data, "baseline": model, "dtype": dtype.value, "device": device}
+    return {"report": str(path), "quality": report_checkpoint(str(output), path, **given).quality}
+
+
+def _finish_conversion(
+    output: Path, repository: str | None, result: dict[str, Any], report: Callable[[], dict[str, Any]]
+) -> None:
+    """Report, and send the model where it is to go; the first of several processes does."""
     from mha2mla_vlm.card import push
     from mha2mla_vlm.parallel import process_index
 
     if process_index() == 0:
+        measured = report()
         pushed = {} if repository is None else {"pushed": push(output, repository)}
-        finish({"output": str(output), **result, **pushed})
+        finish({"output": str(output), **result, **measured, **pushed})
 
 
 @app.command()
@@ -154,8 +169,8 @@ def evaluate(
     from mha2mla_vlm.sources import load_records
 
     records = load_records(data, limit=limit)
-    model, processor = _load(checkpoint, dtype, device)
-    reference = _load(baseline, dtype, device)[0] if baseline else None
+    model, processor = load_model(checkpoint, dtype, device)
+    reference = load_model(baseline, dtype, device)[0] if baseline else None
     finish(evaluate_model(model, processor, records, baseline=reference, batch_size=batch_size))
 
 
@@ -221,35 +236,6 @@ def finetune(
 
 
 @app.command()
-def generate(
-    checkpoint: ModelArgument,
-    prompt: Annotated[str, typer.Option(help="The question.", show_default=False)],
-    image: Annotated[list[Path] | None, typer.Option(help="A picture; repeat for several.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
-    cache_bits: CacheBitsOption = None,
-    dtype: DTypeOption = DType.auto,
-    device: DeviceOption = "auto",
-) -> None:
-    """Answer a question about pictures, streamed to standard error; the result names the cache's bytes."""
-    from mha2mla_vlm.generation import answer, prompt_record
-    from mha2mla_vlm.quantized_cache import QuantizationConfig
-
-    quantization = {} if cache_bits is None else {"nbits": cache_bits}
-    QuantizationConfig.from_dict(quantization)
-    record = prompt_record(prompt, image or [])
-    record.load_images()
-    model, processor = _load(checkpoint, dtype, device)
-
-    def stream(text: str) -> None:
-        print(text, end="", file=sys.stderr, flush=True)
-
-    options = {"max_new_tokens": max_new_tokens, "quantization": quantization}
-    result = answer(model, processor, record, stream=stream, **options)
-    print(file=sys.stderr)
-    finish(result.to_dict())
-
-
-@app.command()
 def bench(
     checkpoint: ModelArgument,
     baseline: Annotated[str, typer.Option(help="The original model.", show_default=False)],
@@ -277,7 +263,7 @@ def bench(
     QuantizationConfig.from_dict(quantization or {})
     if output is not None:
         check_output(output)
-    (converted, _), (original, _) = (_load(name, dtype, device) for name in (checkpoint, baseline))
+    (converted, _), (original, _) = (load_model(name, dtype, device) for name in (checkpoint, baseline))
     result = bench_models(
         original,
         converted,
@@ -290,16 +276,6 @@ def bench(
     if output is not None:
         write_report(result, output)
     finish(result)
-
-
-@app.command()
-def inspect(checkpoint: ModelArgument) -> None:
-    """Layers, pairs, ranks and bytes per token of a converted model."""
-    from mha2mla_vlm.describe import describe, print_layers
-
-    description = describe(checkpoint)
-    print_layers(description)
-    finish(description)
 
 
 @app.command("import-published")

@@ -73,6 +73,14 @@ DTypeOption = Annotated[DType, typer.Option(help="Number format to run in; auto 
 DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.")]
 
 
+def load_model(name: str, dtype: DType, device: str) -> tuple[Any, Any]:
+    """A model and its processor."""
+    from mha2mla_vlm.checkpoint import load, load_processor, pick_device
+
+    target = pick_device(device)
+    return load(name, dtype=dtype.value).to(target), load_processor(name)
+
+
 def finish(result: dict[str, Any]) -> None:
     """Print a command's result, the last line on standard output."""
     print(json.dumps(result))

@@ -79,7 +79,7 @@ def convert(
 
 
 def findings(config: ConversionConfig, chats: int, spectra: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What is worth knowing of a conversion beside the model's own config; `conversion.json` in its folder."""
+    """What is worth knowing of a conversion beside the model's config; `conversion.json` in its folder."""
     return {"settings": config.to_dict(), "calibration_chats": chats, "spectra": list(spectra)}
 
 

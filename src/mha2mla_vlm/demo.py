@@ -13,15 +13,18 @@ from mha2mla_vlm.checkpoint import load, load_processor, new_folder, pick_device
 from mha2mla_vlm.config import ConversionConfig
 from mha2mla_vlm.conversion import convert, make_profile
 from mha2mla_vlm.data import Record
-from mha2mla_vlm.evaluation import evaluate
+from mha2mla_vlm.evaluation import Answered, by_kind, evaluate_answers, summary
 from mha2mla_vlm.generation import answer
 from mha2mla_vlm.progress import console
+from mha2mla_vlm.report.gather import gather
+from mha2mla_vlm.report.page import write_report
 from mha2mla_vlm.zoo import check_name
 from mha2mla_vlm.zoo.chats import sample_chats
 from mha2mla_vlm.zoo.digits import Split
 
 CALIBRATION_CHATS = 128
 BUDGETS = (0.375, 0.25)
+PAGE = "mha2mla-demo-{}.html"  # in the working folder, if none is given
 
 
 def zoo_records(name: str, *, split: Split, count: int, seed: int) -> list[Record]:
@@ -34,6 +37,8 @@ def run_demo(
     name: str, *, pictures: int = 100, output: Path | None = None, device: str = "auto"
 ) -> dict[str, Any]:
     """Convert a zoo model at two sizes and compare; returns the rows of the table.
+
+    A page about the smaller one is written to `output`, or to the working folder.
 
     `exact_match` counts answers about held-out pictures, `kl` is the mean divergence from the
     original on their tokens, `cache_bytes` the tensors of a real cache after one answer.
@@ -50,13 +55,24 @@ def run_demo(
         )
         for budget in BUDGETS
     }
-    rows = [_row("original", model, processor, held_out, None)]
-    rows += [_row(title, small, processor, held_out, model) for title, small in converted.items()]
+    rows = [_row("original", model, processor, held_out, evaluate_answers(model, processor, held_out))]
+    for title, small in converted.items():
+        answers = evaluate_answers(small, processor, held_out, baseline=model)
+        rows.append(_row(title, small, processor, held_out, answers))
     result = {"model": name, "pictures": pictures, "rows": rows}
-    if output is not None:
-        with new_folder(output) as folder:
-            (folder / "demo.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    return result
+    given: dict[str, Any] = {
+        "name": f"zoo:{name}, {BUDGETS[-1]:.4g} of its cache",
+        "findings": small.findings,
+    }
+    given["commands"] = [f"mha2mla demo --model {name} --pictures {pictures}"]
+    page = gather(small, model, processor, held_out, **given, answers=answers)
+    if output is None:
+        write_report(page, Path(PAGE.format(name)))
+        return {**result, "report": PAGE.format(name)}
+    with new_folder(output) as folder:
+        (folder / "demo.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        write_report(page, folder / "report.html")
+    return {**result, "report": str(output / "report.html")}
 
 
 def _row(
@@ -64,9 +80,9 @@ def _row(
     model: PreTrainedModel,
     processor: ProcessorMixin,
     held_out: list[Record],
-    baseline: PreTrainedModel | None,
+    answers: list[Answered],
 ) -> dict[str, Any]:
-    measured = evaluate(model, processor, held_out, baseline=baseline)
+    measured = summary(answers)
     question = max((r.before(i) for r in held_out for i in r.answers()), key=lambda r: len(r.messages))
     once = answer(model, processor, question, max_new_tokens=32)
     itemsize = model.dtype.itemsize
@@ -79,7 +95,7 @@ def _row(
         "cached_tokens": once.cached_tokens,
         "exact_match": measured["exact_match"],
         "kl": measured.get("kl", 0.0),
-        "by_kind": {kind: row["exact_match"] for kind, row in measured["by_kind"].items()},
+        "by_kind": {kind: row["exact_match"] for kind, row in by_kind(answers).items()},
     }
 
 

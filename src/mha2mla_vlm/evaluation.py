@@ -3,8 +3,8 @@
 Shapes: B batch, T tokens, A answer tokens, V vocabulary.
 """
 
-from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -44,8 +44,12 @@ def answers_right(guesses: torch.Tensor, batch: BatchFeature) -> list[bool]:
 
 def all_right(places: torch.Tensor, right: torch.Tensor) -> list[bool]:
     """Of each run of neighbouring `places [A]`, whether all of them are `right [A]`."""
-    starts = (places.diff() > 1).nonzero()[:, 0] + 1
-    return [bool(run.all()) for run in right.tensor_split(starts.cpu()) if len(run)]
+    return [bool(run.all()) for run in right.tensor_split(_ends(places)) if len(run)]
+
+
+def _ends(places: torch.Tensor) -> torch.Tensor:
+    """Where runs of neighbouring `places [A]` end, but for the last."""
+    return ((places.diff() > 1).nonzero()[:, 0] + 1).cpu()
 
 
 def kl_sum(log_probs: torch.Tensor, expected: torch.Tensor) -> float:
@@ -81,6 +85,51 @@ def generate_answers(
     return answers
 
 
+@dataclass(frozen=True, kw_only=True)
+class Answered:
+    """One answer: `record.messages[index]` is right, `found` is the model's, `theirs` the baseline's.
+
+    `loss` and `kl` (to the baseline) are sums over the `tokens` of the right answer, in nats.
+    """
+
+    record: Record
+    index: int
+    found: str
+    theirs: str | None
+    tokens: int
+    loss: float
+    kl: float | None
+
+    @property
+    def kind(self) -> str:
+        """What kind of question it answers."""
+        return str(self.record.messages[self.index].get("kind", DEFAULT_KIND))
+
+    @property
+    def expected(self) -> str:
+        """The right answer."""
+        return message_text(self.record.messages[self.index]).strip()
+
+
+def summary(answers: Sequence[Answered]) -> dict[str, Any]:
+    """Shares and means: `answers`, `exact_match`, `cross_entropy` (nats per answer token), and with a
+    baseline also `kl` (nats per answer token), `agreement` (share of answers that are the baseline's),
+    `baseline_exact_match`.
+    """
+    tokens = sum(answer.tokens for answer in answers)
+    found: dict[str, Any] = {
+        "answers": len(answers),
+        "exact_match": sum(answer.found == answer.expected for answer in answers) / len(answers),
+        "cross_entropy": sum(answer.loss for answer in answers) / tokens,
+    }
+    if answers[0].kl is not None:
+        found["kl"] = max(0.0, sum(answer.kl or 0.0 for answer in answers) / tokens)
+        found["agreement"] = sum(answer.found == answer.theirs for answer in answers) / len(answers)
+        right = sum(answer.theirs == answer.expected for answer in answers)
+        found["baseline_exact_match"] = right / len(answers)
+    return found
+
+
 def evaluate(
     model: PreTrainedModel,
     processor: ProcessorMixin,
@@ -91,38 +140,45 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measure a model on every answer of `records`, each given the chat before it.
 
-    Returns `records`, `answers`, `exact_match`, `cross_entropy` (nats per answer token), `by_kind`,
-    and with a `baseline` also `kl` (nats per answer token), `agreement` (share of answers that are
-    the baseline's), `baseline_exact_match`.
+    Returns the `summary` of all answers, the number of `records`, and the same `by_kind` of question.
     """
+    answers = evaluate_answers(model, processor, records, baseline=baseline, batch_size=batch_size)
+    return {"records": len(records), **summary(answers), "by_kind": by_kind(answers)}
+
+
+def by_kind(answers: Sequence[Answered]) -> dict[str, dict[str, Any]]:
+    """The `summary` of each kind of question."""
+    kinds = sorted({answer.kind for answer in answers})
+    return {kind: summary([answer for answer in answers if answer.kind == kind]) for kind in kinds}
+
+
+def evaluate_answers(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    records: Sequence[Record],
+    *,
+    baseline: PreTrainedModel | None = None,
+    batch_size: int = 16,
+) -> list[Answered]:
+    """Every answer of `records`, one by one; `evaluate` sums them up."""
     asked = [(record, index) for record in records for index in record.answers()]
     if not asked:
         raise InputError("the records hold no assistant messages; there is nothing to evaluate")
     if baseline is not None:
         check_comparable(model, baseline)
-    expected = [message_text(record.messages[index]).strip() for record, index in asked]
-    kinds = [record.messages[index].get("kind", DEFAULT_KIND) for record, index in asked]
     prompts = [record.before(index) for record, index in asked]
-    longest = max(len(processor.tokenizer(text)["input_ids"]) for text in expected)
-    budget: dict[str, Any] = {"batch_size": batch_size, "max_new_tokens": longest + 8}
-    answers = generate_answers(model, processor, prompts, **budget)
-    right = [answer == wanted for answer, wanted in zip(answers, expected, strict=True)]
-    loss, kl = _losses(model, processor, records, baseline)
-    result: dict[str, Any] = {
-        "records": len(records),
-        "answers": len(asked),
-        "exact_match": sum(right) / len(right),
-        "cross_entropy": loss,
-        "by_kind": _by_kind(kinds, right),
-    }
+    texts = [message_text(record.messages[index]).strip() for record, index in asked]
+    longest = max(len(processor.tokenizer(text)["input_ids"]) for text in texts)
+    given: dict[str, Any] = {"batch_size": batch_size, "max_new_tokens": longest + 8}
+    found = generate_answers(model, processor, prompts, **given)
+    theirs: list[Any] = [None] * len(asked)
     if baseline is not None:
-        theirs = generate_answers(baseline, processor, prompts, **budget)
-        result["kl"] = kl
-        result["agreement"] = sum(a == b for a, b in zip(answers, theirs, strict=True)) / len(theirs)
-        result["baseline_exact_match"] = sum(a == b for a, b in zip(theirs, expected, strict=True)) / len(
-            theirs
-        )
-    return result
+        theirs = generate_answers(baseline, processor, prompts, **given)
+    losses = _losses(model, processor, records, baseline)
+    return [
+        Answered(record=record, index=index, found=mine, theirs=other, tokens=tokens, loss=loss, kl=kl)
+        for (record, index), mine, other, (tokens, loss, kl) in zip(asked, found, theirs, losses, strict=True)
+    ]
 
 
 def check_comparable(model: PreTrainedModel, baseline: PreTrainedModel) -> None:
@@ -137,33 +193,25 @@ def check_comparable(model: PreTrainedModel, baseline: PreTrainedModel) -> None:
         )
 
 
-def _by_kind(kinds: Sequence[str], right: Sequence[bool]) -> dict[str, dict[str, float]]:
-    groups: dict[str, list[bool]] = defaultdict(list)
-    for kind, is_right in zip(kinds, right, strict=True):
-        groups[kind].append(is_right)
-    return {
-        kind: {"answers": len(marks), "exact_match": sum(marks) / len(marks)}
-        for kind, marks in sorted(groups.items())
-    }
-
-
 def _losses(
     model: PreTrainedModel,
     processor: ProcessorMixin,
     records: Sequence[Record],
     baseline: PreTrainedModel | None,
-) -> tuple[float, float]:
-    """Cross-entropy of the answers, and KL to the baseline (0 without one), per answer token."""
+) -> Iterator[tuple[int, float, float | None]]:
+    """Of each answer its number of tokens, its cross-entropy and its KL to the baseline, summed over them."""
     visual = get_family(model.config.model_type).visual_token_ids(model.config)
-    loss, divergence, count = 0.0, 0.0, 0
     for record in track(records, "measuring loss"):
         if not record.answers():
             continue
         batch = encode_with_labels(processor, [record], visual).to(model.device)
         log_probs = answer_log_probs(model, batch)
         targets = batch["labels"][:, 1:][predicted(batch)]
-        loss += float(nn.functional.nll_loss(log_probs, targets, reduction="sum"))
+        losses = nn.functional.nll_loss(log_probs, targets, reduction="none")
+        divergences = losses.new_zeros(len(losses))
         if baseline is not None:
-            divergence += kl_sum(log_probs, answer_log_probs(baseline, batch))
-        count += len(targets)
-    return loss / count, max(0.0, divergence / count)
+            pair = log_probs, answer_log_probs(baseline, batch).to(log_probs.device)
+            divergences = nn.functional.kl_div(*pair, reduction="none", log_target=True).sum(-1)
+        cuts = _ends(predicted(batch)[0].nonzero()[:, 0])
+        for loss, divergence in zip(losses.tensor_split(cuts), divergences.tensor_split(cuts), strict=True):
+            yield len(loss), float(loss.sum()), None if baseline is None else float(divergence.sum())

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 
 from mha2mla_vlm.cache import LatentCache, LatentLayer, Pieces
-from mha2mla_vlm.config import Strict
+from mha2mla_vlm.config import AttentionSizes, MLAConfig, Strict
 from mha2mla_vlm.errors import InputError
 from mha2mla_vlm.quantization import BITS, Quantized, dequantize, quantize
 
@@ -196,6 +196,19 @@ class QuantizedTokens(Pieces):
             yield latent[:, 0], rope
         if self.length > stop:
             yield self.recent[0][:, 0], self.recent[1]
+
+
+def quantized_bytes_per_token(config: Any, quantization: QuantizationConfig) -> float:
+    """Bytes that a token adds to a long cache of a converted model in few bits, over all layers, ranges
+    included (two float16 numbers for each channel of a block).
+    """
+    sizes, mla = AttentionSizes.of(config), MLAConfig.from_dict(config.mla)
+    total = 0.0
+    for rope, rank in map(mla.layer, range(sizes.layers)):
+        latent = sizes.kv_heads * (2 * sizes.head_dim - rope) if rank is None else rank
+        for channels, bits in ((latent, quantization.nbits), (sizes.kv_heads * rope, quantization.key_bits)):
+            total += channels * (bits / 8 + (4 / quantization.q_group_size if bits < 16 else 0))
+    return total
 
 
 def quantized_cache(**config: Any) -> LatentCache:

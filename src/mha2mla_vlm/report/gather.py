@@ -1,0 +1,189 @@
+"""What a report says, as plain values."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import PreTrainedModel, ProcessorMixin
+
+from mha2mla_vlm.cache import bytes_per_token
+from mha2mla_vlm.config import AttentionSizes, MLAConfig
+from mha2mla_vlm.data import Record, encode_with_labels, message_text
+from mha2mla_vlm.errors import InputError
+from mha2mla_vlm.evaluation import Answered, by_kind, evaluate_answers, kl_sum, summary
+from mha2mla_vlm.families import get_family
+from mha2mla_vlm.modeling import decoder_layers
+from mha2mla_vlm.offload import end_modules
+from mha2mla_vlm.progress import track
+from mha2mla_vlm.quantized_cache import QuantizationConfig, quantized_bytes_per_token
+from mha2mla_vlm.streams import Chat, MemoryStates, advance, answer_states, attending, begin
+
+EXAMPLES = 12
+ORIGINAL, CHANGED = "original", "changed"  # streams
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layer:
+    """A decoder layer: R, r, the `pairs` that stay rotated by KV head, what converting it alone was foretold
+    to cost and what it was measured to, and its spectra by modality.
+    """
+
+    rope_dim: int
+    rank: int | None
+    pairs: list[list[int]]
+    foretold: float | None
+    measured: float | None
+    spectra: dict[str, list[tuple[int, float]]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """A question about pictures, its right answer, and what both models say."""
+
+    images: list[Image.Image]
+    turns: list[tuple[str, str]]  # role and text
+    answer: Answered
+
+    @property
+    def agree(self) -> bool:
+        """Whether both models say the same."""
+        return self.answer.found == self.answer.theirs
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """All that a page shows. `bytes_per_token` are of the original, of the converted model, and of that in 4
+    bits; `itemsize` those of a number.
+    """
+
+    name: str
+    family: str
+    mla: MLAConfig
+    sizes: AttentionSizes
+    settings: dict[str, Any]
+    bytes_per_token: tuple[float, float, float]
+    itemsize: int
+    quality: dict[str, Any]
+    by_kind: dict[str, dict[str, Any]]
+    layers: list[Layer]
+    examples: list[Example]
+    commands: list[str]
+
+
+def gather(
+    model: PreTrainedModel,
+    baseline: PreTrainedModel,
+    processor: ProcessorMixin,
+    records: Sequence[Record],
+    *,
+    name: str,
+    findings: dict[str, Any] | None = None,
+    commands: Sequence[str] = (),
+    probed: int = 16,
+    answers: Sequence[Answered] | None = None,
+) -> Report:
+    """Measure a converted model beside its original on `records`, and each layer alone on the first `probed`.
+
+    `findings` are those of the conversion, `answers` those of the model where it was asked already.
+    Raises `InputError` for models that cannot be compared, and for records without answers.
+    """
+    if getattr(model.config, "mla", None) is None:
+        raise InputError(f"{name!r} is not a converted model; make one with: mha2mla convert")
+    if answers is None:
+        answers = evaluate_answers(model, processor, records, baseline=baseline)
+    itemsize = model.dtype.itemsize
+    found = findings or {}
+    return Report(
+        name=name,
+        family=get_family(model.config.model_type).model_type,
+        mla=model.mla_config,
+        sizes=AttentionSizes.of(model.config),
+        settings=found.get("settings", {}),
+        bytes_per_token=(
+            bytes_per_token(model.config, itemsize=itemsize, original=True),
+            bytes_per_token(model.config, itemsize=itemsize),
+            quantized_bytes_per_token(model.config, QuantizationConfig()),
+        ),
+        itemsize=itemsize,
+        quality=summary(answers),
+        by_kind=by_kind(answers),
+        layers=_layers(model, found.get("spectra"), _alone(model, baseline, processor, records[:probed])),
+        examples=_examples(answers),
+        commands=list(commands),
+    )
+
+
+def _layers(
+    model: PreTrainedModel, spectra: list[dict[str, Any]] | None, measured: list[float] | None
+) -> list[Layer]:
+    found = []
+    for index, layer in enumerate(decoder_layers(model)):
+        rope_dim, rank = model.mla_config.layer(index)
+        foretold = model.mla_config.predicted_kl
+        found.append(
+            Layer(
+                rope_dim=rope_dim,
+                rank=rank,
+                pairs=layer.self_attn.rope_pairs.tolist(),
+                foretold=None if foretold is None else foretold[index],
+                measured=None if measured is None else measured[index],
+                spectra={} if spectra is None else spectra[index],
+            )
+        )
+    return found
+
+
+@torch.no_grad()
+def _alone(
+    model: PreTrainedModel, baseline: PreTrainedModel, processor: ProcessorMixin, records: Sequence[Record]
+) -> list[float] | None:
+    """KL that each converted layer alone costs in the original model, in nats per answer token."""
+    if not records:
+        return None
+    visual = get_family(baseline.config.model_type).visual_token_ids(baseline.config)
+    batches = [encode_with_labels(processor, [record], visual) for record in records]
+    states, layers = MemoryStates(), decoder_layers(baseline)
+    chats = begin(baseline, batches, visual, baseline.device, states, [ORIGINAL])
+    for index, layer in enumerate(layers):
+        advance(layer, index, chats, states, ORIGINAL)
+    losses = []
+    for index in track(range(len(layers)), "measuring layers alone"):
+        for number in range(len(chats)):
+            states[CHANGED, index, number] = states[ORIGINAL, index, number]
+        with attending(layers[index], decoder_layers(model)[index].self_attn):
+            advance(layers[index], index, chats, states, CHANGED)
+        for above in range(index + 1, len(layers)):
+            advance(layers[above], above, chats, states, CHANGED)
+        losses.append(_loss(baseline, chats, states))
+    return losses
+
+
+def _loss(model: PreTrainedModel, chats: Sequence[Chat], states: MemoryStates) -> float:
+    """KL of the ends of both streams."""
+    norm, head = end_modules(model)
+    total, tokens = 0.0, 0
+    for number, chat in enumerate(chats):
+        expected, found = (
+            head(answer_states(chat, states[stream, len(decoder_layers(model)), number], norm))
+            .float()
+            .log_softmax(-1)
+            for stream in (ORIGINAL, CHANGED)
+        )
+        total, tokens = total + kl_sum(found, expected), tokens + len(expected)
+    return max(0.0, total / tokens)
+
+
+def _examples(answers: Sequence[Answered]) -> list[Example]:
+    """Some answers, those that both models give differently first, then those that both get wrong."""
+
+    def order(answer: Answered) -> tuple[bool, bool]:
+        return answer.found == answer.theirs, answer.found == answer.expected
+
+    found = []
+    for answer in sorted(answers, key=order)[:EXAMPLES]:
+        before = answer.record.before(answer.index)
+        turns = [(message["role"], message_text(message)) for message in before.messages]
+        found.append(Example(images=before.load_images(), turns=turns, answer=answer))
+    return found

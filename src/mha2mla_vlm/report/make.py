@@ -1,0 +1,91 @@
+"""The report of a checkpoint: what it needs is found, measured, and written."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from mha2mla_vlm.checkpoint import load, load_config, load_processor, pick_device, resolve
+from mha2mla_vlm.config import MLAConfig
+from mha2mla_vlm.data import Record
+from mha2mla_vlm.demo import zoo_records
+from mha2mla_vlm.errors import InputError
+from mha2mla_vlm.modeling import FINDINGS
+from mha2mla_vlm.report.gather import Report, gather
+from mha2mla_vlm.report.page import write_report
+from mha2mla_vlm.sources import load_records
+from mha2mla_vlm.zoo import ZOO_PREFIX
+
+ZOO_CHATS = 100
+
+
+def report_checkpoint(
+    checkpoint: str,
+    target: Path,
+    *,
+    data: str | None = None,
+    baseline: str | None = None,
+    limit: int | None = None,
+    probed: int = 16,
+    dtype: str = "auto",
+    device: str = "auto",
+) -> Report:
+    """Measure a converted checkpoint beside its original on `data`, and write the page to `target`.
+
+    Raises `InputError` if the checkpoint is not a converted one, or if the original or chats must be named.
+    """
+    config = load_config(checkpoint)
+    if getattr(config, "mla", None) is None:
+        raise InputError(f"{checkpoint!r} is not a converted model; make one with: mha2mla convert")
+    original = baseline or MLAConfig.from_dict(config.mla).original
+    if original is None:
+        raise InputError("the checkpoint does not say what it was converted from; give --baseline MODEL")
+    records = _records(data, original, limit)
+    where, processor = pick_device(device), load_processor(checkpoint)
+    model, other = (load(name, dtype=dtype).to(where) for name in (checkpoint, original))
+    name = Path(resolve(checkpoint)).name
+    found = gather(
+        model,
+        other,
+        processor,
+        records,
+        name=name,
+        findings=read_findings(checkpoint),
+        commands=_commands(checkpoint, original, data, read_findings(checkpoint)),
+        probed=probed,
+    )
+    write_report(found, target)
+    return found
+
+
+def _records(data: str | None, original: str, limit: int | None) -> list[Record]:
+    if data is not None:
+        return list(load_records(data, limit=limit))
+    if not original.startswith(ZOO_PREFIX):
+        raise InputError("give held-out chats with --data")
+    bare = original.removeprefix(ZOO_PREFIX)
+    return zoo_records(bare, split="test", count=limit or ZOO_CHATS, seed=0)
+
+
+def read_findings(checkpoint: str) -> dict[str, Any]:
+    """What the conversion found, if the folder tells."""
+    path = Path(resolve(checkpoint)) / FINDINGS
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def _commands(checkpoint: str, original: str, data: str | None, findings: dict[str, Any]) -> list[str]:
+    """The commands that make the checkpoint and the page, as far as they are known."""
+    settings = findings.get("settings", {})
+    sizes = [
+        f"--{key.replace('_', '-')} {settings[key]}"
+        for key in ("budget", "rope_dim", "d_kv")
+        if settings.get(key)
+    ]
+    how = [
+        f"--{key.replace('_', '-')} {settings[key]}"
+        for key in ("rope_selection", "factorization")
+        if settings
+    ]
+    how += ["--no-fold"] if settings.get("fold") is False else []
+    convert = " ".join(["mha2mla convert", original, "--data CHATS -o", checkpoint, *sizes, *how])
+    report = " ".join(["mha2mla report", checkpoint, *([f"--data {data}"] if data else [])])
+    return [convert, report] if settings else [report]

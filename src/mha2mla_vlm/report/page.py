@@ -1,0 +1,95 @@
+"""The page: one HTML file that needs nothing else."""
+
+import base64
+import io
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from PIL import Image
+
+from mha2mla_vlm.report.gather import Report
+from mha2mla_vlm.report.plots import cache_plot, losses_plot, pairs_plot, spectra_plot
+
+LARGEST_SIDE = 384  # pixels of a picture that is shown
+SHOWN_TOKENS = 32_768  # of the caches that the head of the page compares
+
+
+def render(report: Report) -> str:
+    """The page as text."""
+    environment = Environment(
+        loader=PackageLoader("mha2mla_vlm.report", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"percent": _percent, "size": _size, "picture": _picture}
+    before, after, coded = report.bytes_per_token
+    return environment.get_template("page.html.j2").render(
+        report=report,
+        share=after / before,
+        tokens=SHOWN_TOKENS,
+        caches=[("original", before), ("converted", after), ("converted, in 4 bits", coded)],
+        facts=_facts(report),
+        cache=cache_plot(report),
+        pairs=pairs_plot(report),
+        spectra=spectra_plot(report),
+        losses=losses_plot(report),
+    )
+
+
+def write_report(report: Report, path: Path) -> None:
+    """Write the page, whole or not at all."""
+    text = render(report)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.rename(path)
+
+
+def _facts(report: Report) -> dict[str, str]:
+    """What was converted, and how."""
+    mla, sizes = report.mla, report.sizes
+    latents = [layer.rank for layer in report.layers if layer.rank is not None]
+    facts = {
+        "original": mla.original or "not recorded",
+        "family": report.family,
+        "decoder layers": str(sizes.layers),
+        "heads": f"{sizes.heads} for queries, {sizes.kv_heads} for keys and values, of {sizes.head_dim} dims",
+        "pairs chosen by": f"{mla.rope_selection or 'not recorded'}{', folded' if mla.folded else ''}",
+        "factorisation": f"{mla.factorization or 'none'}, for {' and '.join(mla.modalities)} tokens",
+        "rotated dims a head (R)": _range([layer.rope_dim for layer in report.layers]),
+        "latent dims (r)": _range(latents) if latents else "keys and values whole",
+    }
+    if report.settings:
+        facts["budget"] = _percent(report.settings["budget"]) if report.settings.get("budget") else "none"
+        facts["calibration chats, at most"] = str(report.settings["samples"])
+    steps = {f"KL after {step.replace('_', ' ')}": f"{kl:.4f}" for step, kl in (mla.kl or {}).items()}
+    return facts | steps
+
+
+def _range(values: list[int]) -> str:
+    least, most = min(values), max(values)
+    return str(least) if least == most else f"{least} to {most}, by layer"
+
+
+def _percent(value: float) -> str:
+    return f"{value:.1%}"
+
+
+def _size(value: float) -> str:
+    """Bytes in a fitting unit."""
+    for unit in ("B", "kB", "MB"):
+        if value < 1000:
+            return f"{value:,.0f} {unit}" if unit == "B" else f"{value:,.1f} {unit}"
+        value /= 1000
+    return f"{value:,.2f} GB"
+
+
+def _picture(image: Image.Image) -> Any:
+    """A picture as the address of itself."""
+    small = image.copy()
+    small.thumbnail((LARGEST_SIDE, LARGEST_SIDE))
+    buffer = io.BytesIO()
+    small.save(buffer, format="PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
