@@ -11,12 +11,14 @@ import transformers
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
     AutoProcessor,
     Cache,
     PreTrainedConfig,
     PreTrainedModel,
     StaticCache,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
 
 from mha2mla_vlm.attention import MLAAttention
 from mha2mla_vlm.cache import LatentCache, hold_latents, track_modality
@@ -81,6 +83,7 @@ class MLAMixin(_Model):
         config.auto_map = {
             "AutoConfig": f"{REMOTE_MODULE}.{type(config).__name__}",
             "AutoModelForImageTextToText": f"{REMOTE_MODULE}.{type(self).__name__}",
+            "AutoModelForMultimodalLM": f"{REMOTE_MODULE}.{type(self).__name__}",
         }
         for layer in decoder_layers(self):
             rope_dim, rank = self.mla_config.layer(layer.self_attn.layer_idx)
@@ -224,6 +227,9 @@ def mla_classes(model_type: str) -> tuple[type[PreTrainedConfig], type[PreTraine
     model_class = type(model_name, (MLAMixin, base_model), model_body)
     AutoConfig.register(family.mla_model_type, config_class, exist_ok=True)
     AutoModelForImageTextToText.register(config_class, model_class, exist_ok=True)
+    AutoModelForMultimodalLM.register(config_class, model_class, exist_ok=True)
+    # by these names `transformers serve` knows how to load a model, and that it takes pictures
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.setdefault(family.mla_model_type, model_name)
     AutoProcessor.register(config_class, getattr(transformers, family.processor_class), exist_ok=True)
     return config_class, model_class
 
