@@ -1,0 +1,210 @@
+"""The report of a conversion: its figures are those that the package measures, and the page stands alone."""
+
+import io
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+from helpers import answered, original, run_command
+
+from mha2mla_vlm.cache import TokenModality
+from mha2mla_vlm.calibration import visual_mask
+from mha2mla_vlm.checkpoint import save
+from mha2mla_vlm.config import ConversionConfig
+from mha2mla_vlm.conversion import convert
+from mha2mla_vlm.data import encode_with_labels
+from mha2mla_vlm.errors import InputError
+from mha2mla_vlm.evaluation import answer_log_probs, evaluate, evaluate_answers, kl_sum, predicted
+from mha2mla_vlm.families import get_family
+from mha2mla_vlm.modeling import decoder_layers
+from mha2mla_vlm.report.gather import gather
+from mha2mla_vlm.report.page import render
+from mha2mla_vlm.zoo.chats import write_chats
+
+
+@pytest.fixture(scope="module")
+def conversions():
+    """`{family: (converted, original, processor, report of six chats)}` of random tiny models."""
+    made = {}
+
+    def get(family):
+        if family not in made:
+            model, processor = original(family)
+            small = convert(model, processor, answered(family), ConversionConfig(budget=0.3))
+            page = gather(
+                small,
+                model,
+                processor,
+                answered(family),
+                name="tiny & <small>",
+                findings=small.findings,
+                probed=2,
+            )
+            made[family] = small, model, processor, page
+        return made[family]
+
+    return get
+
+
+class Page(HTMLParser):
+    """Addresses that a page refers to, and how many of each element it has."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.addresses, self.count = [], {}
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.count[tag] = self.count.get(tag, 0) + 1
+        if tag != "a":
+            self.addresses += [v for k, v in attrs if k in ("src", "href", "xlink:href", "data", "srcset")]
+
+
+def test_its_figures_are_those_that_evaluate_gives(family, conversions):
+    small, model, processor, page = conversions(family)
+    expected = evaluate(small, processor, answered(family), baseline=model)
+    assert page.by_kind == expected["by_kind"]
+    assert page.quality == {k: v for k, v in expected.items() if k not in ("records", "by_kind")}
+    before, after, coded = page.bytes_per_token
+    assert after / before == pytest.approx(0.3, rel=0.1)
+    assert coded < after / 4
+    for index, layer in enumerate(page.layers):
+        assert (layer.rope_dim, layer.rank) == small.mla_config.layer(index)
+        assert layer.pairs == decoder_layers(small)[index].self_attn.rope_pairs.tolist()
+        assert layer.spectra.keys() == {"text", "vision"}
+        for spectrum in layer.spectra.values():
+            values = [value for _, value in spectrum]
+            assert values[0] == 1.0
+            assert values == sorted(values, reverse=True)
+
+
+def test_a_layer_alone_costs_what_a_model_with_only_that_layer_converted_loses(family, conversions):
+    small, model, processor, page = conversions(family)
+    visual = get_family(family).visual_token_ids(model.config)
+    batches = [encode_with_labels(processor, [record], visual) for record in answered(family)[:2]]
+    total = tokens = 0.0
+    layer = decoder_layers(model)[1]
+    for batch in batches:
+        expected = answer_log_probs(model, batch)
+        kept, layer.self_attn = layer.self_attn, decoder_layers(small)[1].self_attn
+        try:
+            modality = TokenModality.from_mask(visual_mask(batch, visual)[None])
+            handle = layer.self_attn.register_forward_pre_hook(
+                lambda _, args, kwargs, given=modality: (args, kwargs | {"token_modality": given}),
+                with_kwargs=True,
+            )
+            total += kl_sum(answer_log_probs(model, batch), expected)
+        finally:
+            handle.remove()
+            layer.self_attn = kept
+        tokens += int(predicted(batch).sum())
+    assert page.layers[1].measured == pytest.approx(total / tokens, rel=1e-3, abs=1e-6)
+
+
+def test_disagreements_come_first(family, conversions):
+    _, _, _, page = conversions(family)
+    agree = [example.agree for example in page.examples]
+    assert agree == sorted(agree)
+    assert len(page.examples) == 6
+
+
+def test_the_page_needs_nothing_else(family, conversions):
+    text = render(conversions(family)[3])
+    page = Page(text)
+    assert page.count["svg"] == 4
+    assert page.count["img"] >= 6
+    assert not [a for a in page.addresses if not a.startswith(("data:", "#"))]
+    assert "@import" not in text
+    assert "url(http" not in text
+    assert "tiny &amp; &lt;small&gt;" in text
+    assert len(text.encode()) < 3_000_000
+    ids = re.findall(r'\bid="([^"]+)"', text)
+    assert len(ids) == len(set(ids))
+
+
+def test_answers_are_taken_one_by_one(family, conversions):
+    small, model, processor, _ = conversions(family)
+    answers = evaluate_answers(small, processor, answered(family), baseline=model)
+    assert [answer.expected for answer in answers] == ["7"] * 6
+    total = evaluate(small, processor, answered(family), baseline=model)
+    tokens = sum(answer.tokens for answer in answers)
+    assert sum(answer.kl for answer in answers) / tokens == pytest.approx(total["kl"])
+    assert evaluate_answers(small, processor, answered(family)[:1])[0].theirs is None
+
+
+def test_an_original_has_no_report(family):
+    model, processor = original(family)
+    with pytest.raises(InputError, match="not a converted model"):
+        gather(model, model, processor, answered(family), name="it")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A converted checkpoint, its original and chats, on disk."""
+    folder = tmp_path_factory.mktemp("report")
+    model, processor = original("llava")
+    save(model, processor, folder / "model")
+    (folder / "data").mkdir()
+    write_chats("llava", folder / "data", split="train", count=6, seed=0)
+    return folder
+
+
+def test_convert_evaluates_and_report_makes_the_same_page_again(monkeypatch, capsys, folders):
+    out, data = folders / "small", folders / "data"
+    command = ["convert", folders / "model", "--data", data, "-o", out, "--budget", 0.3]
+    code, printed, err = run_command(monkeypatch, capsys, *command, "--evaluate", data)
+    assert code == 0, err
+    result = json.loads(printed)
+    first = (out / "report.html").read_text()
+    assert result["report"] == str(out / "report.html")
+    code, printed, err = run_command(monkeypatch, capsys, "report", out, "--data", data)
+    assert code == 0, err
+    assert json.loads(printed)["kl"] == pytest.approx(result["quality"]["kl"])
+    assert "mha2mla convert" in first
+    assert (out / "report.html").read_text() == first
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        ([], "give held-out chats with --data"),
+        (["--data", "DATA", "-o", "absent/page.html"], "absent is no folder"),
+        (["--data", "absent.jsonl"], "absent.jsonl"),
+    ],
+)
+def test_a_report_says_what_it_lacks(monkeypatch, capsys, folders, tmp_path, more, says):
+    model, processor = original("llava")
+    small = convert(model, processor, answered("llava"), ConversionConfig(rope_dim=16, d_kv=8))
+    small.config.mla = small.config.mla | {"original": str(folders / "model")}
+    save(small, processor, tmp_path / "small")
+    more = [folders / "data" if item == "DATA" else item for item in more]
+    code, _, err = run_command(monkeypatch, capsys, "report", tmp_path / "small", *more)
+    assert code == 2
+    assert says in " ".join(err.split())
+    assert not list(tmp_path.rglob("*.html"))
+
+
+def test_a_conversation_goes_on(monkeypatch, capsys, folders, tmp_path):
+    image = next((folders / "data" / "images").glob("*.png"))
+    lines = f"/image {image}\nAnd here?\n/image {tmp_path / 'absent.png'}\nSure?\n\nnot asked\n"
+    monkeypatch.setattr("sys.stdin", io.StringIO(lines))
+    command = ["generate", folders / "model", "--image", image, "--image", image, "--interactive"]
+    command += ["--prompt", "Read all digits.", "--max-new-tokens", 2]
+    code, out, err = run_command(monkeypatch, capsys, *command)
+    assert code == 0, err
+    assert "absent.png does not exist" in " ".join(err.split())
+    alone = ["generate", folders / "model", "--image", image, "--prompt", "Sure?", "--max-new-tokens", 2]
+    _, once, _ = run_command(monkeypatch, capsys, *alone)
+    tokens, first = json.loads(out)["prompt_tokens"], json.loads(once)["prompt_tokens"]
+    assert tokens > 2.5 * first  # three pictures, three questions and two answers
+
+
+def test_a_conversation_without_a_question_is_an_error(monkeypatch, capsys, folders):
+    code, _, err = run_command(monkeypatch, capsys, "generate", folders / "model")
+    assert code == 2
+    assert "--prompt" in err
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n"))
+    code, _, err = run_command(monkeypatch, capsys, "generate", folders / "model", "--interactive")
+    assert code == 2
+    assert "no question" in err
