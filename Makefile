@@ -8,13 +8,21 @@ STAMP := $(VENV)/.installed
 export MALLOC_MMAP_THRESHOLD_ ?= 4294967296
 export MALLOC_TRIM_THRESHOLD_ ?= 8589934592
 
-.PHONY: demo test check format clean
+.PHONY: demo test test-eval test-pages check format clean
 
 demo: $(STAMP)
 	$(VENV)/bin/mha2mla demo --model $(MODEL)
 
 test: $(STAMP)
 	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow" $(TESTS)
+
+# lmms-eval itself, on the shipped models
+test-eval: $(VENV)/.installed-eval
+	$(VENV)/bin/python -m pytest -m eval tests/harness
+
+# the pages in a headless browser (Debian: apt install chromium chromium-driver), and transformers serve
+test-pages: $(VENV)/.installed-pages
+	$(VENV)/bin/python -m pytest -m pages tests/pages
 
 check: $(STAMP)
 	$(VENV)/bin/ruff check .
@@ -27,6 +35,14 @@ format: $(STAMP)
 
 clean:
 	rm -rf $(VENV) build dist
+
+$(VENV)/.installed-eval: $(STAMP)
+	$(VENV)/bin/python -m pip install --quiet --editable '.[eval]'
+	touch $@
+
+$(VENV)/.installed-pages: $(STAMP)
+	$(VENV)/bin/python -m pip install --quiet --editable '.[chat,serve]' selenium
+	touch $@
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv --clear $(VENV)

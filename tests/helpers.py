@@ -3,7 +3,10 @@
 import copy
 import functools
 import random
+import socket
 import sys
+import time
+import urllib.request
 from dataclasses import replace
 
 import pytest
@@ -198,3 +201,23 @@ def run_command(monkeypatch, capsys, *arguments):
         main()
     output = capsys.readouterr()
     return ended.value.code, output.out, output.err
+
+
+def free_port():
+    """A port of loopback that nothing listens at."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def wait_for(address, process, log, seconds=180):
+    """Until a server answers at an address; fails with what it wrote to its log if it ends before."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        assert process.poll() is None, log.read_text()
+        try:
+            with urllib.request.urlopen(address, timeout=5):
+                return
+        except OSError:
+            time.sleep(0.5)
+    raise TimeoutError(address)

@@ -1,0 +1,69 @@
+"""A converted zoo model on disk, chats about held-out pages, and a headless Chromium."""
+
+import subprocess
+import sys
+
+import pytest
+from helpers import free_port, wait_for
+
+from mha2mla_vlm.checkpoint import load, load_processor, save
+from mha2mla_vlm.config import ConversionConfig
+from mha2mla_vlm.conversion import convert
+from mha2mla_vlm.demo import zoo_records
+from mha2mla_vlm.zoo.chats import write_chats
+
+NAME = "qwen2_5_vl"
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """Folder of `zoo:qwen2_5_vl` converted to 37.5% of its cache."""
+    folder = tmp_path_factory.mktemp("pages") / "small"
+    model, processor = load(f"zoo:{NAME}"), load_processor(f"zoo:{NAME}")
+    records = zoo_records(NAME, split="train", count=24, seed=1)
+    save(convert(model, processor, records, ConversionConfig(rope_dim=32, d_kv=16)), processor, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory):
+    """Folder of chats and their pictures."""
+    folder = tmp_path_factory.mktemp("pictures")
+    write_chats(NAME, folder, split="test", count=6, seed=0)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def serve(tmp_path_factory):
+    """`serve(*arguments)` starts a Python program with a port of loopback as its last argument, and gives
+    its address; all end with the tests.
+    """
+    running, folder = [], tmp_path_factory.mktemp("servers")
+
+    def start(*arguments, path="/"):
+        port = free_port()
+        program = [sys.executable, *map(str, arguments), str(port)]
+        log = folder / f"{port}.log"
+        with log.open("w") as file:
+            running.append(subprocess.Popen(program, stdout=file, stderr=subprocess.STDOUT))
+        wait_for(f"http://127.0.0.1:{port}{path}", running[-1], log)
+        return f"http://127.0.0.1:{port}"
+
+    yield start
+    for process in running:
+        process.terminate()
+        process.wait()
+
+
+@pytest.fixture
+def browser():
+    """Chromium, from Debian's packages chromium and chromium-driver."""
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=1000,1400"):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService("/usr/bin/chromedriver"))
+    yield driver
+    driver.quit()
