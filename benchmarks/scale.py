@@ -1,7 +1,7 @@
 """Converts checkpoints of the true 7B shapes, with random weights, on this machine.
 
     python benchmarks/scale.py --shape qwen2.5-vl-7b llava-next-8b llava-1.5-7b     # two hours, 35 GB of disk
-    python benchmarks/scale.py --shape qwen2.5-vl-7b --layers 2
+    python benchmarks/scale.py --shape qwen2.5-vl-7b --layers 2 --budget 0.375
 
 For each shape: writes a checkpoint (bfloat16, sharded; the zoo's tokenizer; for the LLaVAs pictures of fewer
 pixels, so that chats have 512 tokens), converts it with 16 such chats by `mha2mla convert` in a process of
@@ -162,27 +162,29 @@ def _chat(image: Path, words: str) -> dict[str, Any]:
     return {"messages": messages, "images": [str(image)]}
 
 
-def command(folder: Path, *more: str) -> dict[str, Any]:
+def command(folder: Path, budget: float | None, *more: str) -> dict[str, Any]:
     """The result of `mha2mla convert` of the checkpoint, in a process of its own."""
     program = [sys.executable, "-m", "mha2mla_vlm", "convert", str(folder / "model")]
-    options = ["--data", str(folder / "chats.jsonl"), "-o", str(folder / "small"), *SIZES, *more]
+    sizes = SIZES if budget is None else ["--budget", str(budget)]
+    options = ["--data", str(folder / "chats.jsonl"), "-o", str(folder / "small"), *sizes, *more]
     done = subprocess.run([*program, *options], stdout=subprocess.PIPE, check=True, text=True)
     return json.loads(done.stdout)
 
 
-def measure(shape: str, layers: int | None, folder: Path) -> dict[str, Any]:
+def measure(shape: str, layers: int | None, budget: float | None, folder: Path) -> dict[str, Any]:
     """Write, foretell, convert, compare."""
     (folder / "model").mkdir()
     processor = write_checkpoint(shape, layers, folder / "model")
     lengths = write_chats(shape, processor, folder)
-    foretold = command(folder, "--dry-run")
+    foretold = command(folder, budget, "--dry-run")
     start = time.perf_counter()
-    result = command(folder)
+    result = command(folder, budget)
     seconds = time.perf_counter() - start
     size = sum(path.stat().st_size for path in (folder / "small").iterdir())
     return {
         "shape": shape,
         "layers": layers or SHAPES[shape][1]["num_hidden_layers"],
+        "budget": budget,
         "tokens": sum(lengths) / len(lengths),
         "seconds": seconds,
         "phases": result["seconds"],
@@ -197,8 +199,10 @@ def measure(shape: str, layers: int | None, folder: Path) -> dict[str, Any]:
 
 def table(folder: Path) -> str:
     """All results of a folder as Markdown."""
-    lines = ["| shape | layers | minutes | foretold | peak GB | foretold | result GB | foretold | phases |"]
-    lines.append(f"|{9 * '---|'}")
+    lines = [
+        "| shape | layers | sizes | minutes | foretold | peak GB | foretold | result GB | foretold | phases |"
+    ]
+    lines.append(f"|{10 * '---|'}")
     for path in sorted(folder.glob("*.json")):
         row = json.loads(path.read_text())
         foretold, whole = row["foretold"], sum(row["phases"].values())
@@ -209,7 +213,8 @@ def table(folder: Path) -> str:
             (row["output_bytes"] / 1e9, foretold["output_bytes"] / 1e9, ".2f"),
         )
         cells = [f"{value:{form}}" for found, told, form in pairs for value in (found, told)]
-        lines.append(f"| {row['shape']} | {row['layers']} | {' | '.join(cells)} | {shares} |")
+        sizes = f"budget {row['budget']:g}" if row.get("budget") else "R 32, d_kv 64"
+        lines.append(f"| {row['shape']} | {row['layers']} | {sizes} | {' | '.join(cells)} | {shares} |")
         where = f"{row['device']}, torch {row['torch']}, {row['date']}"
     return "\n".join([where, "", *lines, ""])
 
@@ -219,6 +224,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--shape", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--layers", type=int, help="fewer than the true model has")
+    parser.add_argument("--budget", type=float, help="share of the cache, allotted; else R = 32, d_kv = 64")
     parser.add_argument(
         "--work", type=Path, help="where checkpoints go for the time; by default a temporary folder"
     )
@@ -228,11 +234,12 @@ def main() -> None:
     for shape in arguments.shape:
         folder = Path(tempfile.mkdtemp(prefix="scale-", dir=arguments.work))
         try:
-            row = measure(shape, arguments.layers, folder)
+            row = measure(shape, arguments.layers, arguments.budget, folder)
         finally:
             shutil.rmtree(folder)
         print(json.dumps(row), file=sys.stderr)
         suffix = f"-{arguments.layers}-layers" if arguments.layers else ""
+        suffix += f"-budget-{arguments.budget:g}" if arguments.budget else ""
         (arguments.output / f"{shape}{suffix}.json").write_text(json.dumps(row, indent=1) + "\n")
     (arguments.output / "README.md").write_text(table(arguments.output))
     print(json.dumps({"output": str(arguments.output)}))

@@ -48,10 +48,10 @@ def begin_gradients(
     device = chats[0].visual.device
     with resident((norm, head), device):
         for number, chat in enumerate(chats):
-            hidden = states[stream, last, number].to(device)
+            hidden = states[stream, last, number].to(device).detach().requires_grad_()
             generator = torch.Generator().manual_seed(process_index() + number * process_count())
             with torch.enable_grad():
-                logits = head(answer_states(chat, hidden.requires_grad_(), norm)).float()
+                logits = head(answer_states(chat, hidden, norm)).float()
             signs = torch.randint(2, (sketches, *logits.shape), generator=generator).to(device) * 2.0 - 1.0
             directions = sketch_directions(logits.detach(), signs)
             found = [torch.autograd.grad(logits, hidden, u, retain_graph=True)[0] for u in directions]
@@ -72,9 +72,9 @@ def project_errors(
     """
     found = []
     for number, chat in enumerate(chats):
-        hidden = states[stream, index, number].to(chat.visual.device)
+        hidden = states[stream, index, number].to(chat.visual.device).detach().requires_grad_()
         with calls_of(layer.self_attn) as calls, torch.enable_grad():
-            output = layer(hidden.requires_grad_(), **chat.given)
+            output = layer(hidden, **chat.given)
         args, kwargs, (attended, *_) = calls[0]
         gradients = states[GRADIENT, index + 1, number].to(hidden.device)
         both = [
