@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import sys
 from html.parser import HTMLParser
 
 import pytest
@@ -208,3 +209,29 @@ def test_a_conversation_without_a_question_is_an_error(monkeypatch, capsys, fold
     code, _, err = run_command(monkeypatch, capsys, "generate", folders / "model", "--interactive")
     assert code == 2
     assert "no question" in err
+
+
+def test_the_chat_page_says_what_it_needs(monkeypatch, capsys, folders):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    monkeypatch.delitem(sys.modules, "mha2mla_vlm.chat.page", raising=False)
+    code, _, err = run_command(monkeypatch, capsys, "chat", folders / "model")
+    assert code == 2
+    assert "pip install 'mha2mla-vlm[chat]'" in " ".join(err.split())
+
+
+@pytest.mark.parametrize(("name", "says"), [("two words", "'two words'"), ("1st", "'1st'")])
+def test_a_task_needs_a_name_that_can_be_one(monkeypatch, capsys, folders, tmp_path, name, says):
+    command = ["task", folders / "data", "-o", tmp_path / "task", "--name", name]
+    code, _, err = run_command(monkeypatch, capsys, *command)
+    assert code == 2
+    assert says in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_task_needs_answers(monkeypatch, capsys, tmp_path):
+    (tmp_path / "chats.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "Hi"}]}))
+    command = ["task", tmp_path / "chats.jsonl", "-o", tmp_path / "task", "--name", "asked"]
+    code, _, err = run_command(monkeypatch, capsys, *command)
+    assert code == 2
+    assert "no assistant messages" in err
+    assert not (tmp_path / "task").exists()

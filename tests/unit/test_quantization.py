@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from helpers import random_mla
 
 from mha2mla_vlm.cache import cache_bytes
+from mha2mla_vlm.config import AttentionSizes
 from mha2mla_vlm.errors import InputError
 from mha2mla_vlm.quantization import BITS, dequantize, quantize
-from mha2mla_vlm.quantized_cache import QuantizationConfig, quantized_cache
+from mha2mla_vlm.quantized_cache import QuantizationConfig, quantized_bytes_per_token, quantized_cache
 
 
 def normal(*shape, dtype=torch.float32, seed=0):
@@ -112,3 +114,17 @@ def test_reset_forgets():
 def test_bad_config(config, says):
     with pytest.raises(InputError, match=says):
         QuantizationConfig.from_dict(config)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_bytes_of_a_token_are_those_that_a_long_cache_grows_by(family, bits):
+    model, _ = random_mla(family, rope_dim=16, rank=40)
+    sizes, sized = AttentionSizes.of(model.config), []
+    for length in (256, 512):
+        cache = quantized_cache(nbits=bits)
+        for index in range(sizes.layers):
+            latent = normal(1, 1, length, 40, dtype=torch.bfloat16)
+            cache.update(latent, normal(1, sizes.kv_heads, length, 16, dtype=torch.bfloat16), index)
+        sized.append(cache_bytes(cache))
+    expected = quantized_bytes_per_token(model.config, QuantizationConfig(nbits=bits))
+    assert (sized[1] - sized[0]) / 256 == expected

@@ -116,6 +116,9 @@ def test_demo_measures_the_cache(monkeypatch, capsys, tmp_path):
     output = capsys.readouterr()
     assert ended.value.code == 0, output.err
     result = json.loads(output.out.splitlines()[-1])
+    page = Path(result.pop("report"))
+    assert page == tmp_path / "demo" / "report.html"
+    assert page.read_text().count("<svg") == 4
     assert json.loads((tmp_path / "demo" / "demo.json").read_text()) == result
     original, half, quarter = result["rows"]
     for row, share in ((original, 1.0), (half, 0.375), (quarter, 0.25)):
