@@ -163,7 +163,7 @@ class ConversionConfig(Strict):
     """How to convert a model without training.
 
     `budget` is the share of the original cache to keep, allotted over layers and over rope and
-    latent dims by the loss that each is measured to cost. `rope_dim` (R) and `d_kv`, per KV head,
+    latent dims by the loss that each is foretold to cost. `rope_dim` (R) and `d_kv`, per KV head,
     are instead the same in every layer; given one of them and a budget, the other is allotted;
     given one of them alone, the other is a half (R) or a quarter (d_kv) of the head dim.
     With none of the three the budget is 37.5%. A share of the records is held out to measure the

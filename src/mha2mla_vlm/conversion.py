@@ -157,7 +157,7 @@ def plan(model_config: Any, config: ConversionConfig) -> MLAConfig:
 
 
 def is_allotted(model_config: Any, config: ConversionConfig) -> bool:
-    """Whether the sizes of layers come from a budget, by what each is measured to cost."""
+    """Whether the sizes of layers come from a budget, by what each is foretold to cost."""
     return config.share is not None and getattr(model_config, "mla", None) is None
 
 

@@ -22,7 +22,7 @@ def describe(name: str) -> dict[str, Any]:
 
     `pairs` lists, for each layer and KV head, the frequency pairs that stay rotated; of a checkpoint on the
     hub they alone are read. `predicted_kl` is, for each layer, what converting it alone was
-    measured to cost, by which sizes were allotted.
+    foretold to cost, by which sizes were allotted.
     """
     config = load_config(name)
     if getattr(config, "mla", None) is None:
