@@ -198,16 +198,17 @@ class QuantizedTokens(Pieces):
             yield self.recent[0][:, 0], self.recent[1]
 
 
-def quantized_bytes_per_token(config: Any, quantization: QuantizationConfig) -> float:
-    """Bytes that a token adds to a long cache of a converted model in few bits, over all layers, ranges
-    included (two float16 numbers for each channel of a block).
+def quantized_bytes_per_token(config: Any, quantization: QuantizationConfig, *, itemsize: int = 2) -> float:
+    """Bytes that a token adds to a long cache of a converted model in few bits, over all layers.
+
+    Ranges are included: for each channel of a block two numbers of `itemsize` bytes, those of the weights.
     """
     sizes, mla = AttentionSizes.of(config), MLAConfig.from_dict(config.mla)
-    total = 0.0
+    total, ranges = 0.0, 2 * itemsize / quantization.q_group_size
     for rope, rank in map(mla.layer, range(sizes.layers)):
         latent = sizes.kv_heads * (2 * sizes.head_dim - rope) if rank is None else rank
         for channels, bits in ((latent, quantization.nbits), (sizes.kv_heads * rope, quantization.key_bits)):
-            total += channels * (bits / 8 + (4 / quantization.q_group_size if bits < 16 else 0))
+            total += channels * (bits / 8 + ranges if bits < 16 else itemsize)
     return total
 
 

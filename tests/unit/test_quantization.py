@@ -116,15 +116,17 @@ def test_bad_config(config, says):
         QuantizationConfig.from_dict(config)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bits", BITS)
-def test_bytes_of_a_token_are_those_that_a_long_cache_grows_by(family, bits):
+def test_bytes_of_a_token_are_those_that_a_long_cache_grows_by(family, bits, dtype):
     model, _ = random_mla(family, rope_dim=16, rank=40)
     sizes, sized = AttentionSizes.of(model.config), []
     for length in (256, 512):
         cache = quantized_cache(nbits=bits)
         for index in range(sizes.layers):
-            latent = normal(1, 1, length, 40, dtype=torch.bfloat16)
-            cache.update(latent, normal(1, sizes.kv_heads, length, 16, dtype=torch.bfloat16), index)
+            latent = normal(1, 1, length, 40, dtype=dtype)
+            cache.update(latent, normal(1, sizes.kv_heads, length, 16, dtype=dtype), index)
         sized.append(cache_bytes(cache))
-    expected = quantized_bytes_per_token(model.config, QuantizationConfig(nbits=bits))
+    quantization = QuantizationConfig(nbits=bits)
+    expected = quantized_bytes_per_token(model.config, quantization, itemsize=dtype.itemsize)
     assert (sized[1] - sized[0]) / 256 == expected

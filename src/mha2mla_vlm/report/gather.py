@@ -104,7 +104,7 @@ def gather(
         bytes_per_token=(
             bytes_per_token(model.config, itemsize=itemsize, original=True),
             bytes_per_token(model.config, itemsize=itemsize),
-            quantized_bytes_per_token(model.config, QuantizationConfig()),
+            quantized_bytes_per_token(model.config, QuantizationConfig(), itemsize=itemsize),
         ),
         itemsize=itemsize,
         quality=summary(answers),
