@@ -4,11 +4,12 @@ VENV ?= .venv
 MODEL ?= qwen2_5_vl
 WORKERS ?= 2
 STAMP := $(VENV)/.installed
+VLLM_VENV ?= .venv-vllm
 # Large buffers stay with the process between steps: CPU inference and training are faster.
 export MALLOC_MMAP_THRESHOLD_ ?= 4294967296
 export MALLOC_TRIM_THRESHOLD_ ?= 8589934592
 
-.PHONY: demo test test-eval test-pages check format clean
+.PHONY: demo test test-eval test-pages test-vllm check format clean
 
 demo: $(STAMP)
 	$(VENV)/bin/mha2mla demo --model $(MODEL)
@@ -24,6 +25,10 @@ test-eval: $(VENV)/.installed-eval
 test-pages: $(VENV)/.installed-pages
 	$(VENV)/bin/python -m pytest -m pages tests/pages
 
+# vLLM for CPUs, in an environment of its own: it pins its PyTorch
+test-vllm: $(VLLM_VENV)/.installed
+	$(VLLM_VENV)/bin/python -m pytest -m vllm tests/vllm
+
 check: $(STAMP)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
@@ -34,7 +39,7 @@ format: $(STAMP)
 	$(VENV)/bin/ruff format .
 
 clean:
-	rm -rf $(VENV) build dist
+	rm -rf $(VENV) $(VLLM_VENV) build dist
 
 $(VENV)/.installed-eval: $(STAMP)
 	$(VENV)/bin/python -m pip install --quiet --editable '.[eval]'
@@ -42,6 +47,11 @@ $(VENV)/.installed-eval: $(STAMP)
 
 $(VENV)/.installed-pages: $(STAMP)
 	$(VENV)/bin/python -m pip install --quiet --editable '.[chat,serve]' selenium
+	touch $@
+
+$(VLLM_VENV)/.installed: pyproject.toml tests/vllm/install.sh
+	$(PYTHON) -m venv --clear $(VLLM_VENV)
+	sh tests/vllm/install.sh $(VLLM_VENV)/bin/python
 	touch $@
 
 $(STAMP): pyproject.toml

@@ -68,8 +68,8 @@ def _facts(config: Any, mla: MLAConfig) -> dict[str, str]:
     layers = [mla.layer(index) for index in range(AttentionSizes.of(config).layers)]
     facts = {
         "cache bytes per token (16 bits)": f"{before:,} to {after:,} ({after / before:.1%})",
-        "rotated dims per head (R), by layer": _by_layer([rope for rope, _ in layers]),
-        "latent dims (r), by layer": _by_layer([rank for _, rank in layers]),
+        "rotated dims per head (R), by layer": by_layer([rope for rope, _ in layers]),
+        "latent dims (r), by layer": by_layer([rank for _, rank in layers]),
         "choice of pairs": f"{mla.rope_selection or 'not recorded'}{', folded' if mla.folded else ''}",
         "factorisation": f"{mla.factorization or 'none'}, for {' and '.join(mla.modalities)} tokens",
     }
@@ -77,7 +77,8 @@ def _facts(config: Any, mla: MLAConfig) -> dict[str, str]:
     return facts | {f"KL after {step.replace('_', ' ')}": f"{kl:.4f} nats a token" for step, kl in losses}
 
 
-def _by_layer(values: list[Any]) -> str:
+def by_layer(values: list[Any]) -> str:
+    """The one value that all layers have, or each layer's."""
     return str(values[0]) if len(set(values)) == 1 else ", ".join(map(str, values))
 
 

@@ -113,6 +113,13 @@ def check_output(output: str | Path) -> Path:
     return path
 
 
+def put_in_place(folder: Path, output: Path) -> None:
+    """Give a finished folder its name, at which there is nothing or an empty folder."""
+    if output.exists():
+        output.rmdir()
+    folder.rename(output)
+
+
 @contextlib.contextmanager
 def new_folder(output: str | Path) -> Iterator[Path]:
     """A temporary folder that takes the place of `output` at the end, and is gone if anything fails."""
@@ -122,9 +129,7 @@ def new_folder(output: str | Path) -> Iterator[Path]:
     try:
         temporary.chmod(0o755)
         yield temporary
-        if path.exists():
-            path.rmdir()
-        temporary.rename(path)
+        put_in_place(temporary, path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise

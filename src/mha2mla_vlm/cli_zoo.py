@@ -46,7 +46,7 @@ def zoo_build(
     seed: Annotated[int, typer.Option(help="Seed of weights and data.")] = 0,
 ) -> None:
     """Train a zoo model from nothing; goes on where an interrupted run with the same output stopped."""
-    from mha2mla_vlm.checkpoint import check_output
+    from mha2mla_vlm.checkpoint import check_output, put_in_place
     from mha2mla_vlm.zoo import check_name
     from mha2mla_vlm.zoo.recipe import Recipe, build
 
@@ -54,7 +54,5 @@ def zoo_build(
     check_output(output)
     partial = output.with_name(output.name + ".partial")
     accuracy = build(bare, partial, Recipe(seed=seed, minutes=minutes))
-    if output.exists():
-        output.rmdir()
-    partial.rename(output)
+    put_in_place(partial, output)
     finish({"output": str(output), **accuracy})

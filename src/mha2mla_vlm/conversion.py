@@ -13,6 +13,7 @@ from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
 
 from mha2mla_vlm.allotment import unit_dims
 from mha2mla_vlm.cache import bytes_per_token
+from mha2mla_vlm.card import by_layer
 from mha2mla_vlm.config import (
     BLOCKS,
     CENTERED,
@@ -212,21 +213,16 @@ def print_plan(original: Any, mla: MLAConfig) -> None:
     sizes = AttentionSizes.of(original)
     before, after = bytes_per_token(original), bytes_per_token(converted_config(original, mla))
     layers = [mla.layer(index) for index in range(sizes.layers)]
-    rope = _few([str(rope) for rope, _ in layers])
+    rope = by_layer([rope for rope, _ in layers])
     latent = "keys and values whole"
     if mla.kv_lora_rank is not None:
         ranks = [cast(int, rank) for _, rank in layers]
-        per_head = _few([f"{rank / sizes.kv_heads:g}" for rank in ranks])
-        latent = f"d_kv = {per_head} latent dims per KV head (r = {_few(list(map(str, ranks)))} a token)"
+        per_head = by_layer([f"{rank / sizes.kv_heads:g}" for rank in ranks])
+        latent = f"d_kv = {per_head} latent dims per KV head (r = {by_layer(ranks)} a token)"
     console().print(
         f"R = {rope} of {sizes.head_dim} rope dims, {latent}: "
         f"{before} to {after} cache bytes per token ({after / before:.1%})"
     )
-
-
-def _few(values: list[str]) -> str:
-    """One value that all layers have, or all of them."""
-    return values[0] if len(set(values)) == 1 else "/".join(values)
 
 
 def encode_split(

@@ -191,7 +191,7 @@ class MLAConfigMixin:
 def mla_classes(model_type: str) -> tuple[type[PreTrainedConfig], type[PreTrainedModel]]:
     """Config and model class of a family's converted models, registered with the auto classes."""
     family = get_family(model_type)
-    config_name, model_name = _class_names(family)
+    config_name, model_name = class_names(family)
     base_config = getattr(transformers, family.config_class)
     base_model = getattr(transformers, family.model_class)
     config_body = {
@@ -234,7 +234,8 @@ def mla_classes(model_type: str) -> tuple[type[PreTrainedConfig], type[PreTraine
     return config_class, model_class
 
 
-def _class_names(family: Family) -> tuple[str, str]:
+def class_names(family: Family) -> tuple[str, str]:
+    """Names of the config and model class of a family's converted models."""
     suffix = "ForConditionalGeneration"
     return (
         family.config_class.removesuffix("Config") + "MLAConfig",
@@ -250,7 +251,7 @@ def register() -> None:
 
 def __getattr__(name: str) -> Any:
     for model_type, family in FAMILIES.items():
-        names = _class_names(family)
+        names = class_names(family)
         if name in names:
             return mla_classes(model_type)[names.index(name)]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

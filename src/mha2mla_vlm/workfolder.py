@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from mha2mla_vlm.checkpoint import check_output
+from mha2mla_vlm.checkpoint import check_output, put_in_place
 from mha2mla_vlm.errors import InputError
 from mha2mla_vlm.parallel import process_index, wait_for_all
 from mha2mla_vlm.streams import Key, States
@@ -135,9 +135,7 @@ class WorkFolder:
         wait_for_all()
         if not self.main:
             return
-        if self.output.exists():
-            self.output.rmdir()
-        self.result.rename(self.output)
+        put_in_place(self.result, self.output)
         shutil.rmtree(self.states_folder, ignore_errors=True)
         shutil.rmtree(self.folder)
 

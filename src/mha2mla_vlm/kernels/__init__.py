@@ -9,6 +9,7 @@ import torch
 from mha2mla_vlm.absorption import Piece, Up
 from mha2mla_vlm.cache import Pieces
 from mha2mla_vlm.errors import InputError
+from mha2mla_vlm.pages import Paged
 
 DecodeBackend = Literal["auto", "torch", "triton", "cpp"]
 BACKENDS: tuple[DecodeBackend, ...] = ("auto", "torch", "triton", "cpp")
@@ -21,7 +22,7 @@ def find_kernel(
     q_rope: torch.Tensor,
     q_nope: torch.Tensor,
     ups: Sequence[Up],
-    stored: Piece | Pieces,
+    stored: Piece | Pieces | Paged,
     mask: torch.Tensor | None,
 ) -> Decode | None:
     """The `decode` of the kernel to use on these tensors; None for plain PyTorch.

@@ -35,6 +35,7 @@ struct Call {
   long visual_batch;
   const uint8_t* mask;  // [B, T, S], what is seen, or null
   long mask_batch, mask_row;
+  const int32_t* lengths;  // [B], tokens of each row, or null where all have `total`
   bf16* out;  // [B, Q, D], dense
 };
 }
@@ -378,9 +379,11 @@ extern "C" void mha2mla_decode(const Call* call) {
       for (int g = 0; g < c.groups; ++g) absorb(c, z, share_of(i), g, queries, constants);
 #pragma omp for collapse(2) schedule(dynamic)
     for (int b = 0; b < c.batch; ++b)
-      for (int p = 0; p < parts; ++p)
-        attend(c, z, b, std::min(c.total, p * tokens), std::min(c.total, (p + 1) * tokens), queries + b * z.queries,
+      for (int p = 0; p < parts; ++p) {
+        const long total = c.lengths ? c.lengths[b] : c.total;
+        attend(c, z, b, std::min(total, p * tokens), std::min(total, (p + 1) * tokens), queries + b * z.queries,
                constants + b * z.constants, found[b * parts + p]);
+      }
 #pragma omp for collapse(2)
     for (int i = 0; i < shares; ++i)
       for (int g = 0; g < c.groups; ++g) expand(c, z, share_of(i), g, found.data(), parts);

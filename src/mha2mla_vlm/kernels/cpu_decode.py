@@ -22,6 +22,7 @@ import torch
 
 from mha2mla_vlm.absorption import Piece, Up
 from mha2mla_vlm.cache import Pieces
+from mha2mla_vlm.pages import Paged
 from mha2mla_vlm.quantization import Quantized
 from mha2mla_vlm.quantized_cache import QuantizedTokens
 
@@ -50,6 +51,7 @@ class _Source(ctypes.Structure):
             "coded", "code_batch", "code_head", "code_token", "range_batch", "range_head",
         )),
         ("bits", _int), ("block", _int),
+        ("pages", _pointer), ("pages_row", _long), ("page", _long),
     )  # fmt: skip
 
     @classmethod
@@ -57,6 +59,10 @@ class _Source(ctypes.Structure):
         """Numbers `[B, heads, S, width]`."""
         batch, head, token, _ = x.stride()
         return cls(numbers=x.data_ptr(), batch=batch, head=head, token=token)
+
+    def lie_in(self, stored: Paged) -> None:
+        """Take the numbers, `[B, heads, N, width]`, for pages."""
+        self.pages, self.pages_row, self.page = stored.table.data_ptr(), stored.table.stride(0), stored.size
 
     def precede(self, coded: Quantized) -> None:
         """Put tokens in few bits before the numbers."""
@@ -76,7 +82,7 @@ class _Call(ctypes.Structure):
         ("latent", _Source), ("k_rope", _Source),
         ("visual", _pointer), ("visual_batch", _long),
         ("mask", _pointer), ("mask_batch", _long), ("mask_row", _long),
-        ("out", _pointer),
+        ("lengths", _pointer), ("out", _pointer),
     )  # fmt: skip
 
 
@@ -84,10 +90,12 @@ def can_run(
     q_rope: torch.Tensor,
     q_nope: torch.Tensor,
     ups: Sequence[Up],
-    stored: Piece | Pieces,
+    stored: Piece | Pieces | Paged,
     mask: torch.Tensor | None,
 ) -> bool:
     """Whether the kernel takes these tensors, and can be built here."""
+    if isinstance(stored, Paged) and stored.size % TILE:
+        return False
     if isinstance(stored, Pieces) and not (isinstance(stored, QuantizedTokens) and _in_tiles(stored)):
         return False
     tensors = (q_rope, q_nope, *_numbers(stored), *(up.weight for up in ups))
@@ -107,14 +115,14 @@ def decode(
     q_nope: torch.Tensor,
     ups: Sequence[Up],
     scaling: float,
-    stored: Piece | Pieces,
+    stored: Piece | Pieces | Paged,
     visual: torch.Tensor | None,
     mask: torch.Tensor | None = None,
     filled: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention of `q_rope [B, H, T, R]` and `q_nope [B, H, T, N]` over latents, `[B, T, H, D]`.
 
-    `stored` is tensors, or tokens in few bits as `quantized_cache` keeps them (ranges in float16).
+    `stored` is tensors, tokens in few bits as `quantized_cache` keeps them (ranges in float16), or pages.
     `visual [B, S]` is the modality of tokens (None: one modality), `mask` a `dense_mask` of bool, and
     `filled` the number of tokens in use, if a mask hides the others.
     """
@@ -126,6 +134,11 @@ def decode(
     latent, k_rope = (x if x.stride(-1) == 1 else x.contiguous() for x in _numbers(stored))
     total = latent.shape[2] if filled is None else int(filled)
     sources = _Source.of(latent), _Source.of(k_rope)
+    if isinstance(stored, Paged):
+        stored = stored.for_kernel()
+        total = stored.room
+        for source in sources:
+            source.lie_in(stored)
     if isinstance(stored, QuantizedTokens):
         total = stored.length
         for source, coded in zip(sources, stored.coded, strict=True):
@@ -146,12 +159,16 @@ def decode(
         rows = (mask[:, 0] if mask.ndim == 4 else mask).contiguous()
         rows = rows.expand(batch, new, -1)
         call.mask, call.mask_batch, call.mask_row = rows.data_ptr(), rows.stride(0), rows.stride(1)
+    if isinstance(stored, Paged):
+        call.lengths = stored.lengths.data_ptr()
     call_library.mha2mla_decode(ctypes.byref(call))
     return out.transpose(1, 2)
 
 
-def _numbers(stored: Piece | Pieces) -> tuple[torch.Tensor, torch.Tensor]:
+def _numbers(stored: Piece | Pieces | Paged) -> tuple[torch.Tensor, torch.Tensor]:
     """Latents `[B, 1, S, r]` and rotated keys `[B, G, S, R]` that are stored as they are."""
+    if isinstance(stored, Paged):
+        stored = stored.views()
     if isinstance(stored, QuantizedTokens):
         return stored.recent
     assert not isinstance(stored, Pieces), "can_run says so"

@@ -14,6 +14,8 @@ struct Source {  // [B, heads, S, width]: first the tokens in codes, then those 
   const uint16_t *low, *step;     // float16 [B, heads, blocks, width], dense but for the batch
   long coded, code_batch, code_head, code_token, range_batch, range_head;
   int bits, block;  // block is a multiple of the tile
+  const int32_t* pages;  // [B, pages], or null; `batch` is then from page to page
+  long pages_row, page;  // tokens of a page, a multiple of the tile
 };
 }
 
@@ -24,12 +26,18 @@ struct Span {
   long bytes, distance;  // to the same tokens of the next head
 };
 
+// Where the numbers of a token lie; tokens that follow in the same tile follow there.
+const bf16* numbers_of(const Source& s, int b, int head, long token) {
+  const long place = s.pages ? s.pages[b * s.pages_row + token / s.page] : b;
+  const long at = s.pages ? token % s.page : token - s.coded;
+  return s.numbers + place * s.batch + head * s.head + at * s.token;
+}
+
 // Where some tokens of the first head lie, of which all or none are in codes.
 Span span_of(const Source& s, int b, long token, long count) {
   if (token < s.coded)
     return {(const char*)s.codes + b * s.code_batch + token * s.code_token, count * s.code_token, s.code_head};
-  const bf16* at = s.numbers + b * s.batch + (token - s.coded) * s.token;
-  return {(const char*)at, count * s.token * 2, s.head * 2};
+  return {(const char*)numbers_of(s, b, 0, token), count * s.token * 2, s.head * 2};
 }
 
 // 32 channels of `count` tokens, whose codes are `shift` bits up in bytes from `codes` on, as low + code * step
@@ -57,7 +65,7 @@ Rows rows_of(const Source& s, int b, int head, long token, int count, int width,
   const long row = up_to(width, 32);
   for (int t = 0; width % 2 && t < count; ++t) room[t * row + width] = 0;
   if (token >= s.coded) {
-    const bf16* at = s.numbers + b * s.batch + head * s.head + (token - s.coded) * s.token;
+    const bf16* at = numbers_of(s, b, head, token);
     if (width % 2 == 0 && s.token % 2 == 0) return {at, s.token};
     for (int t = 0; t < count; ++t) std::memcpy(room + t * row, at + t * s.token, width * 2);
     return {room, row};

@@ -17,6 +17,7 @@ import triton.language as tl
 
 from mha2mla_vlm.absorption import Piece, Queries, Sums, Up, absorb, expand
 from mha2mla_vlm.cache import Pieces
+from mha2mla_vlm.pages import Paged
 
 LEAST = 16  # what a side of `tl.dot` must have
 SPLIT_SIZES = (128, 4096)  # tokens of a split, least and most
@@ -26,10 +27,22 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @triton.jit
-def _read(start, row, row_step, column, in_rows, in_columns):
-    """Rows and columns of a matrix, 0 outside."""
-    at = row[:, None].to(tl.int64) * row_step + column[None, :]
-    return tl.load(start + at, mask=in_rows[:, None] & in_columns[None, :], other=0.0)
+def _read(start, at, column, in_rows, in_columns):
+    """Rows that begin `at` some places, and columns of them, 0 outside."""
+    return tl.load(
+        start + at[:, None] + column[None, :], mask=in_rows[:, None] & in_columns[None, :], other=0.0
+    )
+
+
+@triton.jit
+def _place(table, table_b, batch, s, seen, PAGE: tl.constexpr):
+    """Where tokens `s` lie: row of the batch and token there or, in pages of PAGE tokens, page and token."""
+    if PAGE == 0:
+        first, second = batch + s * 0, s.to(tl.int64)
+    else:
+        first = tl.load(table + batch * table_b + s // PAGE, mask=seen, other=0).to(tl.int64)
+        second = (s % PAGE).to(tl.int64)
+    return first, second
 
 
 @triton.jit
@@ -56,18 +69,18 @@ def _add_tile(top, mass, acc, scores, tile):
 
 @triton.jit
 def _split_kernel(
-    q_rope, q_latent, constant, latent, k_rope, visual, mask, filled, mixed, lse,
+    q_rope, q_latent, constant, latent, k_rope, visual, mask, filled, table, mixed, lse,
     rows, row_group, new, total, rank, rope_dim, splits,
-    latent_b, latent_s, key_b, key_g, key_s, visual_b, mask_b, mask_t,
+    latent_b, latent_s, key_b, key_g, key_s, visual_b, mask_b, mask_t, filled_b, table_b,
     MASK: tl.constexpr, FILLED: tl.constexpr, CONSTANT: tl.constexpr, VISUAL: tl.constexpr,
     KINDS: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, SPLIT: tl.constexpr,
-    RANK: tl.constexpr, ROPE: tl.constexpr,
+    RANK: tl.constexpr, ROPE: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
     batch, split, block = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     start = split * SPLIT
     stop = tl.minimum(start + SPLIT, total)
     if FILLED:
-        stop = tl.minimum(stop, tl.load(filled).to(tl.int32))
+        stop = tl.minimum(stop, tl.load(filled + batch * filled_b).to(tl.int32))
     row = block * ROWS + tl.arange(0, ROWS)
     dim, column, token = tl.arange(0, RANK), tl.arange(0, ROPE), tl.arange(0, TILE)
     in_rows, in_rank = row < rows, dim < rank
@@ -97,15 +110,16 @@ def _split_kernel(
         acc = tl.zeros([ROWS, RANK], tl.float32)
         if present:
             place = q_latent + (kind * tl.num_programs(0) + batch) * rows * rank
-            query = _read(place, row, rank, dim, in_rows, in_rank)
+            query = _read(place, row * rank, dim, in_rows, in_rank)
             added = tl.zeros([ROWS], tl.float32)
             if CONSTANT and kind == 0:
                 added = tl.load(constant + batch * rows + row, mask=in_rows, other=0.0).to(tl.float32)
             for first in range(start, stop, TILE):
                 s = first + token
                 seen = s < stop
-                tile = _read(latent + batch * latent_b, s, latent_s, dim, seen, in_rank)
-                keys = _read(k_rope + batch * key_b, s, key_s, key_at, seen, in_keys)
+                b, t = _place(table, table_b, batch, s, seen, PAGE)
+                tile = _read(latent, b * latent_b + t * latent_s, dim, seen, in_rank)
+                keys = _read(k_rope, b * key_b + t * key_s, key_at, seen, in_keys)
                 scores = tl.dot(query, tl.trans(tile), input_precision="ieee")
                 scores += tl.dot(rope, tl.trans(keys), input_precision="ieee")
                 scores += added[:, None]
@@ -153,11 +167,14 @@ def _merge_kernel(
         tl.store(text_mass + batch * rows + row, text.to(text_mass.dtype.element_ty))
 
 
-def can_run(q_rope: torch.Tensor, q_nope: torch.Tensor, ups: Sequence[Up], stored: Piece | Pieces) -> bool:
+def can_run(
+    q_rope: torch.Tensor, q_nope: torch.Tensor, ups: Sequence[Up], stored: Piece | Pieces | Paged
+) -> bool:
     """Whether the kernels take these tensors: stored as they are, in a number format that they know."""
     if isinstance(stored, Pieces):
         return False
-    tensors = (q_rope, q_nope, *stored, *(up.weight for up in ups))
+    numbers = (stored.pages,) if isinstance(stored, Paged) else stored
+    tensors = (q_rope, q_nope, *numbers, *(up.weight for up in ups))
     return all(x.dtype == q_rope.dtype and x.dtype in DTYPES for x in tensors)
 
 
@@ -166,19 +183,19 @@ def decode(
     q_nope: torch.Tensor,
     ups: Sequence[Up],
     scaling: float,
-    piece: Piece,
+    stored: Piece | Paged,
     visual: torch.Tensor | None,
     mask: torch.Tensor | None,
     filled: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention over latents, as `cpu_decode.decode`; the up projections are PyTorch's."""
     queries = absorb(q_rope, q_nope, ups, scaling)
-    return expand(attend(queries, piece, visual, mask, filled), ups, q_rope.shape[2])
+    return expand(attend(queries, stored, visual, mask, filled), ups, q_rope.shape[2])
 
 
 def attend(
     queries: Queries,
-    piece: Piece,
+    stored: Piece | Paged,
     visual: torch.Tensor | None,
     mask: torch.Tensor | None,
     filled: torch.Tensor | None = None,
@@ -187,14 +204,18 @@ def attend(
 
     `filled` is how many of the S tokens there are, if a mask hides the others: they are not read.
     """
+    table = None
+    if isinstance(stored, Paged):
+        table, filled, stored = stored.table, stored.lengths, stored.views()
     output, text_mass = _decode(
         queries.rope.contiguous(),
         torch.stack(queries.latent),
         queries.text_constant,
-        *piece,
+        *stored,
         visual,
         mask,
         filled,
+        table,
     )
     if len(queries.latent) == 1:
         return Sums((output[0],), None)
@@ -211,11 +232,16 @@ def _decode(
     visual: torch.Tensor | None,
     mask: torch.Tensor | None,
     filled: torch.Tensor | None,
+    table: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Summed latents `[K, B, Q, r]` and the weight of text tokens `[B, Q, 1]`."""
+    """Summed latents `[K, B, Q, r]` and the weight of text tokens `[B, Q, 1]`.
+
+    With a `table [B, pages]` latents and keys are those of all pages, `filled [B]` tokens of each row.
+    """
     kinds, batch, rows, rank = q_latent.shape
     groups, row_group, rope_dim = q_rope.shape[1:]
-    total, mask = latent.shape[1], _row_mask(mask, batch)
+    page, table_b = (0, 0) if table is None else (latent.shape[1], table.stride(0))
+    total, mask = table.shape[1] * page if table is not None else latent.shape[1], _row_mask(mask, batch)
     new = 1 if mask is None else mask.shape[1]
     block_rows, tile = _tile(rows, rank)
     blocks = triton.cdiv(rows, block_rows)
@@ -226,13 +252,14 @@ def _decode(
     lse = latent.new_empty(batch, splits, kinds, rows, dtype=torch.float32)
     met_groups = min(groups, (block_rows - 1) // row_group + 2)
     _split_kernel[(batch, splits, blocks)](
-        q_rope, q_latent, constant, latent, k_rope, visual, mask, filled, mixed, lse,
+        q_rope, q_latent, constant, latent, k_rope, visual, mask, filled, table, mixed, lse,
         rows, row_group, new, total, rank, rope_dim, splits,
         *latent.stride()[:2], *k_rope.stride()[:3], 0 if visual is None else visual.stride(0),
         *((0, 0) if mask is None else mask.stride()[:2]),
+        0 if filled is None or filled.ndim == 0 else filled.stride(0), table_b,
         MASK=_mask_kind(mask), FILLED=filled is not None, CONSTANT=constant is not None,
         VISUAL=visual is not None, KINDS=kinds, ROWS=block_rows, TILE=tile, SPLIT=split,
-        RANK=_power(rank), ROPE=_power(met_groups * rope_dim),
+        RANK=_power(rank), ROPE=_power(met_groups * rope_dim), PAGE=page,
         **_launch(rank),
     )  # fmt: skip
     output, text_mass = torch.empty_like(q_latent), latent.new_empty(batch, rows, 1)
@@ -244,7 +271,7 @@ def _decode(
 
 
 @_decode.register_fake
-def _(q_rope, q_latent, constant, latent, k_rope, visual, mask, filled):
+def _(q_rope, q_latent, constant, latent, k_rope, visual, mask, filled, table):
     _, batch, rows, _ = q_latent.shape
     return torch.empty_like(q_latent), latent.new_empty(batch, rows, 1)
 

@@ -16,7 +16,7 @@ from accelerate import PartialState
 from transformers import PreTrainedModel, ProcessorMixin, TrainingArguments
 from transformers.trainer_callback import TrainerCallback
 
-from mha2mla_vlm.checkpoint import check_output, load, load_config, load_processor
+from mha2mla_vlm.checkpoint import check_output, load, load_config, load_processor, put_in_place
 from mha2mla_vlm.config import AttentionSizes
 from mha2mla_vlm.data import Record
 from mha2mla_vlm.errors import InputError
@@ -321,6 +321,4 @@ def _finish(folder: Path, output: Path, settings: dict[str, Any]) -> None:
         shutil.rmtree(path)
     (folder / _STATE).unlink()
     (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    if output.exists():
-        output.rmdir()
-    folder.rename(output)
+    put_in_place(folder, output)

@@ -1,0 +1,171 @@
+"""The attention layer that takes the place of vLLM's own.
+
+Shapes: T new tokens of all requests together, H query heads and G KV heads of this process (all of them but
+for tensor parallelism), D head dim, P = D / 2 pairs, R rope dims, r latent dims, K modalities.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from mha2mla_vlm.absorption import Up
+from mha2mla_vlm.config import DECOUPLED, MLAConfig
+from mha2mla_vlm.errors import InputError
+from mha2mla_vlm.rope import rotate
+from mha2mla_vlm.serving.vllm.backend import LatentBackend, LatentImpl
+from mha2mla_vlm.serving.vllm.compat import (
+    AttentionLayerBase,
+    AutoWeightsLoader,
+    ColumnParallelLinear,
+    FullAttentionSpec,
+    KVCacheSpec,
+    VllmConfig,
+    attend,
+    parallel_place,
+)
+
+
+class Modality(nn.Module):
+    """Which tokens of a step are visual, found once for all layers; a buffer that stays where it is."""
+
+    def __init__(self, visual_token_ids: tuple[int, ...], most_tokens: int) -> None:
+        super().__init__()
+        self.visual_token_ids = visual_token_ids
+        self.register_buffer("visual", torch.zeros(most_tokens, dtype=torch.bool), persistent=False)
+
+    def note(self, input_ids: torch.Tensor) -> None:
+        """Take over the tokens `input_ids [T]` of a step."""
+        found = torch.stack([input_ids == token for token in self.visual_token_ids]).any(0)
+        self.visual[: len(input_ids)] = found
+
+
+class LatentAttention(nn.Module, AttentionLayerBase):
+    """Takes the place of a decoder layer's `self_attn`, `stock`, whose `o_proj` and rotary tables it keeps.
+
+    `down_proj` gives the latents of all modalities and the keys to rotate at once. With tensor parallelism
+    each process has the query heads and the rotated keys of its KV heads, and the whole latent.
+    """
+
+    def __init__(
+        self, stock: Any, index: int, mla: MLAConfig, modality: Modality, config: VllmConfig
+    ) -> None:
+        super().__init__()
+        rope_dim, rank = mla.layer(index)
+        _check(rank, stock, config)
+        self.layer_name = stock.attn.layer_name
+        self.rope_dim, self.rank, self.modalities = rope_dim, int(rank or 0), mla.modalities
+        self.decoupled = mla.modalities == DECOUPLED
+        self.num_heads, self.kv_heads, self.head_dim = stock.num_heads, stock.num_kv_heads, stock.head_dim
+        self.all_kv_heads = stock.total_num_kv_heads
+        self.modality, self.o_proj, self.rotary_emb = modality, stock.o_proj, stock.rotary_emb
+        hidden, outputs = stock.hidden_size, self.kv_heads * (2 * self.head_dim - rope_dim)
+        bias = stock.qkv_proj.bias is not None
+        self.query_proj = ColumnParallelLinear(
+            hidden,
+            stock.total_num_heads * self.head_dim,
+            bias=bias,
+            quant_config=config.quant_config,
+            prefix=f"{self.layer_name.rpartition('.')[0]}.query_proj",
+            return_bias=False,
+        )
+        self.widths = [self.rank] * len(self.modalities) + [self.kv_heads * rope_dim]
+        self.down_proj = nn.Linear(hidden, sum(self.widths), bias=bias)
+        self.kv_b_proj = nn.ModuleDict(
+            {name: nn.Linear(self.rank, outputs, bias=bias or mla.kv_bias) for name in self.modalities}
+        )
+        pairs = torch.zeros(self.kv_heads, rope_dim // 2, dtype=torch.long)
+        self.register_buffer("rope_pairs", pairs, persistent=False)
+        self.impl = LatentImpl(self.num_heads, self.head_dim, stock.scaling)
+        self.kv_cache = torch.tensor([])
+        context = config.compilation_config.static_forward_context
+        context[self.layer_name] = self  # in the place of the stock layer, which would have a cache
+
+    def forward(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Attend from `hidden_states [T, hidden]` at `positions [T]` or, multimodal, `[3, T]`."""
+        new = len(hidden_states)
+        visual = self.modality.visual[:new]
+        *latents, k_rope = self.down_proj(hidden_states).split(self.widths, dim=-1)
+        latent = torch.where(visual[:, None], latents[1], latents[0]) if self.decoupled else latents[0]
+        cos, sin = self._tables(positions, hidden_states.dtype)
+        k_rope = rotate(k_rope.unflatten(-1, (self.kv_heads, -1)), cos, sin).flatten(1)
+        query = self.query_proj(hidden_states).view(new, self.kv_heads, -1, self.head_dim)
+        rope, nope = query.split([self.rope_dim, self.head_dim - self.rope_dim], dim=-1)
+        query = torch.cat([rotate(rope, cos[:, :, None], sin[:, :, None]), nope], dim=-1).flatten(1, 2)
+        output = torch.empty_like(query)
+        attend(query, torch.cat([latent, k_rope], dim=-1), visual, output, self.layer_name)
+        return self.o_proj(output.flatten(1))[0]
+
+    def _tables(self, positions: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines of the kept pairs, `[T, G, R/2]`."""
+        tables = self.rotary_emb.cos_sin_cache[positions].to(dtype)  # [.., T, 2 * P]
+        both = tables.unflatten(-1, (2, -1))
+        if positions.ndim == 2:
+            parts = both.split(self.rotary_emb.mrope_section, dim=-1)
+            both = torch.cat([part[i] for i, part in enumerate(parts)], dim=-1)
+        cos, sin = both[..., self.rope_pairs].unbind(1)
+        return cos, sin
+
+    def ups(self) -> tuple[Up, ...]:
+        """The up projection of each modality."""
+        nope_dim = self.head_dim - self.rope_dim
+        return tuple(Up(up.weight, up.bias, self.kv_heads, nope_dim) for up in self.kv_b_proj.values())
+
+    def get_attn_backend(self) -> type[LatentBackend]:
+        """For vLLM."""
+        return LatentBackend
+
+    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:
+        """For vLLM: one head of r + G * R numbers a token, without a value part."""
+        return FullAttentionSpec(
+            block_size=vllm_config.cache_config.block_size,
+            num_kv_heads=1,
+            head_size=self.rank + self.kv_heads * self.rope_dim,
+            head_size_v=0,
+            dtype=vllm_config.model_config.dtype,
+        )
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """Take a converted checkpoint's weights of this layer; returns the names of what they filled."""
+        taken = {"down_proj.weight"} | ({"down_proj.bias"} if self.down_proj.bias is not None else set())
+        if self.down_proj.bias is not None:  # of the rotated keys alone
+            self.down_proj.bias.data.zero_()
+        return taken | AutoWeightsLoader(self).load_weights(self._others(weights))
+
+    def _others(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Fill what has another shape here; the rest is loaded as it is."""
+        places = [f"kv_a_proj.{name}" for name in self.modalities] + ["k_rope_proj"]
+        for name, value in weights:
+            module, _, kind = name.rpartition(".")
+            if module == "k_rope_proj" or name == "rope_pairs" or module.startswith("kv_b_proj."):
+                value = self._own(value)
+            if name == "rope_pairs":
+                self.rope_pairs.copy_(value)
+            elif module in places:
+                at = places.index(module)
+                target = getattr(self.down_proj, kind).data
+                target.split(self.widths)[at].copy_(value)
+            else:
+                yield name, value
+
+    def _own(self, value: torch.Tensor) -> torch.Tensor:
+        """The rows of this process's KV heads, of rows that come KV head by KV head."""
+        rank, processes = parallel_place()
+        first = rank * self.all_kv_heads // processes
+        heads = value.unflatten(0, (self.all_kv_heads, -1))[first : first + self.kv_heads]
+        return heads.flatten(0, 1)
+
+
+def _check(rank: int | None, stock: Any, config: VllmConfig) -> None:
+    """Raise `InputError` for what cannot be served."""
+    if rank is None:
+        raise InputError(
+            "this checkpoint has partial RoPE alone, its keys and values are not factorised, so there is no "
+            "small cache to serve; convert it with `mha2mla convert CHECKPOINT --d-kv`, or serve the original"
+        )
+    wanted = config.cache_config.cache_dtype
+    if wanted not in ("auto", str(config.model_config.dtype).removeprefix("torch.")):
+        raise InputError(f"kv_cache_dtype {wanted!r}: latents are cached in the model's dtype; leave it out")
+    if getattr(stock.attn, "sliding_window", None) is not None:
+        raise InputError("sliding-window attention is not supported for converted models")

@@ -1,0 +1,77 @@
+"""Converted models as vLLM's: a subclass of its own class of each family, with latent attention inside."""
+
+import functools
+import re
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mha2mla_vlm.config import MLAConfig
+from mha2mla_vlm.families import FAMILIES, get_family
+from mha2mla_vlm.families.base import Family
+from mha2mla_vlm.modeling import class_names
+from mha2mla_vlm.serving.vllm.attention import LatentAttention, Modality
+from mha2mla_vlm.serving.vllm.compat import PPMissingLayer, VllmConfig, stock_class
+
+if TYPE_CHECKING:  # a mixin to one of vLLM's models
+    from torch.nn import Module as _Model
+else:
+    _Model = object
+
+_NAMES = (  # of a converted checkpoint, as vLLM has them
+    # it would take a `q_proj` for a part of its `qkv_proj`
+    (re.compile(r"(language_model\.(?:model\.)?layers\.\d+\.self_attn\.)q_proj\."), r"\1query_proj."),
+    # transformers 5 names what is in a tower without its `vision_model`
+    (
+        re.compile(r"(vision_tower\.)(embeddings|encoder|pre_layrnorm|post_layernorm)\."),
+        r"\1vision_model.\2.",
+    ),
+)
+
+
+class LatentMixin(_Model):
+    """What a converted model adds to vLLM's class of its family, whichever that is."""
+
+    requires_raw_input_tokens = True  # token ids beside embeddings: they tell visual tokens from text
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        config: Any = vllm_config.model_config.hf_config
+        mla = MLAConfig.from_dict(config.mla)
+        ids = get_family(config.model_type).visual_token_ids(config)
+        self.modality = Modality(ids, vllm_config.scheduler_config.max_num_batched_tokens)
+        layers: Any = self.language_model.model.layers
+        for index, layer in enumerate(layers):
+            if not isinstance(layer, PPMissingLayer):  # another process has it
+                layer.self_attn = LatentAttention(layer.self_attn, index, mla, self.modality, vllm_config)
+
+    def forward(self, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """As the family's class does, once the modality of the new tokens is known."""
+        self.modality.note(input_ids)
+        return super().forward(input_ids, *args, **kwargs)
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """Weights of a converted checkpoint."""
+        return super().load_weights((_renamed(name), value) for name, value in weights)
+
+
+def _renamed(name: str) -> str:
+    for pattern, replacement in _NAMES:
+        name = pattern.sub(replacement, name)
+    return name
+
+
+@functools.cache
+def serving_class(family: Family) -> type[Any]:
+    """vLLM's class of a family's converted models, with the processor of the original's."""
+    name = class_names(family)[1]
+    body = {"__module__": __name__, "__doc__": f"`{family.model_class}` with latent attention, in vLLM."}
+    return type(name, (LatentMixin, stock_class(family.model_class)), body)
+
+
+def __getattr__(name: str) -> Any:
+    for family in FAMILIES.values():
+        if name == class_names(family)[1]:
+            return serving_class(family)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,76 @@
+"""Models on disk, and vLLM engines within this process that end with their test."""
+
+import contextlib
+import gc
+import os
+
+import pytest
+import torch
+from helpers import original, random_mla
+
+from mha2mla_vlm.checkpoint import load, load_processor, save
+from mha2mla_vlm.config import ConversionConfig
+from mha2mla_vlm.conversion import convert
+from mha2mla_vlm.demo import zoo_records
+
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+SIZES = {"rope_dim": [16, 8, 32, 16], "rank": [40, 64, 24, 40]}  # not the same in all layers
+
+
+@contextlib.contextmanager
+def engine(folder, **options):
+    """A `vllm.LLM` of a folder, in float32 and without compilation unless told otherwise."""
+    from vllm import LLM
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    settings = {
+        "dtype": "float32",
+        "max_model_len": 1024,
+        "kv_cache_memory_bytes": 64 << 20,
+        "enforce_eager": True,
+        "seed": 0,
+    }
+    llm = LLM(str(folder), **settings | options)
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+        cleanup_dist_env_and_memory()
+
+
+@pytest.fixture(scope="session")
+def random_folder(tmp_path_factory):
+    """Gives folders of random models of low rank, by family and modalities; None for the original."""
+    made = {}
+
+    def folder(name, modalities=("text", "vision")):
+        key = name, modalities
+        if key not in made:
+            sizes = SIZES if modalities == ("text", "vision") else {}
+            model, processor = (
+                original(name) if modalities is None else random_mla(name, modalities=modalities, **sizes)
+            )
+            made[key] = save(model, processor, tmp_path_factory.mktemp(name) / "model")
+        return made[key]
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def converted(tmp_path_factory):
+    """Gives folders of converted zoo models, of other sizes in every layer."""
+    made = {}
+
+    def folder(name):
+        if name not in made:
+            model, processor = load(f"zoo:{name}", dtype=torch.float32), load_processor(f"zoo:{name}")
+            chats = zoo_records(name, split="train", count=24, seed=1)
+            small = convert(model, processor, chats, ConversionConfig(budget=0.25))
+            made[name] = save(small, processor, tmp_path_factory.mktemp(name) / "small")
+        return made[name]
+
+    return folder

@@ -1,0 +1,201 @@
+"""vLLM answers as `generate` does, in a cache that is as much smaller as its rows are."""
+
+import pytest
+import torch
+from conftest import engine
+from helpers import original, record, with_partial_rope
+from transformers.video_utils import VideoMetadata
+
+from mha2mla_vlm.cache import bytes_per_token
+from mha2mla_vlm.checkpoint import load, load_config, load_processor, save
+from mha2mla_vlm.config import MLAConfig
+from mha2mla_vlm.data import Record, encode, message_text
+from mha2mla_vlm.demo import zoo_records
+from mha2mla_vlm.errors import InputError
+from mha2mla_vlm.evaluation import evaluate
+from mha2mla_vlm.families import FAMILIES
+from mha2mla_vlm.modeling import decoder_layers
+from mha2mla_vlm.rope import fixed_pairs
+from mha2mla_vlm.surgery import RopeSelection
+
+pytestmark = pytest.mark.vllm
+NEW = 8
+LONG = "Say again: " + "the digit 7 is in row 1, column 2. " * 24
+
+
+def requests(name):
+    """Twenty chats: of no, one and two pictures, short and long, the first few asked twice."""
+    kinds = ["text", "image", "two images", "two turns"]
+    chats = [record(name, kinds[i % 4], seed=i) for i in range(13)]
+    for i, (question, count) in enumerate([(LONG, 0), (LONG, 1), (LONG[:300], 1)]):
+        parts = [{"type": "image"}] * count + [{"type": "text", "text": question}]
+        images = record(name, "image", seed=20 + i).images[:count]
+        chats.append(Record(messages=[{"role": "user", "content": parts}], images=images))
+    return [*chats, *chats[1:5]]
+
+
+def prompts(processor, chats):
+    """What `LLM.generate` takes."""
+    asked = []
+    for chat in chats:
+        text = processor.apply_chat_template(chat.messages, tokenize=False, add_generation_prompt=True)
+        pictures = {"multi_modal_data": {"image": chat.load_images()}} if chat.images else {}
+        asked.append({"prompt": text, **pictures})
+    return asked
+
+
+def served(llm, asked):
+    """Tokens of each answer and their log-probabilities."""
+    from vllm import SamplingParams
+
+    options = SamplingParams(temperature=0, max_tokens=NEW, ignore_eos=True, logprobs=1)
+    found = []
+    for request in llm.generate(asked, options, use_tqdm=False):
+        answer = request.outputs[0]
+        logs = [step[token].logprob for token, step in zip(answer.token_ids, answer.logprobs, strict=True)]
+        found.append((list(answer.token_ids), logs))
+    return found
+
+
+@torch.no_grad()
+def generated(model, inputs):
+    """The same from `generate`."""
+    model.generation_config.eos_token_id = None
+    out = model.generate(
+        **inputs, max_new_tokens=NEW, do_sample=False, return_dict_in_generate=True, output_logits=True
+    )
+    tokens = out.sequences[0, inputs["input_ids"].shape[1] :].tolist()
+    logs = [step[0].log_softmax(-1)[token].item() for token, step in zip(tokens, out.logits, strict=True)]
+    return tokens, logs
+
+
+def expected(folder, chats):
+    model, processor = load(folder, dtype=torch.float32), load_processor(folder)
+    return [generated(model, encode(processor, [chat], generation_prompt=True)) for chat in chats]
+
+
+def assert_same(found, right):
+    assert len(found) == len(right)
+    for (tokens, logs), (right_tokens, right_logs) in zip(found, right, strict=True):
+        assert tokens == right_tokens
+        assert logs == pytest.approx(right_logs, abs=1e-4)
+
+
+def check(folder, name, **options):
+    """Asks all chats at once, and all once more, which finds their prefixes cached."""
+    chats = requests(name)
+    asked, right = prompts(load_processor(folder), chats), expected(folder, chats)
+    lengths = []
+    with engine(folder, max_num_batched_tokens=128, enable_chunked_prefill=True, **options) as llm:
+        assert_same(served(llm, asked), right)
+        assert_same(served(llm, asked), right)
+        for request in llm.generate(asked, use_tqdm=False):
+            lengths.append((len(request.prompt_token_ids), request.num_cached_tokens))
+    assert max(length for length, _ in lengths) > 300
+    assert sum(cached for _, cached in lengths) > 0
+    return right
+
+
+def test_random_models_of_low_rank(family, random_folder):
+    folder = random_folder(family)
+    right = check(folder, family)
+    model = load(folder, dtype=torch.float32)  # negative control: all tokens as text must differ
+    model.visual_token_ids = (-1,)
+    chat = encode(load_processor(folder), [requests(family)[1]], generation_prompt=True)
+    tokens, logs = generated(model, chat)
+    assert tokens != right[1][0] or logs != pytest.approx(right[1][1], abs=1e-2)
+
+
+def test_one_factor_for_all_tokens(random_folder):
+    check(random_folder("llava", ("shared",)), "llava")
+
+
+def test_compiled(random_folder):
+    check(random_folder("qwen2_5_vl"), "qwen2_5_vl", enforce_eager=False)
+
+
+def test_tensor_parallel(random_folder):
+    check(random_folder("qwen2_5_vl"), "qwen2_5_vl", tensor_parallel_size=2)
+
+
+@pytest.mark.parametrize("name", sorted(FAMILIES))
+def test_zoo_models(name, converted):
+    check(converted(name), name)
+
+
+def test_video(random_folder):
+    folder = random_folder("qwen2_5_vl")
+    model, processor = load(folder, dtype=torch.float32), load_processor(folder)
+    page = record("qwen2_5_vl", "image").load_images()[0]
+    frames = torch.stack([torch.tensor(list(page.getdata())).view(page.height, page.width, 3)] * 4)
+    frames = frames.to(torch.uint8) + torch.arange(4, dtype=torch.uint8).view(4, 1, 1, 1) * 10
+    parts = [{"type": "video"}, {"type": "text", "text": "How many digits are 7?"}]
+    text = processor.apply_chat_template(
+        [{"role": "user", "content": parts}], tokenize=False, add_generation_prompt=True
+    )
+    known = {"total_num_frames": 4, "fps": 2.0, "duration": 2.0, "frames_indices": [0, 1, 2, 3]}
+    inputs = processor(
+        text=[text],
+        videos=[frames.permute(0, 3, 1, 2)],
+        video_metadata=[VideoMetadata(**known)],
+        do_sample_frames=False,
+        return_tensors="pt",
+    )
+    assert (inputs["input_ids"] == model.config.video_token_id).sum() > 4
+    video = (frames.numpy(), {**known, "do_sample_frames": False})
+    with engine(folder) as llm:
+        assert_same(
+            served(llm, [{"prompt": text, "multi_modal_data": {"video": [video]}}]),
+            [generated(model, inputs)],
+        )
+
+
+def capacity(folder, dtype="float32"):
+    """Tokens that 64 MB of cache have room for."""
+    with engine(folder, dtype=dtype) as llm:
+        cache = llm.llm_engine.vllm_config.cache_config
+        return cache.num_gpu_blocks * cache.block_size
+
+
+def test_capacity_rises_by_the_ratio_of_bytes(family, random_folder):
+    small, whole = random_folder(family), random_folder(family, None)
+    per_token = [bytes_per_token(load_config(folder), 4) for folder in (whole, small)]
+    found = capacity(small) / capacity(whole)
+    assert found == pytest.approx(per_token[0] / per_token[1], rel=0.02)  # whole pages
+
+
+def test_bfloat16_answers_as_well(converted):
+    """Digits read in bfloat16, by the CPU kernel where there is one, are those of our evaluation."""
+    from vllm import SamplingParams
+
+    folder = converted("qwen2_5_vl")
+    chats = zoo_records("qwen2_5_vl", split="test", count=12, seed=3)
+    processor = load_processor(folder)
+    places = [(chat, index) for chat in chats for index in chat.answers()]
+    asked = [chat.before(index) for chat, index in places]
+    wanted = [message_text(chat.messages[index]).strip() for chat, index in places]
+    with engine(folder, dtype="bfloat16") as llm:
+        options = SamplingParams(temperature=0, max_tokens=24)
+        answers = llm.generate(prompts(processor, asked), options, use_tqdm=False)
+    right = [found.outputs[0].text.strip() == text for found, text in zip(answers, wanted, strict=True)]
+    ours = evaluate(load(folder, dtype=torch.bfloat16), processor, chats)["exact_match"]
+    assert sum(right) / len(right) == pytest.approx(ours, abs=0.1)
+    assert ours > 0.7
+
+
+def test_what_is_not_factorised_is_refused(tmp_path):
+    model, processor = original("llava")
+    attention = decoder_layers(model)[0].self_attn
+    kv_heads = attention.config.num_key_value_heads
+    pairs = fixed_pairs("high", kv_heads=kv_heads, head_dim=attention.head_dim, rope_dim=16)
+    chosen = [RopeSelection(pairs=pairs)] * len(decoder_layers(model))
+    partial = with_partial_rope(model, chosen, MLAConfig(qk_rope_head_dim=16))
+    save(partial, processor, tmp_path / "partial")
+    with pytest.raises(InputError, match="not factorised"), engine(tmp_path / "partial"):
+        pass
+
+
+def test_a_cache_of_another_dtype_is_refused(random_folder):
+    folder = random_folder("llava")
+    with pytest.raises(InputError, match="kv_cache_dtype"), engine(folder, kv_cache_dtype="fp8"):
+        pass
