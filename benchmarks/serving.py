@@ -93,7 +93,7 @@ def compare(options: argparse.Namespace, arguments: list[str]) -> dict[str, Any]
     with tempfile.TemporaryDirectory() as folder:
         small = converted(options.model, options.budget, Path(folder, "small"))
         folders = {"original": resolve(f"zoo:{options.model}"), "converted": str(small)}
-        each = {kind: bytes_per_token(load_config(path), itemsize) for kind, path in folders.items()}
+        each = {kind: bytes_per_token(load_config(path), itemsize=itemsize) for kind, path in folders.items()}
         memory = options.tokens * each["original"]
         runs: dict[str, list[dict[str, Any]]] = {kind: [] for kind in folders}
         for _ in range(options.repeats):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import engine
+from conftest import as_on_the_hub, engine
 from helpers import original, record, with_partial_rope
 from transformers.video_utils import VideoMetadata
 
@@ -114,7 +114,8 @@ def test_compiled(random_folder):
     check(random_folder("qwen2_5_vl"), "qwen2_5_vl", enforce_eager=False)
 
 
-def test_tensor_parallel(random_folder):
+def test_tensor_parallel(random_folder, monkeypatch):
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     check(random_folder("qwen2_5_vl"), "qwen2_5_vl", tensor_parallel_size=2)
 
 
@@ -133,7 +134,8 @@ def test_video(random_folder):
     text = processor.apply_chat_template(
         [{"role": "user", "content": parts}], tokenize=False, add_generation_prompt=True
     )
-    known = {"total_num_frames": 4, "fps": 2.0, "duration": 2.0, "frames_indices": [0, 1, 2, 3]}
+    # after a video that lasts longer than it is large, vLLM goes on at other positions than transformers does
+    known = {"total_num_frames": 4, "fps": 4.0, "duration": 1.0, "frames_indices": [0, 1, 2, 3]}
     inputs = processor(
         text=[text],
         videos=[frames.permute(0, 3, 1, 2)],
@@ -157,9 +159,10 @@ def capacity(folder, dtype="float32"):
         return cache.num_gpu_blocks * cache.block_size
 
 
-def test_capacity_rises_by_the_ratio_of_bytes(family, random_folder):
-    small, whole = random_folder(family), random_folder(family, None)
-    per_token = [bytes_per_token(load_config(folder), 4) for folder in (whole, small)]
+@pytest.mark.parametrize("name", sorted(FAMILIES))
+def test_capacity_rises_by_the_ratio_of_bytes(name, converted, tmp_path):
+    small, whole = converted(name), as_on_the_hub(name, tmp_path / "whole")
+    per_token = [bytes_per_token(load_config(folder)) for folder in (whole, small)]
     found = capacity(small) / capacity(whole)
     assert found == pytest.approx(per_token[0] / per_token[1], rel=0.02)  # whole pages
 
@@ -188,7 +191,7 @@ def test_what_is_not_factorised_is_refused(tmp_path):
     attention = decoder_layers(model)[0].self_attn
     kv_heads = attention.config.num_key_value_heads
     pairs = fixed_pairs("high", kv_heads=kv_heads, head_dim=attention.head_dim, rope_dim=16)
-    chosen = [RopeSelection(pairs=pairs)] * len(decoder_layers(model))
+    chosen = [RopeSelection(pairs=pairs.clone()) for _ in decoder_layers(model)]
     partial = with_partial_rope(model, chosen, MLAConfig(qk_rope_head_dim=16))
     save(partial, processor, tmp_path / "partial")
     with pytest.raises(InputError, match="not factorised"), engine(tmp_path / "partial"):
