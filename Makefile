@@ -9,7 +9,7 @@ VLLM_VENV ?= .venv-vllm
 export MALLOC_MMAP_THRESHOLD_ ?= 4294967296
 export MALLOC_TRIM_THRESHOLD_ ?= 8589934592
 
-.PHONY: demo test test-eval test-pages test-vllm check format clean
+.PHONY: demo test test-eval test-pages test-vllm nightly check format clean
 
 demo: $(STAMP)
 	$(VENV)/bin/mha2mla demo --model $(MODEL)
@@ -28,6 +28,10 @@ test-pages: $(VENV)/.installed-pages
 # vLLM for CPUs, in an environment of its own: it pins its PyTorch
 test-vllm: $(VLLM_VENV)/.installed
 	$(VLLM_VENV)/bin/python -m pytest -m vllm tests/vllm
+
+# all that CI has no time for, too
+nightly: check test test-eval test-pages test-vllm
+	$(VENV)/bin/python -m pytest -m slow $(TESTS)
 
 check: $(STAMP)
 	$(VENV)/bin/ruff check .

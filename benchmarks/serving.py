@@ -154,7 +154,7 @@ def main() -> None:
         return
     found = compare(options, sys.argv[1:])
     OUT.mkdir(exist_ok=True)
-    (OUT / f"{options.model}.json").write_text(json.dumps(found, indent=1) + "\n")
+    (OUT / f"{options.model}-{options.tokens:05}.json").write_text(json.dumps(found, indent=1) + "\n")
     results = [json.loads(path.read_text()) for path in sorted(OUT.glob("*.json"))]
     (OUT / "README.md").write_text(table(results))
     print(json.dumps(found))

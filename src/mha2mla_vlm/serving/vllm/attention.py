@@ -14,11 +14,12 @@ from mha2mla_vlm.absorption import Up
 from mha2mla_vlm.config import DECOUPLED, MLAConfig
 from mha2mla_vlm.errors import InputError
 from mha2mla_vlm.rope import rotate
-from mha2mla_vlm.serving.vllm.backend import LatentBackend, LatentImpl
+from mha2mla_vlm.serving.vllm.backend import LatentBackend, LatentImpl, LatentMetadata
 from mha2mla_vlm.serving.vllm.compat import (
     AttentionLayerBase,
     AutoWeightsLoader,
     ColumnParallelLinear,
+    CommonAttentionMetadata,
     FullAttentionSpec,
     KVCacheSpec,
     VllmConfig,
@@ -28,11 +29,14 @@ from mha2mla_vlm.serving.vllm.compat import (
 
 
 class Modality(nn.Module):
-    """Which tokens of a step are visual, found once for all layers; a buffer that stays where it is."""
+    """What all layers share: which tokens of a step are visual, in a buffer that stays where it is, and how
+    the step is described to attention.
+    """
 
     def __init__(self, visual_token_ids: tuple[int, ...], most_tokens: int) -> None:
         super().__init__()
         self.visual_token_ids = visual_token_ids
+        self.step: tuple[CommonAttentionMetadata, LatentMetadata] | None = None  # the last, and from what
         self.register_buffer("visual", torch.zeros(most_tokens, dtype=torch.bool), persistent=False)
 
     def note(self, input_ids: torch.Tensor) -> None:

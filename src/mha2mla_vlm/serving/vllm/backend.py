@@ -26,7 +26,7 @@ class LatentMetadata:
     """One step's requests: first the `decodes`, which have one new token each, then those with more.
 
     The new tokens of request i are those from `starts[i]` to `starts[i + 1]`, its pages `block_table[i]`.
-    `visual` is the modality of the decoding requests' tokens, once a layer has read it: all have the same.
+    `visual` is the modality of the decoding requests' tokens, once the first layer has read it.
     """
 
     tokens: int
@@ -41,12 +41,14 @@ class LatentMetadata:
 
 
 class LatentMetadataBuilder(AttentionMetadataBuilder[LatentMetadata]):
-    """Requests that decode come first."""
+    """Requests that decode come first. vLLM has a builder for each size of layers; they share their work."""
 
     reorder_batch_threshold = 1
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:  # abstract in vLLM
-        super().__init__(*args, **kwargs)
+    def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: Any) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        layers = vllm_config.compilation_config.static_forward_context
+        self.shared: Any = layers[layer_names[0]].modality
 
     def build(
         self,
@@ -54,19 +56,25 @@ class LatentMetadataBuilder(AttentionMetadataBuilder[LatentMetadata]):
         common_attn_metadata: CommonAttentionMetadata,
         fast_build: bool = False,
     ) -> LatentMetadata:
-        """Describe one step for the layers of one size."""
-        common = common_attn_metadata
-        _, _, decodes, _ = split_decodes_and_prefills(common)  # tokens: one for each such request
-        return LatentMetadata(
-            tokens=common.num_actual_tokens,
-            decodes=decodes,
-            starts=common.query_start_loc_cpu.tolist(),
-            lengths=sequence_lengths(common),
-            longest=common.max_seq_len,
-            device_lengths=common.seq_lens,
-            block_table=common.block_table_tensor,
-            slots=common.slot_mapping,
-        )
+        """Describe one step."""
+        known = self.shared.step
+        if known is None or known[0] is not common_attn_metadata:
+            known = self.shared.step = (common_attn_metadata, _described(common_attn_metadata))
+        return known[1]
+
+
+def _described(common: CommonAttentionMetadata) -> LatentMetadata:
+    _, _, decodes, _ = split_decodes_and_prefills(common)  # tokens: one for each such request
+    return LatentMetadata(
+        tokens=common.num_actual_tokens,
+        decodes=decodes,
+        starts=common.query_start_loc_cpu.tolist(),
+        lengths=sequence_lengths(common),
+        longest=common.max_seq_len,
+        device_lengths=common.seq_lens,
+        block_table=common.block_table_tensor,
+        slots=common.slot_mapping,
+    )
 
 
 class LatentImpl(AttentionImpl[LatentMetadata]):
