@@ -35,6 +35,7 @@ model, processor = load("THIS FOLDER"), load_processor("THIS FOLDER")
 ```
 
 Or `AutoModelForImageTextToText.from_pretrained(..., trust_remote_code=True)`, with mha2mla-vlm installed.
+A server for many users: `vllm serve`, with `mha2mla-vlm[vllm]` installed.
 
 ## Licence
 

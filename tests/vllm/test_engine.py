@@ -20,7 +20,7 @@ from mha2mla_vlm.surgery import RopeSelection
 
 pytestmark = pytest.mark.vllm
 NEW = 8
-LONG = "Say again: " + "the digit 7 is in row 1, column 2. " * 24
+LONG = "Say again: " + "the digit 7 is in row 1, column 2. " * 40
 
 
 def requests(name):
@@ -91,7 +91,7 @@ def check(folder, name, **options):
         assert_same(served(llm, asked), right)
         for request in llm.generate(asked, use_tqdm=False):
             lengths.append((len(request.prompt_token_ids), request.num_cached_tokens))
-    assert max(length for length, _ in lengths) > 300
+    assert max(length for length, _ in lengths) > 550
     assert sum(cached for _, cached in lengths) > 0
     return right
 
@@ -114,9 +114,12 @@ def test_compiled(random_folder):
     check(random_folder("qwen2_5_vl"), "qwen2_5_vl", enforce_eager=False)
 
 
-def test_tensor_parallel(random_folder, monkeypatch):
+@pytest.mark.parametrize(
+    "options", [{"tensor_parallel_size": 2}, {"pipeline_parallel_size": 2, "enforce_eager": False}], ids=str
+)
+def test_two_processes(options, random_folder, monkeypatch):
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-    check(random_folder("qwen2_5_vl"), "qwen2_5_vl", tensor_parallel_size=2)
+    check(random_folder("qwen2_5_vl"), "qwen2_5_vl", **options)
 
 
 @pytest.mark.parametrize("name", sorted(FAMILIES))
