@@ -132,23 +132,14 @@ def decode(
     groups, head_dim = ups[0].kv_heads, q_rope.shape[-1] + q_nope.shape[-1]
     q_rope, q_nope = q_rope.contiguous(), q_nope.contiguous()
     latent, k_rope = (x if x.stride(-1) == 1 else x.contiguous() for x in _numbers(stored))
-    total = latent.shape[2] if filled is None else int(filled)
-    sources = _Source.of(latent), _Source.of(k_rope)
-    if isinstance(stored, Paged):
-        stored = stored.for_kernel()
-        total = stored.room
-        for source in sources:
-            source.lie_in(stored)
-    if isinstance(stored, QuantizedTokens):
-        total = stored.length
-        for source, coded in zip(sources, stored.coded, strict=True):
-            if coded is not None:
-                source.precede(coded)
+    stored = stored.for_kernel() if isinstance(stored, Paged) else stored
+    sources, total = _sources(stored, latent, k_rope)
     out = q_rope.new_empty(batch, heads, new, head_dim)
     call = _Call(
         batch=batch, groups=groups, row_group=heads * new // groups, new_tokens=new,
         rope=q_rope.shape[-1], nope=q_nope.shape[-1], head=head_dim, rank=latent.shape[-1],
-        kinds=len(ups), threads=torch.get_num_threads(), total=total, scaling=scaling,
+        kinds=len(ups), threads=torch.get_num_threads(), scaling=scaling,
+        total=total if filled is None else int(filled),
         q_rope=q_rope.data_ptr(), q_nope=q_nope.data_ptr(), up=(_Up * 2)(*map(_up_of, ups)),
         latent=sources[0], k_rope=sources[1], out=out.data_ptr(),
     )  # fmt: skip
@@ -173,6 +164,23 @@ def _numbers(stored: Piece | Pieces | Paged) -> tuple[torch.Tensor, torch.Tensor
         return stored.recent
     assert not isinstance(stored, Pieces), "can_run says so"
     return stored[0][:, None], stored[1]
+
+
+def _sources(
+    stored: Piece | Pieces | Paged, latent: torch.Tensor, k_rope: torch.Tensor
+) -> tuple[tuple[_Source, _Source], int]:
+    """Where latents and rotated keys lie, and how many tokens there are, at most, in a row of the batch."""
+    sources = _Source.of(latent), _Source.of(k_rope)
+    if isinstance(stored, Paged):
+        for source in sources:
+            source.lie_in(stored)
+        return sources, stored.room
+    if isinstance(stored, QuantizedTokens):
+        for source, coded in zip(sources, stored.coded, strict=True):
+            if coded is not None:
+                source.precede(coded)
+        return sources, stored.length
+    return sources, latent.shape[2]
 
 
 def _in_tiles(stored: QuantizedTokens) -> bool:

@@ -46,6 +46,32 @@ def _place(table, table_b, batch, s, seen, PAGE: tl.constexpr):
 
 
 @triton.jit
+def _own_rope(q_rope, batch, row, rows, row_group, group, column, rope_dim, in_rows, in_keys):
+    """Rotated query parts, each beside the keys of its own KV head, with 0 beside those of others."""
+    own = (row[:, None] // row_group == group[None, :]) & in_rows[:, None]
+    at = ((batch * rows + row) * rope_dim)[:, None] + (column % rope_dim)[None, :]
+    return tl.load(q_rope + at, mask=own & in_keys[None, :], other=0.0)
+
+
+@triton.jit
+def _count_visual(visual, place, start, stop, VISUAL: tl.constexpr, SPLIT: tl.constexpr):
+    """Visual tokens from `start` to `stop`."""
+    inside = start + tl.arange(0, SPLIT)
+    flags = tl.zeros([SPLIT], tl.int32)
+    if VISUAL:
+        flags = tl.load(visual + place + inside, mask=inside < stop, other=0).to(tl.int32)
+    return tl.sum(flags)
+
+
+@triton.jit
+def _scores(query, tile, rope, keys, added):
+    """Scores of a tile of tokens: what latents and what rotated keys give, and a constant of each row."""
+    scores = tl.dot(query, tl.trans(tile), input_precision="ieee")
+    scores += tl.dot(rope, tl.trans(keys), input_precision="ieee")
+    return scores + added[:, None]
+
+
+@triton.jit
 def _masked(scores, shown, cell, MASK: tl.constexpr):
     """Scores with a mask's cells applied, and what is not `shown` at minus infinity."""
     if MASK == 1:
@@ -68,6 +94,15 @@ def _add_tile(top, mass, acc, scores, tile):
 
 
 @triton.jit
+def _write_shares(mixed, at, dim, rank, top, mass, acc, in_rows, in_rank):
+    """Write sums as shares of their mass, rows `at`; returns the log of that mass."""
+    safe = tl.where(mass > 0, mass, 1.0)
+    cells = mixed + (at * rank)[:, None] + dim[None, :]
+    tl.store(cells, acc / safe[:, None], mask=in_rows[:, None] & in_rank[None, :])
+    return tl.where(mass > 0, top + tl.log(safe), float("-inf"))
+
+
+@triton.jit
 def _split_kernel(
     q_rope, q_latent, constant, latent, k_rope, visual, mask, filled, table, mixed, lse,
     rows, row_group, new, total, rank, rope_dim, splits,
@@ -82,60 +117,41 @@ def _split_kernel(
     if FILLED:
         stop = tl.minimum(stop, tl.load(filled + batch * filled_b).to(tl.int32))
     row = block * ROWS + tl.arange(0, ROWS)
-    dim, column, token = tl.arange(0, RANK), tl.arange(0, ROPE), tl.arange(0, TILE)
+    dim, column = tl.arange(0, RANK), tl.arange(0, ROPE)
     in_rows, in_rank = row < rows, dim < rank
     # rotated keys of the groups that these rows belong to, side by side; a row meets those of its own
     group = block * ROWS // row_group + column // rope_dim
     in_keys = group * row_group < tl.minimum(rows, (block + 1) * ROWS)
-    own = (row[:, None] // row_group == group[None, :]) & in_rows[:, None]
-    at = (batch * rows + row) * rope_dim
-    rope = tl.load(
-        q_rope + at[:, None] + (column % rope_dim)[None, :], mask=own & in_keys[None, :], other=0.0
-    )
+    rope = _own_rope(q_rope, batch, row, rows, row_group, group, column, rope_dim, in_rows, in_keys)
     key_at = group.to(tl.int64) * key_g + column % rope_dim
     mask_row = row[:, None]  # not looked at where there is no mask
     if MASK != 0:
         mask_row = mask + batch * mask_b + (row % new)[:, None] * mask_t
-
-    inside = start + tl.arange(0, SPLIT)
-    flags = tl.zeros([SPLIT], tl.int32)
-    if VISUAL:
-        flags = tl.load(visual + batch * visual_b + inside, mask=inside < stop, other=0).to(tl.int32)
-    count = tl.sum(flags)
+    count = _count_visual(visual, batch * visual_b, start, stop, VISUAL, SPLIT)
     for kind in tl.static_range(KINDS):
         present = (count > 0) if kind == 1 else (count < stop - start)
         here = (batch * splits + split) * KINDS + kind
-        top = tl.full([ROWS], float("-inf"), tl.float32)
-        mass = tl.zeros([ROWS], tl.float32)
+        top, mass = tl.full([ROWS], float("-inf"), tl.float32), tl.zeros([ROWS], tl.float32)
         acc = tl.zeros([ROWS, RANK], tl.float32)
         if present:
-            place = q_latent + (kind * tl.num_programs(0) + batch) * rows * rank
-            query = _read(place, row * rank, dim, in_rows, in_rank)
+            at = ((kind * tl.num_programs(0) + batch) * rows + row) * rank
+            query = _read(q_latent, at, dim, in_rows, in_rank)
             added = tl.zeros([ROWS], tl.float32)
             if CONSTANT and kind == 0:
                 added = tl.load(constant + batch * rows + row, mask=in_rows, other=0.0).to(tl.float32)
             for first in range(start, stop, TILE):
-                s = first + token
+                s = first + tl.arange(0, TILE)
                 seen = s < stop
                 b, t = _place(table, table_b, batch, s, seen, PAGE)
                 tile = _read(latent, b * latent_b + t * latent_s, dim, seen, in_rank)
                 keys = _read(k_rope, b * key_b + t * key_s, key_at, seen, in_keys)
-                scores = tl.dot(query, tl.trans(tile), input_precision="ieee")
-                scores += tl.dot(rope, tl.trans(keys), input_precision="ieee")
-                scores += added[:, None]
+                scores = _scores(query, tile, rope, keys, added)
                 if VISUAL:
                     is_visual = tl.load(visual + batch * visual_b + s, mask=seen, other=0).to(tl.int32)
                     seen = seen & (is_visual == kind)
                 scores = _masked(scores, seen[None, :] & in_rows[:, None], mask_row + s[None, :], MASK)
                 top, mass, acc = _add_tile(top, mass, acc, scores, tile)
-            safe = tl.where(mass > 0, mass, 1.0)
-            cells = (here * rows + row) * rank
-            tl.store(
-                mixed + cells[:, None] + dim[None, :],
-                acc / safe[:, None],
-                mask=in_rows[:, None] & in_rank[None, :],
-            )
-            top = tl.where(mass > 0, top + tl.log(safe), float("-inf"))
+            top = _write_shares(mixed, here * rows + row, dim, rank, top, mass, acc, in_rows, in_rank)
         tl.store(lse + here * rows + row, top, mask=in_rows)
 
 
