@@ -190,7 +190,7 @@ def _plan_factors(model_config: Any, config: ConversionConfig) -> MLAConfig:
 
 def _origin(model_config: Any) -> str | None:
     """The name under which a model can be loaded again, from any folder."""
-    name = model_config._name_or_path
+    name = model_config.name_or_path
     if Path(name).parent == ZOO_FOLDER:
         return ZOO_PREFIX + Path(name).name
     return str(Path(name).resolve()) if name and Path(name).is_dir() else name or None

@@ -21,6 +21,7 @@ from mha2mla_vlm.factorize import Factors, block_factors, metric_roots, pca_fact
 from mha2mla_vlm.folding import fold_keys
 from mha2mla_vlm.modeling import layer_prefixes, mla_classes
 from mha2mla_vlm.rope import split_dims
+from mha2mla_vlm.utils.compat import attention_name, set_attention_name
 
 logger = logging.getLogger(__name__)
 
@@ -171,7 +172,7 @@ def converted_config(config: Any, mla: MLAConfig) -> Any:
     config_class = mla_classes(config.model_type)[0]
     values = config.to_dict() | {"model_type": config_class.model_type, "mla": mla.to_dict()}
     made = config_class(**values)
-    made._attn_implementation = config._attn_implementation
+    set_attention_name(made, attention_name(config))
     return made
 
 

@@ -162,6 +162,7 @@ def _arguments(config: FinetuneConfig, folder: Path, examples: int, hidden: int)
         "save_total_limit": 2,
         "seed": config.seed,
         "dataloader_num_workers": config.workers,
+        "train_sampling_strategy": "random" if config.shuffle else "sequential",
         "remove_unused_columns": False,
         "label_names": ["labels"],
         "ddp_find_unused_parameters": False,

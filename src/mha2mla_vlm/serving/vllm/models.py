@@ -65,13 +65,13 @@ def _renamed(name: str) -> str:
 @functools.cache
 def serving_class(family: Family) -> type[Any]:
     """vLLM's class of a family's converted models, with the processor of the original's."""
-    name = class_names(family)[1]
+    name = class_names(family).model
     body = {"__module__": __name__, "__doc__": f"`{family.model_class}` with latent attention, in vLLM."}
     return type(name, (LatentMixin, stock_class(family.model_class)), body)
 
 
 def __getattr__(name: str) -> Any:
     for family in FAMILIES.values():
-        if name == class_names(family)[1]:
+        if name == class_names(family).model:
             return serving_class(family)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
