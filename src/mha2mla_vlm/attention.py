@@ -38,6 +38,19 @@ from mha2mla_vlm.utils.compat import (
 EXPAND_CHUNK = 1024  # cached tokens expanded at a time when many new ones meet four times as many
 
 
+class Replaced(nn.Module):
+    """Where the original's `k_proj` or `v_proj` was, so that what is meant for it fails instead of vanishing.
+
+    transformers makes up weights where a family's own class finds none in a converted folder, but refuses
+    those of another shape; peft leaves out an adapter's modules that are not there, but refuses those that
+    are not layers it knows.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.zeros(1, device=device))
+
+
 class MLAAttention(nn.Module):
     """Takes the place of a decoder layer's `self_attn`; caches `G * R + r` numbers a token.
 
@@ -91,6 +104,7 @@ class MLAAttention(nn.Module):
             }
         )
         self.o_proj = source.o_proj
+        self.k_proj, self.v_proj = Replaced(new["device"]), Replaced(new["device"])
         self.register_buffer("rope_pairs", self.first_pairs().to(new["device"]))
 
     def first_pairs(self) -> torch.Tensor:

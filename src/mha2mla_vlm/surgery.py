@@ -24,6 +24,7 @@ from mha2mla_vlm.rope import split_dims
 from mha2mla_vlm.utils.compat import attention_name, set_attention_name
 
 logger = logging.getLogger(__name__)
+REPLACED = ("k_proj.weight", "v_proj.weight")  # of `attention.Replaced`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,7 +164,7 @@ def converted_layer(
     )
     missing, unexpected = module.load_state_dict(weights, strict=False, assign=True)
     assert not unexpected, unexpected
-    assert all(key.startswith("o_proj.") for key in missing), missing
+    assert all(key.startswith(("o_proj.", *REPLACED)) for key in missing), missing
     return module.eval()
 
 
@@ -190,6 +191,7 @@ def rebuild(
         if key.startswith(kept) or not key.startswith(replaced)
     }
     for prefix, made in zip(prefixes, weights, strict=True):
+        state |= {prefix + key: torch.zeros(1) for key in REPLACED}
         state |= {prefix + key: value for key, value in made.items()}
     model_class = mla_classes(model.config.model_type)[1]
     made_model = model_class.from_pretrained(None, config=config, state_dict=state, dtype=model.dtype)

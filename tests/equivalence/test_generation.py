@@ -347,8 +347,18 @@ def test_static_cache_of_keys_and_values_is_refused(family):
 def test_unknown_cache_is_refused(family):
     model, processor = random_mla(family)
     inputs = prompt_inputs(family, processor, ["text"])
-    with pytest.raises((InputError, ValueError), match="sliding_window"):
-        generate(model, inputs, cache_implementation="sliding_window")
+    with pytest.raises((InputError, ValueError), match="no_such_cache"):
+        generate(model, inputs, cache_implementation="no_such_cache")
+
+
+def test_continuous_batching_is_refused(family):
+    """It pages keys and values, and answered with nothing."""
+    model, processor = random_mla(family)
+    ids = prompt_inputs(family, processor, ["text"])["input_ids"]
+    with pytest.raises(InputError, match="vllm serve"):
+        model.generate(input_ids=ids, cache_implementation="paged", max_new_tokens=2)
+    with pytest.raises(InputError, match="vllm serve"):
+        model.generate_batch(ids.tolist())
 
 
 def test_embeddings_with_token_types_are_the_ids(family):

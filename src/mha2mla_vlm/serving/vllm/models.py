@@ -30,6 +30,9 @@ _NAMES = (  # of a converted checkpoint, as vLLM has them
 )
 
 
+_REPLACED = re.compile(r"language_model\..*\.self_attn\.[kv]_proj\.")  # `attention.Replaced`
+
+
 class LatentMixin(_Model):
     """What a converted model adds to vLLM's class of its family, whichever that is."""
 
@@ -53,7 +56,8 @@ class LatentMixin(_Model):
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Weights of a converted checkpoint."""
-        return super().load_weights((_renamed(name), value) for name, value in weights)
+        kept = ((name, value) for name, value in weights if not _REPLACED.search(name))
+        return super().load_weights((_renamed(name), value) for name, value in kept)
 
 
 def _renamed(name: str) -> str:
