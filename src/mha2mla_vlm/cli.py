@@ -115,9 +115,8 @@ def convert(
         result = _convert_streamed(model, records, output, config, **streamed)
         main = process_index() == 0
     if main:
-        _finish_conversion(
-            output, push_to_hub, result, lambda: _report(evaluate, model, output, dtype, device)
-        )
+        how: dict[str, Any] = {"dtype": dtype.value, "device": device}
+        _finish_conversion(output, push_to_hub, result, lambda: _report(evaluate, model, output, how))
 
 
 def _foretell(model: str, records: Any, config: Any, dtype: DType, device: Any) -> None:
@@ -134,14 +133,14 @@ def _convert_streamed(model: str, records: Any, output: Path, config: Any, **opt
     return convert_checkpoint(model, records, output, config, **options).to_dict()
 
 
-def _report(data: str | None, model: str, output: Path, dtype: DType, device: str) -> dict[str, Any]:
+def _report(data: str | None, model: str, output: Path, how: dict[str, Any]) -> dict[str, Any]:
     if data is None:
         return {}
     from mha2mla_vlm.report.make import report_checkpoint
 
     path = output / "report.html"
-    given: dict[str, Any] = {"data": data, "baseline": model, "dtype": dtype.value, "device": device}
-    return {"report": str(path), "quality": report_checkpoint(str(output), path, **given).quality}
+    made = report_checkpoint(str(output), path, data=data, baseline=model, **how)
+    return {"report": str(path), "quality": made.quality}
 
 
 def _finish_conversion(

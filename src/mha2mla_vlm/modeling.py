@@ -3,6 +3,7 @@
 import functools
 import inspect
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -18,6 +19,7 @@ from transformers import (
     Cache,
     PreTrainedConfig,
     PreTrainedModel,
+    QuantizedCache,
 )
 
 from mha2mla_vlm.attention import MLAAttention
@@ -218,9 +220,19 @@ class MLAMixin(GenerationCompat, MLACheckpoint):
         """
         if implementation in (None, "dynamic"):
             return LatentCache()
-        if implementation == "quantized" and options.get("backend", "latent") == "latent":
+        if implementation != "quantized":
+            return None
+        if options.get("backend", "latent") == "latent":
             return quantized_cache(**options)
-        return None
+        text = self.config.get_text_config(decoder=True)
+        return QuantizedCache(**{"config": text, "q_group_size": self._quantization_group()} | options)
+
+    def _quantization_group(self) -> int:
+        """Of transformers' quantised caches: 64, their default, or what divides latents and rotated keys."""
+        sizes = AttentionSizes.of(self.config)
+        layers = [self.mla_config.layer(index) for index in range(sizes.layers)]
+        widths = [rope * sizes.kv_heads for rope, _ in layers] + [rank for _, rank in layers if rank]
+        return math.gcd(64, *widths)
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         """Refused: transformers' continuous batching pages keys and values, which converted models lack."""
