@@ -262,8 +262,9 @@ def write_model(trainer: RecoveryTrainer, folder: Path, dtype: torch.dtype) -> N
         state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     if trainer.is_world_process_zero():
         state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()}
-        model.config.dtype = dtype
         model.save_pretrained(folder, state_dict=state)
+        model.config.dtype = dtype  # which saving sets to that of the model, not of the state
+        model.config.save_pretrained(folder)
 
 
 def _name(source: Source | None) -> str | None:
