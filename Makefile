@@ -27,7 +27,7 @@ test-pages: $(VENV)/.installed-pages
 
 # vLLM for CPUs, in an environment of its own: it pins its PyTorch
 test-vllm: $(VLLM_VENV)/.installed
-	$(VLLM_VENV)/bin/python -m pytest -m vllm tests/vllm
+	$(VLLM_VENV)/bin/python -m pytest -m vllm tests/serving
 
 # all that CI has no time for, too
 nightly: check test test-eval test-pages test-vllm
@@ -53,9 +53,9 @@ $(VENV)/.installed-pages: $(STAMP)
 	$(VENV)/bin/python -m pip install --quiet --editable '.[chat,serve]' selenium
 	touch $@
 
-$(VLLM_VENV)/.installed: pyproject.toml tests/vllm/install.sh
+$(VLLM_VENV)/.installed: pyproject.toml tests/serving/install.sh
 	$(PYTHON) -m venv --clear $(VLLM_VENV)
-	sh tests/vllm/install.sh $(VLLM_VENV)/bin/python
+	sh tests/serving/install.sh $(VLLM_VENV)/bin/python
 	touch $@
 
 $(STAMP): pyproject.toml
