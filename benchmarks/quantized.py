@@ -28,11 +28,13 @@ from mha2mla_vlm import ConversionConfig, convert, load, load_processor
 from mha2mla_vlm.bench.layers import modality_of, random_caches, rotary_tables
 from mha2mla_vlm.bench.models import device_name
 from mha2mla_vlm.bench.timing import peak_memory
-from mha2mla_vlm.cache import LatentCache, TokenModality, cache_bytes
+from mha2mla_vlm.cache import LatentCache, cache_bytes
 from mha2mla_vlm.data import IGNORE_INDEX, Record, encode, encode_with_labels
 from mha2mla_vlm.demo import zoo_records
+from mha2mla_vlm.modality import TokenModality
 from mha2mla_vlm.modeling import decoder_layers
 from mha2mla_vlm.quantized_cache import quantized_cache
+from mha2mla_vlm.utils.compat import cache_argument
 from mha2mla_vlm.zoo import ZOO_NAMES
 
 OUT = Path(__file__).parents[1] / "docs" / "decode"
@@ -71,9 +73,9 @@ def answer_logits(
     ids, labels = whole["input_ids"][:, length:], whole["labels"][0, length:]
     places = positions(model, whole)
     prompt["position_ids"] = places[..., :length]
-    first = model(**prompt, past_key_values=cache, use_cache=True).logits[:, -1:]
+    first = model(**prompt, **cache_argument(cache), use_cache=True).logits[:, -1:]
     rest = model(
-        input_ids=ids, position_ids=places[..., length:], past_key_values=cache, use_cache=True
+        input_ids=ids, position_ids=places[..., length:], **cache_argument(cache), use_cache=True
     ).logits
     kept = labels != IGNORE_INDEX
     return torch.cat([first, rest[:, :-1]], dim=1)[0, kept].float(), labels[kept]
@@ -150,7 +152,7 @@ def step_rows() -> Iterator[dict[str, Any]]:
                 module(
                     hidden_states=hidden,
                     position_embeddings=tables,
-                    past_key_values=cache,
+                    **cache_argument(cache),
                     token_modality=modality,
                 )
         yield {"cache": kind, "bytes": size, "peak_bytes": peak["bytes"]}

@@ -21,6 +21,7 @@ from mha2mla_vlm.measuring import measure_moments
 from mha2mla_vlm.modeling import decoder_layers, mla_classes
 from mha2mla_vlm.streams import MemoryStates, begin
 from mha2mla_vlm.surgery import factored_weights, layer_factors, partial_rope_weights, rebuild
+from mha2mla_vlm.utils.compat import cache_argument
 from mha2mla_vlm.zoo.architectures import new_model
 from mha2mla_vlm.zoo.chats import PAGE_MULTIPLE, make_page
 
@@ -176,7 +177,7 @@ def piecewise_logits(model, inputs, cuts, cache: Cache):
                 patches += count
             else:
                 piece["pixel_values"] = full["pixel_values"][first:last]
-        logits.append(model(**piece, past_key_values=cache, use_cache=True).logits)
+        logits.append(model(**piece, **cache_argument(cache), use_cache=True).logits)
         start = stop
     return torch.cat(logits, dim=1)
 

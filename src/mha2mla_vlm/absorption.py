@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from mha2mla_vlm.cache import Kind, Run, runs_between
+from mha2mla_vlm.modality import Kind, Run, runs_between
 
 Piece = tuple[torch.Tensor, torch.Tensor]  # latents [B, n, r] and rotated keys [B, G, n, R] of n tokens
 

@@ -11,8 +11,6 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import Cache
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from mha2mla_vlm.absorption import (
     Piece,
@@ -23,13 +21,34 @@ from mha2mla_vlm.absorption import (
     dense_mask,
     expand,
 )
-from mha2mla_vlm.cache import Kind, Pieces, Run, TokenModality, filled_length
+from mha2mla_vlm.cache import Pieces, filled_length
 from mha2mla_vlm.chunked import attend_chunks
 from mha2mla_vlm.config import SHARED
 from mha2mla_vlm.kernels import DecodeBackend, find_kernel
+from mha2mla_vlm.modality import Kind, Run, TokenModality
 from mha2mla_vlm.rope import one_table, rotate
+from mha2mla_vlm.utils.compat import (
+    attention_backend,
+    is_plain,
+    pop_cache,
+    record_attentions,
+    records_attentions,
+)
 
 EXPAND_CHUNK = 1024  # cached tokens expanded at a time when many new ones meet four times as many
+
+
+class Replaced(nn.Module):
+    """Where the original's `k_proj` or `v_proj` was, so that what is meant for it fails instead of vanishing.
+
+    transformers makes up weights where a family's own class finds none in a converted folder, but refuses
+    those of another shape; peft leaves out an adapter's modules that are not there, but refuses those that
+    are not layers it knows.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.zeros(1, device=device))
 
 
 class MLAAttention(nn.Module):
@@ -85,20 +104,27 @@ class MLAAttention(nn.Module):
             }
         )
         self.o_proj = source.o_proj
-        pairs = torch.arange(rope_dim // 2, device=new["device"]).repeat(self.kv_heads, 1)
-        self.register_buffer("rope_pairs", pairs)
+        self.k_proj, self.v_proj = Replaced(new["device"]), Replaced(new["device"])
+        self.register_buffer("rope_pairs", self.first_pairs().to(new["device"]))
+
+    def first_pairs(self) -> torch.Tensor:
+        """The `rope_pairs [G, R/2]` of a model that no checkpoint fills."""
+        return torch.arange(self.rope_dim // 2).repeat(self.kv_heads, 1)
 
     def forward(
         self,
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
         token_modality: TokenModality | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Attend from `hidden_states [B, T, hidden]`; `token_modality` covers cached and new tokens."""
+        """Attend from `hidden_states [B, T, hidden]`; `token_modality` covers cached and new tokens.
+
+        `cache` (before transformers 5.24 `past_key_values`) is among the keyword arguments.
+        """
         batch, new, _ = hidden_states.shape
+        cache: Cache | None = pop_cache(kwargs)
         cos, sin = (self._pair_columns(table) for table in position_embeddings)
         q_rope, q_nope = self._queries(hidden_states, cos, sin)
         k_rope = (
@@ -107,11 +133,12 @@ class MLAAttention(nn.Module):
         k_rope = rotate(k_rope, cos, sin)
         latent = self._down(hidden_states, token_modality)[:, None]
         filled = None
-        if past_key_values is not None:
-            latent, k_rope = past_key_values.update(latent, k_rope, self.layer_idx)
-            filled = filled_length(past_key_values, self.layer_idx)
+        if cache is not None:
+            latent, k_rope = cache.update(latent, k_rope, self.layer_idx)
+            filled = filled_length(cache, self.layer_idx)
         stored = latent if isinstance(latent, Pieces) else (latent[:, 0], k_rope)
         output, weights = self._over(stored, q_rope, q_nope, token_modality, attention_mask, filled, **kwargs)
+        record_attentions(weights)
         return self.o_proj(output.reshape(batch, new, -1)), weights
 
     def _over(
@@ -128,6 +155,7 @@ class MLAAttention(nn.Module):
         new = q_rope.shape[2]
         total = stored.length if isinstance(stored, Pieces) else stored[0].shape[1]
         cached = total > new and not self.training and (mask is None or isinstance(mask, torch.Tensor))
+        cached = cached and not records_attentions()  # whose weights are the backend's
         if cached and self._can_absorb(new):
             dense = dense_mask(mask, new, total, q_rope.device, filled)
             return self.attend_absorbed(stored, q_rope, q_nope, modality, dense, filled), None
@@ -206,15 +234,12 @@ class MLAAttention(nn.Module):
         self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The attention backend that the model is set to; returns `[B, T, H, D]`."""
-        backend: Callable[..., tuple[torch.Tensor, torch.Tensor | None]] = (
-            ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        )
+        backend: Callable[..., tuple[torch.Tensor, torch.Tensor | None]] = attention_backend(self.config)
         dropout = self.attention_dropout if self.training else 0.0
         return backend(self, queries, keys, values, mask, dropout=dropout, scaling=self.scaling, **kwargs)
 
     def _can_absorb(self, new: int) -> bool:
-        factorised = all(isinstance(up, nn.Linear) for up in self.kv_b_proj.values())
-        return factorised and new <= self.absorb_limit
+        return new <= self.absorb_limit and all(is_plain(up) for up in self.kv_b_proj.values())
 
     def _ups(self) -> tuple[Up, ...]:
         """The up projection of each modality; gathering shards needs all, in order, in every process."""

@@ -1,89 +1,29 @@
-"""The latent cache, the modality of its tokens, and the only places that count its bytes.
+"""The latent cache, and the only places that count its bytes.
 
 Shapes: B batch, T new tokens, S all tokens, G KV heads, R rope dims per head, r latent dims.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from enum import IntEnum
-from typing import Any, NamedTuple, Self
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from transformers import Cache, DynamicCache, StaticCache
-from transformers.cache_utils import DynamicLayer, StaticLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 
 from mha2mla_vlm.config import AttentionSizes, MLAConfig
 from mha2mla_vlm.errors import InputError
+from mha2mla_vlm.modality import Kind, Run, TokenModality
+from mha2mla_vlm.utils.compat import (
+    add_layer,
+    keep_address,
+    replace_layers,
+    replicate,
+    static_length,
+    static_room,
+)
 
 GROWTH = 32  # tokens by which buffers grow
-MAX_RUNS = 32  # more runs than this cost more in launches than they save in arithmetic
-
-
-class Kind(IntEnum):
-    """Modality of a run of token positions over the rows of a batch."""
-
-    TEXT = 0
-    MIXED = 1  # text in some rows, visual in others
-    VISION = 2
-
-
-class Run(NamedTuple):
-    """Token positions `start` to `stop` of one kind."""
-
-    start: int
-    stop: int
-    kind: Kind
-
-
-@dataclass(frozen=True)
-class TokenModality:
-    """Which tokens are visual: `mask [B, S]`, and the same as runs along S.
-
-    Visual tokens come in few contiguous runs, so attention works run by run on views instead of
-    gathering tokens; only where rows of a batch differ (padding, other images) it needs the mask.
-    """
-
-    mask: torch.Tensor
-    runs: tuple[Run, ...]
-    new: "TokenModality | None" = None  # the last of these tokens, where others were cached before
-
-    @classmethod
-    def from_mask(cls, mask: torch.Tensor) -> Self:
-        """Find the runs of a mask; waits for the device once."""
-        code = (mask.any(0).long() + mask.all(0).long()).cpu()
-        kinds, lengths = torch.unique_consecutive(code, return_counts=True)
-        runs, start = [], 0
-        for kind, length in zip(kinds.tolist(), lengths.tolist(), strict=True):
-            runs.append(Run(start, start + length, Kind(kind)))
-            start += length
-        return cls(mask, _few(runs))
-
-    def part(self, start: int, stop: int) -> "TokenModality":
-        """The tokens from `start` to `stop`."""
-        return TokenModality(self.mask[:, start:stop], runs_between(self.runs, start, stop))
-
-    def extend(self, new: "TokenModality") -> "TokenModality":
-        """These tokens followed by `new`."""
-        length = self.mask.shape[1]
-        runs = list(self.runs)
-        for start, stop, kind in new.runs:
-            if runs and runs[-1].kind == kind and kind != Kind.MIXED:
-                runs[-1] = Run(runs[-1].start, stop + length, kind)
-            else:
-                runs.append(Run(start + length, stop + length, kind))
-        return TokenModality(torch.cat([self.mask, new.mask.to(self.mask.device)], dim=1), _few(runs), new)
-
-
-def runs_between(runs: Sequence[Run], start: int, stop: int) -> tuple[Run, ...]:
-    """The runs of the tokens from `start` to `stop`, counted from there."""
-    return tuple(
-        Run(max(a, start) - start, min(b, stop) - start, k) for a, b, k in runs if a < stop and b > start
-    )
-
-
-def _few(runs: Sequence[Run]) -> tuple[Run, ...]:
-    return tuple(runs) if len(runs) <= MAX_RUNS else (Run(0, runs[-1].stop, Kind.MIXED),)
 
 
 class Pieces(ABC):
@@ -104,19 +44,23 @@ class Pieces(ABC):
 class LatentLayer(DynamicLayer):
     """One layer: `keys` is the latent `[B, 1, S, r]`, `values` the rotated key part `[B, G, S, R]`.
 
-    Both are views of buffers that grow in steps, so that a new token does not copy the old ones.
+    Both are views of buffers that grow in steps, so that a new token does not copy the old ones. The first
+    layer of a cache holds the modality of its tokens, so that it follows what happens to rows.
     """
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self._buffers: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.token_modality: TokenModality | None = None
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Append latents and rotated keys; returns all of them."""
-        if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
-            return super().update(key_states, value_states, *args, **kwargs)  # in-place writes break autograd
+        grows = torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad)
+        if grows or torch.compiler.is_compiling():  # in-place writes break autograd, and graphs
+            self._buffers = None
+            return super().update(key_states, value_states, *args, **kwargs)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         start = self._recent_length()
@@ -156,22 +100,25 @@ class LatentLayer(DynamicLayer):
     def reset(self) -> None:
         """Forget all tokens."""
         super().reset()
-        self._buffers = None
+        self._buffers = self.token_modality = None
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Take the rows `beam_idx`, in this order."""
         super().reorder_cache(beam_idx)
-        self._buffers = None
+        self._buffers, self.token_modality = None, _rows(self.token_modality, beam_idx)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep the rows `indices`."""
         super().batch_select_indices(indices)
-        self._buffers = None
+        self._buffers, self.token_modality = None, _rows(self.token_modality, indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row."""
         super().batch_repeat_interleave(repeats)
         self._buffers = None
+        if self.token_modality is not None:
+            rows = torch.arange(len(self.token_modality.mask)).repeat_interleave(repeats)
+            self.token_modality = self.token_modality.rows(rows)
 
     def offload(self) -> None:
         """Move to the CPU, buffers included."""
@@ -179,41 +126,36 @@ class LatentLayer(DynamicLayer):
         self._buffers = None
 
 
+def _rows(known: TokenModality | None, indices: torch.Tensor) -> TokenModality | None:
+    return None if known is None else known.rows(indices)
+
+
 class LatentCache(DynamicCache):
-    """The cache that converted models use in `generate` when none is given."""
+    """A `DynamicCache` of latents: what a plain one becomes when a converted model first fills it."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.layers: list[LatentLayer] = []
-        self.layer_class_to_replicate = LatentLayer
-        self.token_modality: TokenModality | None = None
+        replicate(self, LatentLayer)
 
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        """Take the rows `beam_idx`, in this order."""
-        super().reorder_cache(beam_idx)
-        self._select_modality(beam_idx)
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep the rows `indices`."""
-        super().batch_select_indices(indices)
-        self._select_modality(indices)
-
-    def _select_modality(self, rows: torch.Tensor) -> None:
-        if self.token_modality is not None:
-            mask = self.token_modality.mask
-            self.token_modality = TokenModality(mask[rows.to(mask.device)], self.token_modality.runs)
+    @property
+    def token_modality(self) -> TokenModality | None:
+        """Which of its tokens are visual, None where all share factors."""
+        return known_modality(self)
 
 
 class LatentStaticLayer(StaticLayer):
     """A layer of fixed room, for `torch.compile`: latents `[B, 1, room, r]`, keys `[B, G, room, R]`."""
 
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.token_modality: TokenModality | None = None
+
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """As transformers does, but keys and values differ in their number of heads."""
         super().lazy_initialization(key_states, value_states[:, :1])
-        shape = (*value_states.shape[:2], self.max_cache_len, value_states.shape[-1])
-        self.values = torch.zeros(shape, dtype=self.dtype, device=self.device)
-        if not torch.compiler.is_compiling():
-            torch._dynamo.mark_static_address(self.values)
+        shape = (*value_states.shape[:2], static_room(self), value_states.shape[-1])
+        self.values = torch.zeros(shape, dtype=value_states.dtype, device=value_states.device)
+        keep_address(self.values)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -223,49 +165,78 @@ class LatentStaticLayer(StaticLayer):
         whole = super().update(key_states, value_states, *args, **kwargs)
         return (key_states, value_states) if first else whole
 
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Take the rows `beam_idx`, in this order."""
+        super().reorder_cache(beam_idx)
+        self.token_modality = _rows(self.token_modality, beam_idx)
 
-def hold_latents(cache: StaticCache) -> None:
-    """Make an empty static cache, which transformers sizes for keys and values, one of latents.
 
-    Raises `InputError` if it is not empty, or not of plain layers.
+_OURS = {
+    DynamicLayer: LatentLayer,
+    DynamicSlidingWindowLayer: LatentLayer,
+    StaticLayer: LatentStaticLayer,
+    LatentLayer: LatentLayer,
+    LatentStaticLayer: LatentStaticLayer,
+}
+
+
+def hold_latents(cache: Cache) -> None:
+    """Make an empty cache of keys and values, which transformers or a user made, one of latents.
+
+    Caches of other layers, quantised ones, stay as they are. Raises `InputError` for a static cache that
+    is not empty.
     """
-    if all(isinstance(layer, LatentStaticLayer) for layer in cache.layers):
+    if all(isinstance(layer, LatentLayer | LatentStaticLayer) for layer in cache.layers) and cache.layers:
         return
-    if any(type(layer) is not StaticLayer or layer.is_initialized for layer in cache.layers):
+    if not replace_layers(cache, _OURS) and isinstance(cache, StaticCache):
         raise InputError(
             "this static cache was set up for keys and values; give a new StaticCache(config, max_cache_len)"
         )
-    cache.layers = [LatentStaticLayer(max_cache_len=layer.max_cache_len) for layer in cache.layers]
 
 
 def filled_length(cache: Cache, layer_idx: int) -> torch.Tensor | None:
     """Tokens in a layer that returns its whole room; None for others, whose tensors are their tokens."""
     layer = cache.layers[layer_idx]
-    return layer.cumulative_length if isinstance(layer, LatentStaticLayer) else None
+    return static_length(layer) if isinstance(layer, LatentStaticLayer) else None
 
 
-def track_modality(cache: Cache | None, new_mask: torch.Tensor) -> TokenModality:
-    """Modality of all tokens, the cached and the new ones of `new_mask [B, T]`, and remember it.
+def known_modality(cache: Cache) -> TokenModality | None:
+    """The modality of cached tokens; quantised layers of transformers do not keep it, so the cache does."""
+    first = cache.layers[0] if cache.layers else None
+    holder: Any = first if isinstance(first, LatentLayer | LatentStaticLayer) else cache
+    return getattr(holder, "token_modality", None)
 
-    It is kept on the cache, whatever class that has, and cut to the cache's length first: cropping
-    and beam search only ever remove or repeat generated tokens, which are text. Selecting rows that
-    differ needs a `LatentCache`, whose modality follows. Raises `InputError` for a cache whose rows
-    or tokens were not filled through this model.
+
+def remember_modality(cache: Cache, modality: TokenModality) -> None:
+    """Keep the modality of all tokens that the cache will hold after this step."""
+    if not cache.layers:
+        add_layer(cache)
+    first: Any = cache.layers[0]
+    holder: Any = first if isinstance(first, LatentLayer | LatentStaticLayer) else cache
+    holder.token_modality = modality
+
+
+def track_modality(cache: Cache | None, new: TokenModality | torch.Tensor) -> TokenModality:
+    """Modality of all tokens, the cached and the `new` ones (or their mask `[B, T]`), and remember it.
+
+    It is kept where the tokens are and cut to the cache's length first: cropping and beam search only ever
+    remove or repeat generated tokens, which are text. Raises `InputError` for a cache whose rows or tokens
+    were not filled through this model.
     """
     if isinstance(cache, StaticCache):
-        return _track_static(cache, new_mask)
-    new = TokenModality.from_mask(new_mask)
+        return _track_static(cache, new if isinstance(new, torch.Tensor) else new.mask)
+    new = TokenModality.from_mask(new) if isinstance(new, torch.Tensor) else new
     if cache is None:
         return new
     past = cache.get_seq_length()
     if past:
-        known: TokenModality | None = getattr(cache, "token_modality", None)
+        known = known_modality(cache)
         if known is None or known.mask.shape[1] < past:
             raise InputError(
                 f"the cache holds {past} tokens of unknown modality; give one that this model filled"
             )
-        new = _match_rows(known.part(0, past), new_mask.shape[0]).extend(new)
-    cache.token_modality = new
+        new = _match_rows(known.part(0, past), new.mask.shape[0]).extend(new)
+    remember_modality(cache, new)
     return new
 
 
@@ -275,19 +246,20 @@ def _track_static(cache: StaticCache, new_mask: torch.Tensor) -> TokenModality:
     Which tokens are visual is then known on the device alone, so all are of kind MIXED but for those of
     a prompt that is the first.
     """
-    room, new = cache.layers[0].max_cache_len, new_mask.shape[1]
-    if not cache.layers[0].is_initialized:
+    layer, new = cache.layers[0], new_mask.shape[1]
+    room = static_room(layer)
+    if not layer.is_initialized:
         mask = torch.zeros(len(new_mask), room, dtype=torch.bool, device=new_mask.device)
         mask[:, :new] = new_mask
-        torch._dynamo.mark_static_address(mask)
+        keep_address(mask)
         first = TokenModality.from_mask(new_mask)
         rest = (Run(new, room, Kind.MIXED),) if new < room else ()
-        cache.token_modality = TokenModality(mask, (Run(0, room, Kind.MIXED),))
+        remember_modality(cache, TokenModality(mask, (Run(0, room, Kind.MIXED),)))
         return TokenModality(mask, (*first.runs, *rest), first)
-    known: TokenModality | None = getattr(cache, "token_modality", None)
+    known = known_modality(cache)
     if known is None or len(known.mask) != len(new_mask):
         raise InputError("the static cache holds tokens of unknown modality; give one that this model filled")
-    positions = torch.arange(new, device=new_mask.device) + cache.layers[0].cumulative_length
+    positions = torch.arange(new, device=new_mask.device) + static_length(layer)
     known.mask.index_copy_(1, positions, new_mask)
     return TokenModality(known.mask, known.runs, TokenModality(new_mask, (Run(0, new, Kind.MIXED),)))
 

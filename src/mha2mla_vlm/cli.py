@@ -97,7 +97,7 @@ def convert(
     from mha2mla_vlm.checkpoint import check_output, load_config, pick_device
     from mha2mla_vlm.config import ConversionConfig
     from mha2mla_vlm.conversion import plan
-    from mha2mla_vlm.parallel import join_processes
+    from mha2mla_vlm.parallel import join_processes, process_index, shared_work
     from mha2mla_vlm.sources import load_records
 
     sizes: dict[str, Any] = {"budget": budget, "rope_dim": rope_dim, "d_kv": d_kv, "samples": samples}
@@ -111,8 +111,13 @@ def convert(
         _foretell(model, records, config, dtype, target)
         return
     streamed = {"resume": resume, "spill": spill, "dtype": dtype.value, "device": target}
-    result = _convert_streamed(model, records, output, config, **streamed)
-    _finish_conversion(output, push_to_hub, result, lambda: _report(evaluate, model, output, dtype, device))
+    with shared_work():
+        result = _convert_streamed(model, records, output, config, **streamed)
+        main = process_index() == 0
+    if main:
+        _finish_conversion(
+            output, push_to_hub, result, lambda: _report(evaluate, model, output, dtype, device)
+        )
 
 
 def _foretell(model: str, records: Any, config: Any, dtype: DType, device: Any) -> None:
@@ -144,12 +149,10 @@ def _finish_conversion(
 ) -> None:
     """Report, and send the model where it is to go; the first of several processes does."""
     from mha2mla_vlm.card import push
-    from mha2mla_vlm.parallel import process_index
 
-    if process_index() == 0:
-        measured = report()
-        pushed = {} if repository is None else {"pushed": push(output, repository)}
-        finish({"output": str(output), **result, **measured, **pushed})
+    measured = report()
+    pushed = {} if repository is None else {"pushed": push(output, repository)}
+    finish({"output": str(output), **result, **measured, **pushed})
 
 
 @app.command()

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from torch import nn
 from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
 
 from mha2mla_vlm.allotment import unit_dims
@@ -29,9 +30,11 @@ from mha2mla_vlm.data import Record, encode_with_labels
 from mha2mla_vlm.errors import InputError
 from mha2mla_vlm.families import get_family
 from mha2mla_vlm.layerwise import LayerwiseConversion
+from mha2mla_vlm.modeling import decoder_layers
 from mha2mla_vlm.profile import LayerwiseProfile, MemoryWork, Profile, allotted, budget_units
 from mha2mla_vlm.progress import Phases, console
 from mha2mla_vlm.surgery import converted_config, rebuild
+from mha2mla_vlm.utils.compat import is_plain_tensor
 from mha2mla_vlm.zoo import ZOO_FOLDER, ZOO_PREFIX
 
 
@@ -53,7 +56,7 @@ def convert(
     earlier call (`make_profile`) saves measuring again. Raises `InputError` for a model or sizes that
     cannot be converted, before any work.
     """
-    _check_placement(model)
+    check_model(model)
     mla = plan(model.config, config)
     calibration, held_out = encode_split(model, processor, records, config)
     if profile is not None:
@@ -97,7 +100,7 @@ def make_profile(
     config: ConversionConfig = ConversionConfig(),
 ) -> Profile:
     """What calibration tells, for several calls of `convert` with the same records and methods."""
-    _check_placement(model)
+    check_model(model)
     return _measured(model, encode_split(model, processor, records, config)[0], config)
 
 
@@ -111,12 +114,21 @@ def _measured(model: PreTrainedModel, batches: Sequence[BatchFeature], config: C
     return Profile(config=config, layers=[found.layer(i) for i in range(layers)], losses=found.losses())
 
 
-def _check_placement(model: PreTrainedModel) -> None:
+def check_model(model: PreTrainedModel) -> None:
+    """Raise `InputError` for a model whose weights cannot be read as they are."""
     devices = {parameter.device for parameter in model.parameters()}
     if len(devices) > 1 or torch.device("meta") in devices:
         raise InputError(
             f"the model lies on {', '.join(map(str, devices))}; load it on one device to convert it"
         )
+    for layer in decoder_layers(model):
+        for name, module in layer.self_attn.named_modules():
+            owned = list(module.parameters(recurse=False))
+            if owned and not (type(module) is nn.Linear and all(map(is_plain_tensor, owned))):
+                raise InputError(
+                    f"layer {layer.self_attn.layer_idx}: {name} ({type(module).__name__}) is not a plain "
+                    "linear layer; merge adapters first (merge_and_unload), and load quantised models in bfloat16"
+                )
 
 
 def plan(model_config: Any, config: ConversionConfig) -> MLAConfig:
@@ -190,7 +202,7 @@ def _plan_factors(model_config: Any, config: ConversionConfig) -> MLAConfig:
 
 def _origin(model_config: Any) -> str | None:
     """The name under which a model can be loaded again, from any folder."""
-    name = model_config._name_or_path
+    name = model_config.name_or_path
     if Path(name).parent == ZOO_FOLDER:
         return ZOO_PREFIX + Path(name).name
     return str(Path(name).resolve()) if name and Path(name).is_dir() else name or None

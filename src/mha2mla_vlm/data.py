@@ -12,6 +12,7 @@ from PIL import Image, UnidentifiedImageError
 from transformers import BatchFeature, ProcessorMixin
 
 from mha2mla_vlm.errors import InputError
+from mha2mla_vlm.utils.compat import image_token_counts
 
 IGNORE_INDEX = -100  # label of a token that is not part of an answer
 ROLES = ("system", "user", "assistant")
@@ -181,5 +182,5 @@ def chat_length(processor: ProcessorMixin, record: Record) -> int:
     if not images:
         return plain
     sizes = [(image.height, image.width) for image in images]
-    visual = processor._get_num_multimodal_tokens(image_sizes=sizes)["num_image_tokens"]
+    visual = image_token_counts(processor, sizes)
     return plain + sum(visual) - len(images)

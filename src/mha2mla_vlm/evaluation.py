@@ -3,6 +3,7 @@
 Shapes: B batch, T tokens, A answer tokens, V vocabulary.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -50,6 +51,13 @@ def all_right(places: torch.Tensor, right: torch.Tensor) -> list[bool]:
 def _ends(places: torch.Tensor) -> torch.Tensor:
     """Where runs of neighbouring `places [A]` end, but for the last."""
     return ((places.diff() > 1).nonzero()[:, 0] + 1).cpu()
+
+
+def as_kl(value: float) -> float:
+    """A mean KL divergence, which rounding may put below 0; raises `InputError` if it is not finite."""
+    if not math.isfinite(value):
+        raise InputError(f"the KL divergence is {value}: a model's logits are not finite; check its weights")
+    return max(0.0, value)
 
 
 def kl_sum(log_probs: torch.Tensor, expected: torch.Tensor) -> float:
@@ -123,7 +131,7 @@ def summary(answers: Sequence[Answered]) -> dict[str, Any]:
         "cross_entropy": sum(answer.loss for answer in answers) / tokens,
     }
     if answers[0].kl is not None:
-        found["kl"] = max(0.0, sum(answer.kl or 0.0 for answer in answers) / tokens)
+        found["kl"] = as_kl(sum(answer.kl or 0.0 for answer in answers) / tokens)
         found["agreement"] = sum(answer.found == answer.theirs for answer in answers) / len(answers)
         right = sum(answer.theirs == answer.expected for answer in answers)
         found["baseline_exact_match"] = right / len(answers)

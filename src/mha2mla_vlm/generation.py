@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, ProcessorMixin, TextStreamer
 from mha2mla_vlm.cache import cache_bytes
 from mha2mla_vlm.data import Record, encode
 from mha2mla_vlm.errors import InputError
+from mha2mla_vlm.utils.compat import cache_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,23 +68,23 @@ def answer(
     """
     if quantization and getattr(model.config, "mla", None) is None:
         raise InputError("a cache of few bits is for converted models; this one is an original")
-    cache = {"cache_implementation": "quantized", "cache_config": quantization} if quantization else {}
+    options = {"cache_implementation": "quantized", "cache_config": quantization} if quantization else {}
     inputs = encode(processor, [record], generation_prompt=True).to(model.device)
     output = model.generate(
         **inputs,
         do_sample=False,
         max_new_tokens=max_new_tokens,
         return_dict_in_generate=True,
-        **cache,
+        **options,
         streamer=_Streamer(processor.tokenizer, stream) if stream else None,
     )
-    prompt_tokens = inputs["input_ids"].shape[1]
+    cache, prompt_tokens = cache_of(output), inputs["input_ids"].shape[1]
     new = output.sequences[0, prompt_tokens:]
     return Answer(
         text=processor.tokenizer.decode(new, skip_special_tokens=True).strip(),
         prompt_tokens=prompt_tokens,
         new_tokens=len(new),
-        cached_tokens=output.past_key_values.get_seq_length(),
-        cache_bytes=cache_bytes(output.past_key_values),
-        allocated_bytes=cache_bytes(output.past_key_values, allocated=True),
+        cached_tokens=cache.get_seq_length(),
+        cache_bytes=cache_bytes(cache),
+        allocated_bytes=cache_bytes(cache, allocated=True),
     )

@@ -18,7 +18,7 @@ from transformers import BatchFeature, PreTrainedModel
 from mha2mla_vlm.attention import MLAAttention
 from mha2mla_vlm.calibration import LayerStats
 from mha2mla_vlm.config import BLOCKS, OUTPUT_WEIGHTED, AttentionSizes, ConversionConfig, MLAConfig
-from mha2mla_vlm.evaluation import kl_sum
+from mha2mla_vlm.evaluation import as_kl, kl_sum
 from mha2mla_vlm.families import get_family
 from mha2mla_vlm.measuring import LayerProfile, measure_layer, measure_moments
 from mha2mla_vlm.modeling import decoder_layers
@@ -178,4 +178,4 @@ class LayerwiseConversion:
                 for position, stream in enumerate(self.ends.values()):
                     sums[position] += kl_sum(log_probs(stream), expected)
         sum_over_processes([sums])
-        return {name: max(0.0, float(total / sums[-1])) for name, total in zip(self.ends, sums, strict=False)}
+        return {name: as_kl(float(total / sums[-1])) for name, total in zip(self.ends, sums, strict=False)}

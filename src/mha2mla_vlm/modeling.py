@@ -4,21 +4,21 @@ import functools
 import inspect
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import transformers
+from torch.nn import functional
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForImageTextToText,
     AutoModelForMultimodalLM,
     AutoProcessor,
     Cache,
     PreTrainedConfig,
     PreTrainedModel,
-    StaticCache,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
 
 from mha2mla_vlm.attention import MLAAttention
 from mha2mla_vlm.cache import LatentCache, hold_latents, track_modality
@@ -26,19 +26,28 @@ from mha2mla_vlm.config import SHARED, AttentionSizes, MLAConfig
 from mha2mla_vlm.errors import InputError
 from mha2mla_vlm.families import FAMILIES, get_family
 from mha2mla_vlm.families.base import Family
+from mha2mla_vlm.modality import TokenModality
 from mha2mla_vlm.quantized_cache import quantized_cache
+from mha2mla_vlm.utils.compat import (
+    CACHE,
+    GenerationCompat,
+    is_loaded,
+    pop_cache,
+    register_multimodal,
+    without_attention_plan,
+)
 
-CACHES = ("dynamic", "offloaded", "static", "offloaded_static", "quantized")
 REMOTE_MODULE = "modeling_mha2mla"
 FINDINGS = "conversion.json"
+TOKEN_TYPES = "mm_token_type_ids"
 _REMOTE_CODE = '''"""For trust_remote_code=True; the code itself is in the package mha2mla-vlm."""
 
 try:
-    from mha2mla_vlm.modeling import {config}, {model}
+    from mha2mla_vlm.modeling import {names}
 except ImportError as error:
     raise ImportError("this checkpoint needs the package mha2mla-vlm: pip install mha2mla-vlm") from error
 
-__all__ = ["{config}", "{model}"]
+__all__ = "{names}".split(", ")
 '''
 
 
@@ -58,97 +67,40 @@ def write_findings(findings: dict[str, Any], folder: Path) -> None:
     (folder / FINDINGS).write_text(json.dumps(findings) + "\n", encoding="utf-8")
 
 
-if TYPE_CHECKING:  # a mixin to a PreTrainedModel
+if TYPE_CHECKING:  # mixins to a PreTrainedModel
     from transformers import PreTrainedModel as _Model
 else:
     _Model = object
 
 
-class MLAMixin(_Model):
-    """What a converted model adds to its family's class, whichever that is.
+class MLACheckpoint(_Model):
+    """What converted models with and without head share: how they are made, loaded and saved.
 
     `findings` are what its conversion found, where it was just made; `save_pretrained` writes them.
     """
 
     findings: dict[str, Any] | None = None
+    text_model: Any
 
-    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
-        super().__init__(config, *args, **kwargs)
+    def _prepare_config(self, config: Any) -> None:
+        """Check `mla`, and name the classes that load the folder with `trust_remote_code=True`."""
         if config.mla is None:
             raise InputError("the config has no `mla`; make one by converting a model")
         self.mla_config = MLAConfig.from_dict(config.mla)
         self.mla_config.check(AttentionSizes.of(config))
         self.family = get_family(config.model_type)
         self.visual_token_ids = self.family.visual_token_ids(config)
-        config.auto_map = {
-            "AutoConfig": f"{REMOTE_MODULE}.{type(config).__name__}",
-            "AutoModelForImageTextToText": f"{REMOTE_MODULE}.{type(self).__name__}",
-            "AutoModelForMultimodalLM": f"{REMOTE_MODULE}.{type(self).__name__}",
-        }
-        for layer in decoder_layers(self):
-            rope_dim, rank = self.mla_config.layer(layer.self_attn.layer_idx)
-            layer.self_attn = MLAAttention(
-                layer.self_attn,
-                rope_dim=rope_dim,
-                rank=rank,
-                modalities=self.mla_config.modalities,
-                kv_bias=self.mla_config.kv_bias,
-            )
+        names = class_names(self.family)
+        autos = {"AutoConfig": names.config, "AutoModel": names.inner}
+        autos |= dict.fromkeys(("AutoModelForImageTextToText", "AutoModelForMultimodalLM"), names.model)
+        config.auto_map = {auto: f"{REMOTE_MODULE}.{name}" for auto, name in autos.items()}
 
-    def _with_modality(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Arguments of `forward`, plus the modality of all tokens, found once for all layers."""
-        cache: Cache | None = inputs.get("past_key_values")
-        if inputs.get("use_cache") is None:
-            inputs["use_cache"] = self.config.get_text_config(decoder=True).use_cache and not self.training
-        if inputs["use_cache"] and cache is None:
-            cache = inputs["past_key_values"] = LatentCache()
-        if isinstance(cache, StaticCache):
-            hold_latents(cache)
-        if self.mla_config.modalities != SHARED:
-            names = ("input_ids", "inputs_embeds", "mm_token_type_ids")
-            visual = self._visual_mask(*(inputs.get(name) for name in names))
-            inputs["token_modality"] = track_modality(cache, visual)
-        return inputs
-
-    def _visual_mask(
-        self,
-        input_ids: torch.Tensor | None,
-        inputs_embeds: torch.Tensor | None,
-        mm_token_type_ids: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """Which of the new tokens are visual, `[B, T]`."""
-        if input_ids is not None:
-            return torch.stack([input_ids == token for token in self.visual_token_ids]).any(0)
-        if inputs_embeds is not None and mm_token_type_ids is not None:
-            visual = mm_token_type_ids[:, -inputs_embeds.shape[1] :] > 0
-            if self.family.marked:
-                visual = visual | visual.roll(1, dims=1) | visual.roll(-1, dims=1)
-            return visual
-        raise InputError(
-            "inputs_embeds alone do not tell visual from text tokens; give mm_token_type_ids [B, T] too"
-        )
-
-    def _prepare_cache_for_generation(
-        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> Any:
-        """Make a `LatentCache` the default of `generate`; any other that is asked for works too."""
-        wanted = generation_config.cache_implementation
-        given = model_kwargs.get("past_key_values") is not None or generation_config.use_cache is False
-        if not given and wanted in (None, "dynamic"):
-            model_kwargs["past_key_values"] = LatentCache()
-            if generation_config.is_assistant:
-                model_kwargs["past_key_values"].activate_past_recording()
-            return None
-        config = dict(generation_config.cache_config or {})
-        if not given and wanted == "quantized" and config.get("backend", "latent") == "latent":
-            model_kwargs["past_key_values"] = quantized_cache(**config)
-            return None
-        if wanted is not None and wanted not in CACHES:
-            raise InputError(f"unknown cache_implementation {wanted!r}; use one of {', '.join(CACHES)}")
-        return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-
-    def _get_static_cache_init_shape(self) -> None:
-        """None: a static cache takes the shapes of latents from the first of them."""
+    def initialize_weights(self) -> None:
+        """As transformers does, and the pairs that stay rotated, where no checkpoint gave them."""
+        super().initialize_weights()
+        for layer in self.text_model.layers:
+            if isinstance(layer.self_attn, MLAAttention) and not is_loaded(layer.self_attn.rope_pairs):
+                layer.self_attn.rope_pairs.copy_(layer.self_attn.first_pairs())
 
     def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
         """As transformers does, plus the module that loads the folder with `trust_remote_code=True`."""
@@ -161,7 +113,7 @@ class MLAMixin(_Model):
 
     def save_remote_code(self, folder: str | Path) -> None:
         """Write the module that `auto_map` names."""
-        code = _REMOTE_CODE.format(config=type(self.config).__name__, model=type(self).__name__)
+        code = _REMOTE_CODE.format(names=", ".join(class_names(self.family)))
         Path(folder, f"{REMOTE_MODULE}.py").write_text(code, encoding="utf-8")
 
     @classmethod
@@ -179,6 +131,105 @@ class MLAMixin(_Model):
         """Nothing to do: `save_pretrained` writes the module that the auto classes need."""
 
 
+class MLAInnerMixin(MLACheckpoint):
+    """What a converted model without head adds to its family's class: latent attention, and the modality of
+    tokens, which is found here so that all that calls the model without its head works too.
+    """
+
+    _keys_to_ignore_on_load_unexpected = ("lm_head.weight",)  # of a checkpoint with head
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        self._prepare_config(config)
+        for layer in self.text_model.layers:
+            rope_dim, rank = self.mla_config.layer(layer.self_attn.layer_idx)
+            layer.self_attn = MLAAttention(
+                layer.self_attn,
+                rope_dim=rope_dim,
+                rank=rank,
+                modalities=self.mla_config.modalities,
+                kv_bias=self.mla_config.kv_bias,
+            )
+        without_attention_plan(self.text_model)
+        self.post_init()  # once more, for what it gathers from the parts
+
+    @property
+    def text_model(self) -> Any:
+        """The language model."""
+        return self.language_model
+
+    def with_modality(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Arguments of `forward`, plus the modality of all tokens, found once for all layers."""
+        cache = pop_cache(inputs)
+        if inputs.get("use_cache") is None:
+            inputs["use_cache"] = self.config.get_text_config(decoder=True).use_cache and not self.training
+        if inputs["use_cache"] and cache is None:
+            cache = LatentCache()
+        if cache is not None:
+            hold_latents(cache)
+        if self.mla_config.modalities != SHARED:
+            inputs["token_modality"] = track_modality(cache, self._modality(inputs, cache))
+        return inputs | {CACHE: cache}
+
+    def _modality(self, inputs: dict[str, Any], cache: Cache | None) -> TokenModality | torch.Tensor:
+        """The modality of the new tokens, or their mask `[B, T]`.
+
+        One token after others is text if nothing visual comes with it: looking would wait for the device.
+        """
+        ids = inputs.get("input_ids")
+        seen = ("inputs_embeds", "pixel_values", "pixel_values_videos", "mm_encoder_outputs")
+        plain = all(inputs.get(name) is None for name in seen)
+        if plain and cache is not None and ids is not None and ids.shape[1] == 1 and cache.is_initialized:
+            return TokenModality.of_text(len(ids), 1, ids.device)
+        if ids is not None:
+            return torch.stack([ids == token for token in self.visual_token_ids]).any(0)
+        embeds, types = inputs.get("inputs_embeds"), inputs.get("mm_token_type_ids")
+        if embeds is None or types is None:
+            raise InputError(
+                "inputs_embeds alone do not say which tokens are visual; give mm_token_type_ids [B, T] too"
+            )
+        visual = types > 0
+        if self.family.marked:
+            padded = functional.pad(visual, (1, 1))
+            visual = visual | padded[:, :-2] | padded[:, 2:]
+        return visual[:, -embeds.shape[1] :]
+
+
+class MLAMixin(GenerationCompat, MLACheckpoint):
+    """What a converted model adds to its family's class with head."""
+
+    model: Any
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        self._prepare_config(config)
+        del self.model  # before another takes its memory
+        self.model = mla_inner_class(self.family)(config)
+        self.post_init()
+
+    @property
+    def text_model(self) -> Any:
+        """The language model."""
+        return self.model.language_model
+
+    def cache_for_generation(self, implementation: str | None, options: dict[str, Any]) -> Cache | None:
+        """A `LatentCache` by default and a quantised one of ours unless another `backend` is asked for; all
+        others are transformers', made latent when they are filled.
+        """
+        if implementation in (None, "dynamic"):
+            return LatentCache()
+        if implementation == "quantized" and options.get("backend", "latent") == "latent":
+            return quantized_cache(**options)
+        return None
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: transformers' continuous batching pages keys and values, which converted models lack."""
+        raise InputError(
+            "continuous batching (generate_batch, cache_implementation='paged') pages keys and values, and a "
+            "converted model has latents; use generate, or `vllm serve` for many users"
+        )
+
+
 class MLAConfigMixin:
     """The config side of `MLAMixin`."""
 
@@ -187,60 +238,100 @@ class MLAConfigMixin:
         """Nothing to do, as in `MLAMixin`."""
 
 
+class ClassNames(NamedTuple):
+    """Names of the classes of a family's converted models."""
+
+    config: str
+    inner: str
+    model: str
+
+
+def class_names(family: Family) -> ClassNames:
+    """Names of the classes of a family's converted models."""
+    suffix = "ForConditionalGeneration"
+    stem = family.model_class.removesuffix(suffix) + "MLA"
+    return ClassNames(
+        config=family.config_class.removesuffix("Config") + "MLAConfig",
+        inner=stem + "Model",
+        model=stem + suffix,
+    )
+
+
 @functools.cache
-def mla_classes(model_type: str) -> tuple[type[PreTrainedConfig], type[PreTrainedModel]]:
-    """Config and model class of a family's converted models, registered with the auto classes."""
-    family = get_family(model_type)
-    config_name, model_name = class_names(family)
-    base_config = getattr(transformers, family.config_class)
-    base_model = getattr(transformers, family.model_class)
-    config_body = {
+def mla_config_class(family: Family) -> type[PreTrainedConfig]:
+    """Config class of a family's converted models."""
+    body = {
         "__module__": __name__,
         "__annotations__": {"mla": dict[str, Any] | None},
         "__doc__": f"Config of a converted {family.config_class.removesuffix('Config')} model.",
         "model_type": family.mla_model_type,
         "mla": None,
     }
-    config_class = type(config_name, (MLAConfigMixin, base_config), config_body)
-    signature = inspect.signature(base_model.forward)
-    parameters = tuple(signature.parameters)[1:]
+    base = getattr(transformers, family.config_class)
+    return type(class_names(family).config, (MLAConfigMixin, base), body)
 
-    @functools.wraps(base_model.forward)  # keeps the signature, which generate and trainers read
+
+@functools.cache
+def mla_inner_class(family: Family) -> type[PreTrainedModel]:
+    """Class of a family's converted models without head."""
+    base = getattr(transformers, family.inner_class)
+    parameters = tuple(inspect.signature(base.forward).parameters)[1:]
+
+    @functools.wraps(base.forward)  # keeps the signature, which trainers read
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        inputs = self._with_modality({**dict(zip(parameters, args, strict=False)), **kwargs})
-        if "mm_token_type_ids" not in parameters:
-            inputs.pop("mm_token_type_ids", None)
-        return base_model.forward(self, **inputs)
+        inputs = self.with_modality({**dict(zip(parameters, args, strict=False)), **kwargs})
+        return base.forward(self, **_known_to(parameters, inputs))
 
-    if "mm_token_type_ids" not in parameters:  # taken by all converted models, beside inputs_embeds
-        *named, rest = signature.parameters.values()
-        types = inspect.Parameter("mm_token_type_ids", inspect.Parameter.KEYWORD_ONLY, default=None)
-        wrapped: Any = forward
-        wrapped.__signature__ = signature.replace(parameters=[*named, types, rest])
-
-    model_body = {
+    body = {
         "__module__": __name__,
         "forward": forward,
-        "__doc__": f"`{family.model_class}` with latent attention.",
-        "config_class": config_class,
+        "__doc__": f"`{family.inner_class}` with latent attention.",
+        "config_class": mla_config_class(family),
     }
-    model_class = type(model_name, (MLAMixin, base_model), model_body)
+    return type(class_names(family).inner, (MLAInnerMixin, base), body)
+
+
+def _known_to(parameters: tuple[str, ...], inputs: dict[str, Any]) -> dict[str, Any]:
+    """Inputs without the types of tokens where the family's class does not take them."""
+    return {k: v for k, v in inputs.items() if k != TOKEN_TYPES or k in parameters}
+
+
+@functools.cache
+def mla_model_class(family: Family) -> type[PreTrainedModel]:
+    """Class of a family's converted models."""
+    base = getattr(transformers, family.model_class)
+    body = {
+        "__module__": __name__,
+        "__doc__": f"`{family.model_class}` with latent attention.",
+        "config_class": mla_config_class(family),
+    }
+    signature = inspect.signature(base.forward)
+    if TOKEN_TYPES not in signature.parameters:  # taken by all converted models, beside inputs_embeds
+
+        @functools.wraps(base.forward)
+        def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+            return base.forward(self, *args, **kwargs)
+
+        *named, rest = signature.parameters.values()
+        types = inspect.Parameter(TOKEN_TYPES, inspect.Parameter.KEYWORD_ONLY, default=None)
+        wrapped: Any = forward
+        wrapped.__signature__ = signature.replace(parameters=[*named, types, rest])
+        body["forward"] = forward
+    return type(class_names(family).model, (MLAMixin, base), body)
+
+
+@functools.cache
+def mla_classes(model_type: str) -> tuple[type[PreTrainedConfig], type[PreTrainedModel]]:
+    """Config and model class of a family's converted models, registered with the auto classes."""
+    family = get_family(model_type)
+    config_class, model_class = mla_config_class(family), mla_model_class(family)
     AutoConfig.register(family.mla_model_type, config_class, exist_ok=True)
+    AutoModel.register(config_class, mla_inner_class(family), exist_ok=True)
     AutoModelForImageTextToText.register(config_class, model_class, exist_ok=True)
     AutoModelForMultimodalLM.register(config_class, model_class, exist_ok=True)
-    # by these names `transformers serve` knows how to load a model, and that it takes pictures
-    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.setdefault(family.mla_model_type, model_name)
+    register_multimodal(family.mla_model_type, model_class.__name__)
     AutoProcessor.register(config_class, getattr(transformers, family.processor_class), exist_ok=True)
     return config_class, model_class
-
-
-def class_names(family: Family) -> tuple[str, str]:
-    """Names of the config and model class of a family's converted models."""
-    suffix = "ForConditionalGeneration"
-    return (
-        family.config_class.removesuffix("Config") + "MLAConfig",
-        family.model_class.removesuffix(suffix) + "MLA" + suffix,
-    )
 
 
 def register() -> None:
@@ -250,8 +341,9 @@ def register() -> None:
 
 
 def __getattr__(name: str) -> Any:
-    for model_type, family in FAMILIES.items():
-        names = class_names(family)
-        if name in names:
-            return mla_classes(model_type)[names.index(name)]
+    makers = {"config": mla_config_class, "inner": mla_inner_class, "model": mla_model_class}
+    for family in FAMILIES.values():
+        for part, known in class_names(family)._asdict().items():
+            if name == known:
+                return makers[part](family)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

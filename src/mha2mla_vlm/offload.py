@@ -10,6 +10,7 @@ from torch import nn
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 
 from mha2mla_vlm.modeling import decoder_layers, mla_classes
+from mha2mla_vlm.utils.compat import hook_at_rest, offloaded_value, tied_names
 
 
 def empty_model(config: Any) -> Any:
@@ -28,7 +29,7 @@ def disk_map(config: Any, device: torch.device) -> dict[str, str]:
     """
     whole, near = empty_model(config), str(device)
     text = whole.model.language_model
-    ends = near if getattr(whole, "all_tied_weights_keys", None) else "disk"
+    ends = near if tied_names(whole) else "disk"
     devices = {name: ends for name, child in whole.named_children() if child is not whole.model}
     devices |= {f"model.{name}": near for name, _ in whole.model.named_parameters(recurse=False)}
     devices |= {f"model.{name}": "disk" for name, child in whole.model.named_children() if child is not text}
@@ -49,18 +50,8 @@ def resident(modules: Iterable[nn.Module], device: torch.device | None = None) -
         for module in modules:
             if has_offloaded_params(module):
                 stack.enter_context(align_module_device(module, device))
-                stack.enter_context(_kept(module))
+                stack.enter_context(hook_at_rest(module))
         yield
-
-
-@contextlib.contextmanager
-def _kept(module: Any) -> Iterator[None]:
-    """Let a module's own hook neither read nor drop weights when it is called."""
-    module._hf_hook.offload = False
-    try:
-        yield
-    finally:
-        module._hf_hook.offload = True
 
 
 def front_modules(model: PreTrainedModel) -> Iterator[nn.Module]:
@@ -77,7 +68,7 @@ def end_modules(model: PreTrainedModel) -> tuple[nn.Module, nn.Module]:
 
 def stored_names(model: PreTrainedModel) -> list[str]:
     """Names of what a checkpoint of the model holds; tied weights once."""
-    tied = set(getattr(model, "all_tied_weights_keys", ()))
+    tied = tied_names(model)
     return [name for name in model.state_dict() if name not in tied]
 
 
@@ -88,5 +79,5 @@ def read_weights(model: PreTrainedModel, names: Iterable[str]) -> dict[str, torc
         owner, _, local = name.rpartition(".")
         module: Any = model.get_submodule(owner)
         tensor = getattr(module, local)
-        found[name] = module._hf_hook.weights_map[local] if tensor.is_meta else tensor.detach()
+        found[name] = offloaded_value(module, local) if tensor.is_meta else tensor.detach()
     return found

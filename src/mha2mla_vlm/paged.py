@@ -10,13 +10,12 @@ import torch
 from torch.nn import functional
 
 from mha2mla_vlm.absorption import Up, absorb, attend, expand
-from mha2mla_vlm.cache import Kind, Run
 from mha2mla_vlm.kernels import find_kernel
+from mha2mla_vlm.modality import Kind, Run
 from mha2mla_vlm.pages import Paged, as_piece
+from mha2mla_vlm.utils.compat import flash_with_mass
 
 CHUNK = 8192  # earlier tokens whose keys and values are made at a time
-
-_aten = torch.ops.aten
 
 
 def decode(
@@ -54,11 +53,11 @@ def prefill(
         )
         return output[0].transpose(0, 1)
     keys, values = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (keys, values))
-    output, lse = _flash(queries, keys, values, scaling, causal=True)
+    output, lse = flash_with_mass(queries, keys, values, scaling, causal=True)
     folded = queries.reshape(1, ups[0].kv_heads, -1, head_dim)  # all see all that is past: heads share keys
     for start in range(0, past, CHUNK):
         keys, values = keys_and_values(rows, visual, ups, start, min(start + CHUNK, past))
-        part, part_lse = _flash(folded, keys, values, scaling, causal=False)
+        part, part_lse = flash_with_mass(folded, keys, values, scaling, causal=False)
         output, lse = _merged(output, lse, part.reshape(output.shape), part_lse.reshape(lse.shape))
     return output[0].transpose(0, 1).to(query.dtype)
 
@@ -73,22 +72,6 @@ def keys_and_values(
     both = both.view(1, len(latent), ups[0].kv_heads, -1).transpose(1, 2)
     k_nope, values = both.tensor_split([ups[0].nope_dim], dim=-1)
     return torch.cat([k_rope, k_nope], dim=-1), values
-
-
-def _flash(
-    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float, *, causal: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention `[1, h, T, D]` and the log of its mass `[1, h, T]`, by PyTorch's fused kernels."""
-    if queries.device.type == "cpu":
-        attention = _aten._scaled_dot_product_flash_attention_for_cpu
-        return attention(queries, keys, values, 0.0, causal, scale=scaling)
-    if queries.dtype == torch.float32:
-        attention = _aten._scaled_dot_product_efficient_attention
-        output, lse, *_ = attention(queries, keys, values, None, True, 0.0, causal, scale=scaling)
-        return output, lse[..., : queries.shape[2]]  # padded
-    attention = _aten._scaled_dot_product_flash_attention
-    output, lse, *_ = attention(queries, keys, values, 0.0, causal, False, scale=scaling)
-    return output, lse
 
 
 def _merged(

@@ -1,6 +1,11 @@
-"""Several processes that share the chats of a calibration (`accelerate launch`)."""
+"""Several processes that share the chats of a calibration (`accelerate launch`).
 
-from collections.abc import Iterable, Sequence
+They do so only within `shared_work`: a process group alone does not say that all processes call this.
+"""
+
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
+from contextvars import ContextVar
 from typing import TypeVar
 
 import torch
@@ -8,6 +13,7 @@ import torch.distributed as dist
 from accelerate import PartialState
 
 T = TypeVar("T")
+_SHARED: ContextVar[bool] = ContextVar("shared_work", default=False)
 
 
 def join_processes(device: torch.device) -> torch.device:
@@ -18,9 +24,20 @@ def join_processes(device: torch.device) -> torch.device:
     return device if device.type == "cpu" else state.device
 
 
+@contextlib.contextmanager
+def shared_work(shared: bool = True) -> Iterator[None]:
+    """Within the context, all processes of the group, if there is one, work together, or each alone."""
+    token = _SHARED.set(shared)
+    try:
+        yield
+    finally:
+        _SHARED.reset(token)
+
+
 def process_count() -> int:
     """How many processes work on this, 1 where there are no others."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    together = _SHARED.get() and dist.is_available() and dist.is_initialized()
+    return dist.get_world_size() if together else 1
 
 
 def process_index() -> int:

@@ -17,6 +17,7 @@ from mha2mla_vlm.cache import LatentCache, LatentLayer, Pieces
 from mha2mla_vlm.config import AttentionSizes, MLAConfig, Strict
 from mha2mla_vlm.errors import InputError
 from mha2mla_vlm.quantization import BITS, Quantized, dequantize, quantize
+from mha2mla_vlm.utils.compat import replicate
 
 PIECE = {"cpu": 4096, "cuda": 16384}  # tokens that are numbers at a time
 
@@ -148,7 +149,7 @@ class QuantizedLatentLayer(LatentLayer):
 
     def reset(self) -> None:
         """Forget all tokens."""
-        self.latent = self.rope = None
+        self.latent = self.rope = self.token_modality = None
         if self.is_initialized:
             self._set_recent(self.keys[:, :, :0], self.values[:, :, :0])
 
@@ -215,6 +216,5 @@ def quantized_bytes_per_token(config: Any, quantization: QuantizationConfig, *, 
 def quantized_cache(**config: Any) -> LatentCache:
     """A `LatentCache` in few bits; takes what `QuantizationConfig` does."""
     cache = LatentCache()
-    layer: Any = partial(QuantizedLatentLayer, QuantizationConfig.from_dict(config))
-    cache.layer_class_to_replicate = layer
+    replicate(cache, partial(QuantizedLatentLayer, QuantizationConfig.from_dict(config)))
     return cache

@@ -32,6 +32,7 @@ from mha2mla_vlm.parallel import process_count
 from mha2mla_vlm.profile import LayerwiseProfile, allotted
 from mha2mla_vlm.progress import Phases
 from mha2mla_vlm.surgery import converted_config
+from mha2mla_vlm.utils.compat import tied_names
 from mha2mla_vlm.workfolder import WorkFolder, writing
 
 FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model")
@@ -222,7 +223,7 @@ def _write_index(skeleton: Any, folder: Path, names: Sequence[str]) -> None:
             for key in file.keys():  # noqa: SIM118 (not a dict)
                 found[key], where[key] = tuple(file.get_slice(key).get_shape()), name
         size += (folder / name).stat().st_size
-    tied = set(getattr(skeleton, "all_tied_weights_keys", ()))
+    tied = tied_names(skeleton)
     expected = {k: tuple(v.shape) for k, v in skeleton.state_dict().items() if k not in tied}
     assert found == expected, sorted(found.items() ^ expected.items())[:4]
     index = {"metadata": {"total_size": size}, "weight_map": where}

@@ -13,9 +13,9 @@ from torch import nn
 from transformers import BatchFeature, PreTrainedModel
 
 from mha2mla_vlm.attention import MLAAttention
-from mha2mla_vlm.cache import TokenModality
 from mha2mla_vlm.calibration import MAX_QUERIES, query_weights, visual_mask
 from mha2mla_vlm.evaluation import predicted
+from mha2mla_vlm.modality import TokenModality
 from mha2mla_vlm.modeling import decoder_layers
 from mha2mla_vlm.offload import front_modules, resident
 

@@ -21,8 +21,10 @@ from mha2mla_vlm.factorize import Factors, block_factors, metric_roots, pca_fact
 from mha2mla_vlm.folding import fold_keys
 from mha2mla_vlm.modeling import layer_prefixes, mla_classes
 from mha2mla_vlm.rope import split_dims
+from mha2mla_vlm.utils.compat import attention_name, set_attention_name
 
 logger = logging.getLogger(__name__)
+REPLACED = ("k_proj.weight", "v_proj.weight")  # of `attention.Replaced`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,7 +164,7 @@ def converted_layer(
     )
     missing, unexpected = module.load_state_dict(weights, strict=False, assign=True)
     assert not unexpected, unexpected
-    assert all(key.startswith("o_proj.") for key in missing), missing
+    assert all(key.startswith(("o_proj.", *REPLACED)) for key in missing), missing
     return module.eval()
 
 
@@ -171,7 +173,7 @@ def converted_config(config: Any, mla: MLAConfig) -> Any:
     config_class = mla_classes(config.model_type)[0]
     values = config.to_dict() | {"model_type": config_class.model_type, "mla": mla.to_dict()}
     made = config_class(**values)
-    made._attn_implementation = config._attn_implementation
+    set_attention_name(made, attention_name(config))
     return made
 
 
@@ -189,6 +191,7 @@ def rebuild(
         if key.startswith(kept) or not key.startswith(replaced)
     }
     for prefix, made in zip(prefixes, weights, strict=True):
+        state |= {prefix + key: torch.zeros(1) for key in REPLACED}
         state |= {prefix + key: value for key, value in made.items()}
     model_class = mla_classes(model.config.model_type)[1]
     made_model = model_class.from_pretrained(None, config=config, state_dict=state, dtype=model.dtype)

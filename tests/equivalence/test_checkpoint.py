@@ -21,7 +21,8 @@ processor = AutoProcessor.from_pretrained(sys.argv[1])
 inputs = torch.load(sys.argv[2], weights_only=True)
 out = model.generate(**inputs, max_new_tokens=3, do_sample=False, return_dict_in_generate=True)
 model.save_pretrained(sys.argv[3])
-print(json.dumps([out.sequences.tolist(), type(out.past_key_values).__name__, type(processor).__name__]))
+cache = out.cache if hasattr(out, "cache") else out.past_key_values
+print(json.dumps([out.sequences.tolist(), type(cache).__name__, type(processor).__name__]))
 """
 
 

@@ -9,6 +9,7 @@ from transformers.utils import is_hqq_available, is_optimum_quanto_available
 from mha2mla_vlm.cache import LatentCache, LatentLayer, bytes_per_token, cache_bytes
 from mha2mla_vlm.data import encode
 from mha2mla_vlm.errors import InputError
+from mha2mla_vlm.utils.compat import cache_argument, cache_of
 
 BATCH = ["image", "text", "two images"]
 NEW = 6
@@ -42,7 +43,7 @@ def test_default_cache_holds_the_bytes_of_the_formula(family):
     sizes = {}
     for name, candidate in (("original", base), ("converted", model)):
         output = candidate.generate(**inputs, max_new_tokens=4, return_dict_in_generate=True)
-        cache = output.past_key_values
+        cache = cache_of(output)
         itemsize = cache.layers[0].keys.element_size()
         expected = bytes_per_token(candidate.config, itemsize=itemsize) * cache.get_seq_length()
         assert cache_bytes(cache) == expected
@@ -65,7 +66,7 @@ def test_left_padded_batch_generates_as_single(family):
 def test_beam_search_gives_the_tokens_of_the_expanded_path(family, prompts, how):
     model, processor = random_mla(family)
     inputs = prompt_inputs(family, processor, prompts)
-    expected = generate(set_attention(model, absorb_limit=0), inputs, past_key_values=DynamicCache(), **how)
+    expected = generate(set_attention(model, absorb_limit=0), inputs, **cache_argument(DynamicCache()), **how)
     assert len(expected) == len(prompts) * how.get("num_return_sequences", 1)
     assert torch.equal(generate(set_attention(model, absorb_limit=10**6), inputs, **how), expected)
 
@@ -107,13 +108,13 @@ def test_second_turn_with_an_image_over_the_cache_is_the_whole_chat(family, limi
     chat = record(family, "two images")
     first = dict(encode(processor, [chat.before(1)], generation_prompt=True))
     cache = LatentCache()
-    model.generate(**first, past_key_values=cache, max_new_tokens=1)
+    model.generate(**first, **cache_argument(cache), max_new_tokens=1)
     whole = dict(encode(processor, [chat], generation_prompt=True))
     length = cache.get_seq_length()
     assert torch.equal(whole["input_ids"][:, :length], first["input_ids"])
     second = only_second_image(model, whole)
     expected = generate(model, whole)
-    assert torch.equal(generate(model, second, past_key_values=cache), expected)
+    assert torch.equal(generate(model, second, **cache_argument(cache)), expected)
 
 
 def only_second_image(model, inputs):
@@ -187,9 +188,7 @@ def test_a_quantized_cache_holds_few_bytes(family):
     how = {"cache_implementation": "quantized", "return_dict_in_generate": True, "max_new_tokens": 4}
     sizes = {}
     for bits in (8, 4, 2):
-        cache = model.generate(
-            **inputs, **how, cache_config={"nbits": bits, "q_group_size": 16}
-        ).past_key_values
+        cache = cache_of(model.generate(**inputs, **how, cache_config={"nbits": bits, "q_group_size": 16}))
         sizes[bits] = cache_bytes(cache) / cache.get_seq_length()
     plain = bytes_per_token(model.config, itemsize=4)
     assert sizes[2] < sizes[4] < sizes[8] < plain
@@ -206,7 +205,7 @@ def test_plain_dynamic_cache_holds_latents_too(family):
     model, processor = random_mla(family)
     inputs = prompt_inputs(family, processor, BATCH)
     cache = DynamicCache()
-    assert torch.equal(generate(model, inputs, past_key_values=cache), generate(model, inputs))
+    assert torch.equal(generate(model, inputs, **cache_argument(cache)), generate(model, inputs))
     assert cache_bytes(cache) == len(BATCH) * cache.get_seq_length() * bytes_per_token(
         model.config, itemsize=4
     )
@@ -228,10 +227,8 @@ def test_a_static_cache_gives_the_same_tokens(family, prompts, limit):
         suppress_tokens=list(model.visual_token_ids),
     )
     assert torch.equal(output.sequences[:, inputs["input_ids"].shape[1] :], expected)
-    room = output.past_key_values.layers[0].max_cache_len
-    assert cache_bytes(output.past_key_values) == bytes_per_token(model.config, itemsize=4) * room * len(
-        prompts
-    )
+    room = cache_of(output).layers[0].max_cache_len
+    assert cache_bytes(cache_of(output)) == bytes_per_token(model.config, itemsize=4) * room * len(prompts)
 
 
 def test_a_static_cache_serves_beams_and_a_second_prompt(family):
@@ -243,7 +240,7 @@ def test_a_static_cache_serves_beams_and_a_second_prompt(family):
     for prompts in (["image", "text"], ["text", "two turns"]):
         inputs = prompt_inputs(family, processor, prompts)
         cache.reset()
-        got = generate(model, inputs, past_key_values=cache)
+        got = generate(model, inputs, **cache_argument(cache))
         assert torch.equal(got, generate(model, inputs))
 
 
@@ -257,7 +254,7 @@ def test_decoding_compiles_once_for_all_tokens_and_prompts(family, shared):
             inputs = prompt_inputs(family, processor, [prompt])
             cache = StaticCache(config=model.config.get_text_config(), max_cache_len=ROOM)
             expected = generate(model, inputs)[0]
-            token = model(**inputs, past_key_values=cache, use_cache=True).logits[0, -1]
+            token = model(**inputs, **cache_argument(cache), use_cache=True).logits[0, -1]
             mask = torch.zeros(1, ROOM, dtype=torch.long)
             mask[:, : inputs["input_ids"].shape[1]] = 1
             positions = with_positions(model, inputs)["position_ids"][..., -1:]
@@ -270,7 +267,7 @@ def test_decoding_compiles_once_for_all_tokens_and_prompts(family, shared):
                     input_ids=token.argmax()[None, None],
                     attention_mask=mask,
                     position_ids=positions,
-                    past_key_values=cache,
+                    **cache_argument(cache),
                     use_cache=True,
                 ).logits[0, -1]
 
@@ -297,10 +294,10 @@ def test_foreign_cache_is_refused(family):
     model, processor = random_mla(family)
     inputs = prompt_inputs(family, processor, ["text"])
     cache = DynamicCache()
-    model(**inputs, past_key_values=cache, use_cache=True)
-    del cache.token_modality  # as if another model had filled it
+    model(**inputs, **cache_argument(cache), use_cache=True)
+    cache.layers[0].token_modality = None  # as if another model had filled it
     with pytest.raises(InputError, match="unknown modality"):
-        model(input_ids=inputs["input_ids"][:, -1:], past_key_values=cache, use_cache=True)
+        model(input_ids=inputs["input_ids"][:, -1:], **cache_argument(cache), use_cache=True)
 
 
 def test_pipeline_answers(family, tmp_path):
@@ -331,7 +328,7 @@ def test_video_tokens_are_visual_and_decode_alike():
     video = ids == model.config.video_token_id
     assert int(video.sum()) == int(inputs["video_grid_thw"].prod()) // 4
     output = model(**inputs, use_cache=True)
-    seen = output.past_key_values.token_modality.mask
+    seen = cache_of(output).token_modality.mask
     marks = [model.config.vision_start_token_id, model.config.vision_end_token_id]
     assert torch.equal(seen, video | torch.isin(ids, torch.tensor(marks)))
     expected = generate(model, inputs, use_cache=False)
@@ -344,14 +341,24 @@ def test_static_cache_of_keys_and_values_is_refused(family):
     cache = StaticCache(config=model.config.get_text_config(), max_cache_len=64)
     cache.early_initialization(1, 2, 64, torch.float32, torch.device("cpu"))
     with pytest.raises(InputError, match="static"):
-        model(**inputs, past_key_values=cache, use_cache=True)
+        model(**inputs, **cache_argument(cache), use_cache=True)
 
 
 def test_unknown_cache_is_refused(family):
     model, processor = random_mla(family)
     inputs = prompt_inputs(family, processor, ["text"])
-    with pytest.raises((InputError, ValueError), match="sliding_window"):
-        generate(model, inputs, cache_implementation="sliding_window")
+    with pytest.raises((InputError, ValueError), match="no_such_cache"):
+        generate(model, inputs, cache_implementation="no_such_cache")
+
+
+def test_continuous_batching_is_refused(family):
+    """It pages keys and values, and answered with nothing."""
+    model, processor = random_mla(family)
+    ids = prompt_inputs(family, processor, ["text"])["input_ids"]
+    with pytest.raises(InputError, match="vllm serve"):
+        model.generate(input_ids=ids, cache_implementation="paged", max_new_tokens=2)
+    with pytest.raises(InputError, match="vllm serve"):
+        model.generate_batch(ids.tolist())
 
 
 def test_embeddings_with_token_types_are_the_ids(family):
@@ -381,8 +388,8 @@ def test_a_cache_may_leave_inference_mode(family):
     for first in (torch.inference_mode, torch.no_grad):
         cache = LatentCache()
         with first():
-            model(**inputs, past_key_values=cache, use_cache=True)
-            model(input_ids=token, past_key_values=cache, use_cache=True)
+            model(**inputs, **cache_argument(cache), use_cache=True)
+            model(input_ids=token, **cache_argument(cache), use_cache=True)
         with torch.no_grad():
-            logits.append(model(input_ids=token, past_key_values=cache, use_cache=True).logits)
+            logits.append(model(input_ids=token, **cache_argument(cache), use_cache=True).logits)
     assert torch.equal(*logits)

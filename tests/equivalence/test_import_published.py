@@ -14,6 +14,7 @@ from mha2mla_vlm.errors import InputError
 from mha2mla_vlm.families import FAMILIES
 from mha2mla_vlm.interop.published import import_published
 from mha2mla_vlm.modeling import decoder_layers
+from mha2mla_vlm.utils.compat import cache_argument, cache_of
 
 STAGES = ("stage1", "stage2")
 
@@ -39,11 +40,11 @@ def test_the_absorbed_path_gives_the_published_logits(family):
     if "mm_token_type_ids" in given:
         prompt["mm_token_type_ids"] = given["mm_token_type_ids"][:, :split]
     first = model(**prompt, use_cache=True)
-    cache, found = first.past_key_values, [first.logits]
+    cache, found = cache_of(first), [first.logits]
     limits = {layer.self_attn.absorb_limit for layer in decoder_layers(model)}
     assert min(limits) >= 1  # one new token at a time is absorbed
     for i in range(split, ids.shape[1]):
-        step = model(input_ids=ids[:, i : i + 1], past_key_values=cache, use_cache=True)
+        step = model(input_ids=ids[:, i : i + 1], **cache_argument(cache), use_cache=True)
         found.append(step.logits)
     assert distance(torch.cat(found, dim=1), golden(family)["stage2"]) < 1e-4
 

@@ -19,6 +19,7 @@ from mha2mla_vlm.config import DECOUPLED, MLAConfig
 from mha2mla_vlm.families import FAMILIES
 from mha2mla_vlm.modeling import decoder_layers
 from mha2mla_vlm.surgery import RopeSelection
+from mha2mla_vlm.utils.compat import cache_argument, cache_of
 
 FOLDER = Path(__file__).parents[1] / "fixtures" / "published"
 HEAD_DIM, ROPE_DIM, D_KV, LAYERS = 16, 8, 4, 3
@@ -202,9 +203,9 @@ def test_decoding_over_our_latent_cache_gives_the_published_stage_2_to_rounding(
     by_token = ("input_ids", "attention_mask", "mm_token_type_ids")
     prompt = {k: v[:, : total - 3] if k in by_token else v for k, v in inputs.items()}
     with torch.no_grad():
-        cache = model(**prompt, use_cache=True).past_key_values
+        cache = cache_of(model(**prompt, use_cache=True))
         for position in range(total - 3, total):
             new = inputs["input_ids"][:, position : position + 1]
-            found = model(input_ids=new, past_key_values=cache, use_cache=True).logits[:, -1]
+            found = model(input_ids=new, **cache_argument(cache), use_cache=True).logits[:, -1]
             assert distance(found, wanted[:, position]) < 2e-6
     assert cache.layers[0].keys.shape[-1] == D_KV * ranks(family).shape[1]

@@ -109,7 +109,9 @@ def test_a_teacher_that_sees_otherwise_is_asked_itself(tmp_path):
     """Embeddings are taken from the student only where they are the teacher's own."""
     trainer = trainer_of("qwen2_5_vl", tmp_path, attention_loss=0.0)
     teacher, _ = original("qwen2_5_vl")
+    torch.manual_seed(0)
     nn.init.normal_(teacher.get_input_embeddings().weight)
+    nn.init.normal_(teacher.lm_head.weight, std=0.1)
     batch = batch_of(trainer)
     own = trainer.compute_loss(trainer.model, dict(batch))
     other = trainer_of("qwen2_5_vl", tmp_path, teacher=teacher, attention_loss=0.0)

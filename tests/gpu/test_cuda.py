@@ -7,6 +7,7 @@ import torch
 from helpers import prompt_inputs, random_mla, real_tokens, whole_logits
 
 from mha2mla_vlm.cache import LatentCache
+from mha2mla_vlm.utils.compat import cache_of
 
 pytestmark = [
     pytest.mark.gpu,
@@ -44,5 +45,5 @@ def test_bfloat16_decodes_into_a_bfloat16_cache(family):
     inputs = on_gpu(prompt_inputs(family, processor, ["image"]))
     model = model.to("cuda", torch.bfloat16)
     output = model.generate(**inputs, max_new_tokens=4, return_dict_in_generate=True)
-    assert isinstance(output.past_key_values, LatentCache)
-    assert {layer.keys.dtype for layer in output.past_key_values.layers} == {torch.bfloat16}
+    assert isinstance(cache_of(output), LatentCache)
+    assert {layer.keys.dtype for layer in cache_of(output).layers} == {torch.bfloat16}

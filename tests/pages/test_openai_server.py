@@ -11,6 +11,7 @@ from mha2mla_vlm.cache import LatentCache
 from mha2mla_vlm.checkpoint import load, load_processor
 from mha2mla_vlm.generation import answer, prompt_record
 from mha2mla_vlm.sources import load_records
+from mha2mla_vlm.utils.compat import pop_cache
 
 pytestmark = pytest.mark.pages
 
@@ -75,7 +76,7 @@ def test_its_cache_holds_latents(checkpoint, asked):
         client.chat.completions.create(**given)  # loads the model
         (loaded,) = server._model_manager.loaded_models.values()
         loaded.model.model.language_model.register_forward_pre_hook(
-            lambda _, args, kwargs: seen.append(kwargs["past_key_values"]), with_kwargs=True
+            lambda _, args, kwargs: seen.append(pop_cache(dict(kwargs))), with_kwargs=True
         )
         client.chat.completions.create(**given)
     finally:

@@ -9,22 +9,22 @@ from transformers import DynamicCache
 
 from mha2mla_vlm.cache import (
     GROWTH,
-    MAX_RUNS,
-    Kind,
     LatentCache,
     LatentLayer,
-    TokenModality,
     bytes_per_token,
     cache_bytes,
+    hold_latents,
     track_modality,
 )
 from mha2mla_vlm.calibration import LayerStats
 from mha2mla_vlm.config import MLAConfig
 from mha2mla_vlm.errors import InputError
 from mha2mla_vlm.families import FAMILIES
+from mha2mla_vlm.modality import MAX_RUNS, Kind, TokenModality
 from mha2mla_vlm.modeling import decoder_layers
 from mha2mla_vlm.rope import fixed_pairs
 from mha2mla_vlm.surgery import RopeSelection
+from mha2mla_vlm.utils.compat import cache_of
 from mha2mla_vlm.zoo.architectures import new_model
 
 G, R, RANK = 2, 4, 6  # KV heads, rope dims, latent dims
@@ -239,6 +239,7 @@ def test_more_runs_than_pay_become_one_mixed_run():
 
 def filled_cache(mask, kind=LatentCache):
     cache = kind()
+    hold_latents(cache)
     modality = track_modality(cache, mask)
     cache.update(*tokens(mask.shape[0], mask.shape[1], seed=0), 0)
     return cache, modality
@@ -297,8 +298,9 @@ def test_rows_of_another_cache_that_differ_and_were_selected_are_refused():
         track_modality(cache, make_mask("t", "t"))
 
 
-def test_modality_follows_reordered_rows_that_differ():
-    cache, _ = filled_cache(make_mask("tvvt", "tttv"))
+@pytest.mark.parametrize("kind", [LatentCache, DynamicCache])
+def test_modality_follows_reordered_rows_that_differ(kind):
+    cache, _ = filled_cache(make_mask("tvvt", "tttv"), kind)
     cache.reorder_cache(torch.tensor([1, 0]))
     assert torch.equal(track_modality(cache, make_mask("t", "t")).mask, make_mask("tttvt", "tvvtt"))
 
@@ -355,7 +357,7 @@ def test_bytes_per_token_are_those_of_the_cache_that_a_model_fills(name):
     ids = torch.full((1, 11), 40)
     for candidate, expected in ((model, original), (partial, original), (factored, elements)):
         with torch.no_grad():
-            cache = candidate(input_ids=ids, use_cache=True).past_key_values
+            cache = cache_of(candidate(input_ids=ids, use_cache=True))
         assert bytes_per_token(candidate.config, itemsize=4) == 4 * expected
         assert cache_bytes(cache) == 11 * bytes_per_token(candidate.config, itemsize=4)
         assert bytes_per_token(candidate.config) == 2 * expected

@@ -7,8 +7,8 @@ import torch
 from helpers import prompt_inputs, random_mla, set_attention
 
 from mha2mla_vlm.absorption import Up, absorb, attend, dense_mask, expand
-from mha2mla_vlm.cache import TokenModality
 from mha2mla_vlm.kernels import cpu_decode, find_kernel
+from mha2mla_vlm.modality import TokenModality
 from mha2mla_vlm.quantization import dequantize
 from mha2mla_vlm.quantized_cache import quantized_cache
 

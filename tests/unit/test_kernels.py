@@ -11,7 +11,7 @@ import torch
 from helpers import prompt_inputs, random_mla, set_attention
 
 from mha2mla_vlm.absorption import Queries, attend, dense_mask
-from mha2mla_vlm.cache import TokenModality
+from mha2mla_vlm.modality import TokenModality
 
 triton = pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -11,9 +11,11 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from mha2mla_vlm.bench.dense import Dense, dense_ways
 from mha2mla_vlm.bench.timing import Timing, time_in_turn
-from mha2mla_vlm.cache import LatentCache, TokenModality
+from mha2mla_vlm.cache import LatentCache, remember_modality
+from mha2mla_vlm.modality import TokenModality
 from mha2mla_vlm.modeling import decoder_layers
 from mha2mla_vlm.quantized_cache import quantized_cache
+from mha2mla_vlm.utils.compat import attention_name, cache_argument, set_attention_name
 
 VISUAL = (0.05, 0.85)  # the span of a context that is visual
 
@@ -59,7 +61,7 @@ def random_caches(
         latent.append(((batch, 1, context, rank), (batch, heads[0], context, module.rope_dim)))
     empty = LatentCache() if quantization is None else quantized_cache(**quantization)
     caches = random_cache(dense, like), random_cache(latent, like, empty)
-    caches[1].token_modality = modality_of(context, batch, like.device)
+    remember_modality(caches[1], modality_of(context, batch, like.device))
     return caches
 
 
@@ -118,20 +120,20 @@ def time_layers(
                     hidden_states=hidden,
                     position_embeddings=embeddings[model],
                     attention_mask=None,
-                    past_key_values=cache,
+                    **cache_argument(cache),
                     **kwargs,
                 )
 
         return run
 
     config = original.config.get_text_config(decoder=True)
-    default = config._attn_implementation
+    default = attention_name(config)
 
     def originally(way: str) -> Callable[[], None]:
         run = through(original, dense)
 
         def with_way() -> None:
-            config._attn_implementation = way  # read at each call
+            set_attention_name(config, way)  # read at each call
             run()
 
         return with_way
@@ -141,7 +143,7 @@ def time_layers(
     times = time_in_turn(
         {**ways, "ours": through(converted, latent, token_modality=modality)}, device=device, seconds=seconds
     )
-    config._attn_implementation = default
+    set_attention_name(config, default)
     return times
 
 

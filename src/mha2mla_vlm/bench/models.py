@@ -25,6 +25,7 @@ from mha2mla_vlm.config import AttentionSizes
 from mha2mla_vlm.errors import InputError
 from mha2mla_vlm.modeling import decoder_layers
 from mha2mla_vlm.progress import track
+from mha2mla_vlm.utils.compat import cache_argument
 
 logger = logging.getLogger(__name__)
 CONTEXTS = (1024, 4096, 16384, 65536)
@@ -161,7 +162,7 @@ def _step(model: PreTrainedModel, cache: Cache, context: int, batch: int) -> Cal
     inputs = _tokens(model, 1, batch, start=context)
 
     def run() -> None:
-        model(**inputs, past_key_values=cache, use_cache=True)
+        model(**inputs, **cache_argument(cache), use_cache=True)
         cache.crop(-1)
 
     return run

@@ -19,6 +19,7 @@ from transformers import (
 
 from mha2mla_vlm.cache import LatentCache, cache_bytes
 from mha2mla_vlm.data import Record, encode
+from mha2mla_vlm.utils.compat import cache_argument
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +99,7 @@ def live_answer(
                 **inputs,
                 do_sample=False,
                 max_new_tokens=max_new_tokens,
-                past_key_values=cache,
+                **cache_argument(cache),
                 streamer=watch,
                 stopping_criteria=StoppingCriteriaList([stop]),
             )

@@ -22,6 +22,11 @@ class Family:
     marked: bool = False  # each visual run stands between a start and an end token, visual too
 
     @property
+    def inner_class(self) -> str:
+        """Class in `transformers` of what the model is without its language-model head."""
+        return self.model_class.removesuffix("ForConditionalGeneration") + "Model"
+
+    @property
     def mla_model_type(self) -> str:
         """`config.model_type` of the converted model."""
         return f"{self.model_type}_mla"

@@ -12,7 +12,7 @@ from mha2mla_vlm.cache import bytes_per_token
 from mha2mla_vlm.config import AttentionSizes, MLAConfig
 from mha2mla_vlm.data import Record, encode_with_labels, message_text
 from mha2mla_vlm.errors import InputError
-from mha2mla_vlm.evaluation import Answered, by_kind, evaluate_answers, kl_sum, summary
+from mha2mla_vlm.evaluation import Answered, as_kl, by_kind, evaluate_answers, kl_sum, summary
 from mha2mla_vlm.families import get_family
 from mha2mla_vlm.modeling import decoder_layers
 from mha2mla_vlm.offload import end_modules
@@ -172,7 +172,7 @@ def _loss(model: PreTrainedModel, chats: Sequence[Chat], states: MemoryStates) -
             for stream in (ORIGINAL, CHANGED)
         )
         total, tokens = total + kl_sum(found, expected), tokens + len(expected)
-    return max(0.0, total / tokens)
+    return as_kl(total / tokens)
 
 
 def _examples(answers: Sequence[Answered]) -> list[Example]:

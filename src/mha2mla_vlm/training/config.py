@@ -80,6 +80,11 @@ class FinetuneConfig(Strict):
                 raise InputError(f"{name} = {getattr(self, name)}: give a share from 0 to 1")
         if self.warmup + self.decay > 1:
             raise InputError("warmup and decay together are more than all steps")
+        if not self.bf16 and self.dtype not in ("auto", "float32"):
+            raise InputError(
+                f"bf16 = False with dtype = {self.dtype}: what trains is float32, and without autocast all "
+                "must be; leave dtype out, or bf16 on"
+            )
         if self.attention_loss < 0:
             raise InputError(f"attention_loss = {self.attention_loss}: give a weight of 0 or more")
         for name in _POSITIVE:
@@ -94,6 +99,11 @@ class FinetuneConfig(Strict):
         AdamW in all entries of a matrix add up over its width: 1.2e-5 at 4,096.
         """
         return RATE / hidden if self.learning_rate is None else self.learning_rate
+
+    @property
+    def loaded_dtype(self) -> str:
+        """Number format to load models in: without autocast all is float32."""
+        return self.dtype if self.bf16 else "float32"
 
     @property
     def needs_teacher(self) -> bool:

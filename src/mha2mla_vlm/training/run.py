@@ -62,12 +62,13 @@ def finetune(
     settings = {key: _name(source) for key, source in sources.items()} | asdict(config)
     folder = path.with_name(path.name + ".partial")
     processor = load_processor(checkpoint)
-    how = {"dtype": config.dtype, "attn_implementation": config.attn_implementation}
+    how = {"dtype": config.loaded_dtype, "attn_implementation": config.attn_implementation}
     model = load(checkpoint, **how)
     original = None if teacher is None else load(teacher, **how)
     if original is not None:
         check_comparable(model, original)
-    dtype = model.dtype
+    stored = load_config(checkpoint).dtype or model.dtype
+    dtype = stored if config.dtype == "auto" else model.dtype
     model = prepare(model, config)
     _arguments(config, folder, examples=1, hidden=AttentionSizes.of(model.config).hidden)
     with _processes().main_process_first():
@@ -162,6 +163,7 @@ def _arguments(config: FinetuneConfig, folder: Path, examples: int, hidden: int)
         "save_total_limit": 2,
         "seed": config.seed,
         "dataloader_num_workers": config.workers,
+        "train_sampling_strategy": "random" if config.shuffle else "sequential",
         "remove_unused_columns": False,
         "label_names": ["labels"],
         "ddp_find_unused_parameters": False,

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
-from torch.utils.data import Sampler, SequentialSampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
@@ -32,6 +31,7 @@ from mha2mla_vlm.training.distillation import (
     same_inputs,
     share_frozen,
 )
+from mha2mla_vlm.utils.compat import prepare_inputs
 
 LOG = "training_log.jsonl"
 
@@ -55,11 +55,6 @@ class RecoveryTrainer(Trainer):
                 share_frozen(teacher, self._converted())
             self._same_inputs = same_inputs(teacher, self._converted())
 
-    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Sampler[int] | None:
-        if not self.recipe.shuffle:
-            return SequentialSampler(self.train_dataset)
-        return super()._get_train_sampler(*args, **kwargs)
-
     def _converted(self) -> PreTrainedModel:
         """The model without what accelerate and peft put around it."""
         model = self.accelerator.unwrap_model(self.model)
@@ -75,7 +70,7 @@ class RecoveryTrainer(Trainer):
         if not self.aligning:
             return super().training_step(model, inputs, *args, **kwargs)
         student = self._converted()
-        batch = self._prepare_inputs({k: v for k, v in inputs.items() if k != "labels"})
+        batch = prepare_inputs(self, {k: v for k, v in inputs.items() if k != "labels"})
         with attention_outputs(self._teacher) as wanted, layer_inputs(self._teacher) as given:
             self._teacher_logits(batch, 1)
         self._wanted = wanted
@@ -153,7 +148,7 @@ class RecoveryTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Sums by chat, `[B, 5]`: tokens, cross-entropy, KL, answers, right answers."""
-        inputs = self._prepare_inputs(inputs)
+        inputs = prepare_inputs(self, inputs)
         labels = inputs.pop("labels")
         columns, targets = answer_columns(labels)
         with self.accelerator.autocast(), language_inputs(self._converted()) as given:

@@ -13,5 +13,5 @@ def register() -> None:
 
     register_configs()
     for family in FAMILIES.values():
-        name = class_names(family)[1]
+        name = class_names(family).model
         ModelRegistry.register_model(name, f"{__name__}.models:{name}")

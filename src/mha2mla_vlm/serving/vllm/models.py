@@ -30,6 +30,9 @@ _NAMES = (  # of a converted checkpoint, as vLLM has them
 )
 
 
+_REPLACED = re.compile(r"language_model\..*\.self_attn\.[kv]_proj\.")  # `attention.Replaced`
+
+
 class LatentMixin(_Model):
     """What a converted model adds to vLLM's class of its family, whichever that is."""
 
@@ -53,7 +56,8 @@ class LatentMixin(_Model):
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Weights of a converted checkpoint."""
-        return super().load_weights((_renamed(name), value) for name, value in weights)
+        kept = ((name, value) for name, value in weights if not _REPLACED.search(name))
+        return super().load_weights((_renamed(name), value) for name, value in kept)
 
 
 def _renamed(name: str) -> str:
@@ -65,13 +69,13 @@ def _renamed(name: str) -> str:
 @functools.cache
 def serving_class(family: Family) -> type[Any]:
     """vLLM's class of a family's converted models, with the processor of the original's."""
-    name = class_names(family)[1]
+    name = class_names(family).model
     body = {"__module__": __name__, "__doc__": f"`{family.model_class}` with latent attention, in vLLM."}
     return type(name, (LatentMixin, stock_class(family.model_class)), body)
 
 
 def __getattr__(name: str) -> Any:
     for family in FAMILIES.values():
-        if name == class_names(family)[1]:
+        if name == class_names(family).model:
             return serving_class(family)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
