@@ -9,11 +9,12 @@ import importlib
 import unittest
 
 import pytest
+from transformers.models.auto import modeling_auto
 
-from mha2mla_vlm.config import DECOUPLED
-from mha2mla_vlm.modeling import mla_classes
+from mha2mla_vlm.families import get_family
+from mha2mla_vlm.modeling import mla_classes, mla_inner_class
 
-MLA = {"qk_rope_head_dim": 4, "kv_lora_rank": 6, "modalities": DECOUPLED}
+MLA = {"qk_rope_head_dim": 4, "kv_lora_rank": 6, "modalities": ["text", "vision"]}
 
 
 def original_case(family):
@@ -31,33 +32,48 @@ def converted_case(family, exceptions):
     original = original_case(family)
     names = [name for name in dir(original) if name.startswith("test_") and callable(getattr(original, name))]
     body = {name: _compared(original, name, exceptions.get(name)) for name in names}
+    inner, model = converted_classes(family)
+    # by these names the tests know which class has labels and a loss
+    config_class = mla_classes(family)[0]
+    modeling_auto.MODEL_MAPPING_NAMES[config_class.model_type] = inner.__name__
+    modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[config_class.model_type] = model.__name__
     body |= {
         "__module__": __name__,
-        "all_model_classes": converted_classes(family),
+        "all_model_classes": (inner, model),
+        "_get_attention_shape": _latent_shapes,
         "pipeline_model_mapping": {},  # tests of pipelines need the hub
-        "setUp": functools.partialmethod(_set_up, original, mla_classes(family)[0]),
+        "setUp": _set_up(original, config_class),
     }
     return type(f"Converted{original.__name__}", (original,), body)
 
 
 def converted_classes(family):
-    """What `all_model_classes` is to be."""
+    """The classes without and with head."""
     _, model_class = mla_classes(family)
-    return (model_class,)
+    return mla_inner_class(get_family(family)), model_class
 
 
-def _set_up(self, original, config_class):
-    original.setUp(self)
-    _seed()
-    tester, self.config_tester.config_class = self.model_tester, config_class
-    self.config_tester.inputs_dict["mla"] = MLA
-    original_config = tester.get_config
+def _set_up(original, config_class):
+    def set_up(self):
+        original.setUp(self)
+        _seed()
+        tester, self.config_tester.config_class = self.model_tester, config_class
+        self.config_tester.inputs_dict["mla"] = MLA
+        original_config = tester.get_config
 
-    def get_config(*args, **kwargs):
-        values = original_config(*args, **kwargs).to_dict()
-        return config_class(**values | {"model_type": config_class.model_type, "mla": MLA})
+        def get_config(*args, **kwargs):
+            values = original_config(*args, **kwargs).to_dict()
+            return config_class(**values | {"model_type": config_class.model_type, "mla": MLA})
 
-    tester.get_config = get_config
+        tester.get_config = get_config
+
+    return set_up
+
+
+def _latent_shapes(self, batch, length, config):
+    """What the cache holds in place of keys and values, by the hook that upstream's DeepSeek tests use."""
+    rank, rope_dim = MLA["kv_lora_rank"], MLA["qk_rope_head_dim"]
+    return (batch, 1, length, rank), (batch, config.num_key_value_heads, length, rope_dim)
 
 
 def _seed():
