@@ -27,7 +27,7 @@ test-pages: $(VENV)/.installed-pages
 
 # vLLM for CPUs, in an environment of its own: it pins its PyTorch
 test-vllm: $(VLLM_VENV)/.installed
-	$(VLLM_VENV)/bin/python -m pytest -m vllm tests/vllm
+	$(VLLM_VENV)/bin/python -m pytest -m vllm tests/serving
 
 # transformers' own tests of each family on converted models; TRANSFORMERS is a checkout of the release installed
 test-upstream: $(VENV)/.installed-upstream
@@ -62,9 +62,9 @@ $(VENV)/.installed-upstream: $(STAMP)
 	$(VENV)/bin/python -m pip install --quiet parameterized requests
 	touch $@
 
-$(VLLM_VENV)/.installed: pyproject.toml tests/vllm/install.sh
+$(VLLM_VENV)/.installed: pyproject.toml tests/serving/install.sh
 	$(PYTHON) -m venv --clear $(VLLM_VENV)
-	sh tests/vllm/install.sh $(VLLM_VENV)/bin/python
+	sh tests/serving/install.sh $(VLLM_VENV)/bin/python
 	touch $@
 
 $(STAMP): pyproject.toml

@@ -105,11 +105,17 @@ class MLAAttention(nn.Module):
         )
         self.o_proj = source.o_proj
         self.k_proj, self.v_proj = Replaced(new["device"]), Replaced(new["device"])
-        self.register_buffer("rope_pairs", self.first_pairs().to(new["device"]))
+        pairs = torch.empty(self.kv_heads, rope_dim // 2, dtype=torch.long, device=new["device"])
+        self.register_buffer("rope_pairs", pairs)
+        self.reset_buffers()
 
-    def first_pairs(self) -> torch.Tensor:
-        """The `rope_pairs [G, R/2]` of a model that no checkpoint fills."""
-        return torch.arange(self.rope_dim // 2).repeat(self.kv_heads, 1)
+    def reset_buffers(self, keep: Callable[[torch.Tensor], bool] = lambda _: False) -> None:
+        """Fill the buffers as without a checkpoint, the first pairs rotated, but those to `keep`."""
+        if not keep(self.rope_pairs):
+            self.rope_pairs.copy_(torch.arange(self.rope_dim // 2))
+        for module in (self.k_proj, self.v_proj):
+            if not keep(module.weight):
+                module.weight.zero_()
 
     def forward(
         self,

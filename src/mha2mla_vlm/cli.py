@@ -12,6 +12,7 @@ import typer
 
 from mha2mla_vlm.cli_looking import chat, generate, inspect, report, task
 from mha2mla_vlm.cli_options import (
+    AdapterOption,
     BudgetOption,
     CacheBitsOption,
     DataOption,
@@ -78,6 +79,7 @@ def convert(
     fold: FoldOption = True,
     factorization: FactorizationOption = "output-weighted",
     samples: Annotated[int, typer.Option(help="Chats to calibrate and measure on, at most.")] = 128,
+    adapter: AdapterOption = None,
     dry_run: DryRunOption = False,
     resume: ResumeOption = False,
     spill: SpillOption = None,
@@ -93,6 +95,7 @@ def convert(
 
     One layer at a time is in memory, and an interrupted run can be resumed.
     """
+    from mha2mla_vlm.adapters import merged
     from mha2mla_vlm.card import check_repository
     from mha2mla_vlm.checkpoint import check_output, load_config, pick_device
     from mha2mla_vlm.config import ConversionConfig
@@ -111,13 +114,15 @@ def convert(
         _foretell(model, records, config, dtype, target)
         return
     streamed = {"resume": resume, "spill": spill, "dtype": dtype.value, "device": target}
-    with shared_work():
-        result = _convert_streamed(model, records, output, config, **streamed)
-        main = process_index() == 0
-    if main:
-        _finish_conversion(
-            output, push_to_hub, result, lambda: _report(evaluate, model, output, dtype, device)
-        )
+    streamed["temporary"] = adapter is not None
+    how: dict[str, Any] = {"dtype": dtype.value, "device": device}
+    with shared_work(), merged(model, adapter, output, resume=resume) as source:
+        result = _convert_streamed(source, records, output, config, **streamed)
+        if process_index() == 0:
+            with shared_work(False):
+                _finish_conversion(
+                    output, push_to_hub, result, lambda: _report(evaluate, source, output, how)
+                )
 
 
 def _foretell(model: str, records: Any, config: Any, dtype: DType, device: Any) -> None:
@@ -134,14 +139,14 @@ def _convert_streamed(model: str, records: Any, output: Path, config: Any, **opt
     return convert_checkpoint(model, records, output, config, **options).to_dict()
 
 
-def _report(data: str | None, model: str, output: Path, dtype: DType, device: str) -> dict[str, Any]:
+def _report(data: str | None, model: str, output: Path, how: dict[str, Any]) -> dict[str, Any]:
     if data is None:
         return {}
     from mha2mla_vlm.report.make import report_checkpoint
 
     path = output / "report.html"
-    given: dict[str, Any] = {"data": data, "baseline": model, "dtype": dtype.value, "device": device}
-    return {"report": str(path), "quality": report_checkpoint(str(output), path, **given).quality}
+    made = report_checkpoint(str(output), path, data=data, baseline=model, **how)
+    return {"report": str(path), "quality": made.quality}
 
 
 def _finish_conversion(

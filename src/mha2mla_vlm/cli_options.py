@@ -54,6 +54,10 @@ FoldOption = Annotated[bool, typer.Option(help="Move the mean rotation of droppe
 DryRunOption = Annotated[
     bool, typer.Option("--dry-run", help="Foretell sizes, memory, disk and time, and stop.")
 ]
+AdapterOption = Annotated[
+    str | None,
+    typer.Option(help="Adapter (LoRA, by peft) of the model to merge into it first.", show_default=False),
+]
 ResumeOption = Annotated[
     bool, typer.Option("--resume", help="Go on where an earlier run to this output was interrupted.")
 ]

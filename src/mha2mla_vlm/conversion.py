@@ -122,13 +122,18 @@ def check_model(model: PreTrainedModel) -> None:
             f"the model lies on {', '.join(map(str, devices))}; load it on one device to convert it"
         )
     for layer in decoder_layers(model):
-        for name, module in layer.self_attn.named_modules():
-            owned = list(module.parameters(recurse=False))
-            if owned and not (type(module) is nn.Linear and all(map(is_plain_tensor, owned))):
+        for name, child in layer.self_attn.named_children():
+            modules = child.values() if isinstance(child, nn.ModuleDict) else [child]
+            wrong = [m for m in modules if any(True for _ in m.parameters()) and not _is_linear(m)]
+            if wrong:
                 raise InputError(
-                    f"layer {layer.self_attn.layer_idx}: {name} ({type(module).__name__}) is not a plain "
-                    "linear layer; merge adapters first (merge_and_unload), and load quantised models in bfloat16"
+                    f"layer {layer.self_attn.layer_idx}: {name} ({type(wrong[0]).__name__}) is not a plain "
+                    "linear layer; merge adapters first (merge_and_unload), load quantised models in bfloat16"
                 )
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return type(module) is nn.Linear and all(map(is_plain_tensor, module.parameters()))
 
 
 def plan(model_config: Any, config: ConversionConfig) -> MLAConfig:

@@ -3,6 +3,7 @@
 import functools
 import inspect
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,8 +17,10 @@ from transformers import (
     AutoModelForMultimodalLM,
     AutoProcessor,
     Cache,
+    GenerationMixin,
     PreTrainedConfig,
     PreTrainedModel,
+    QuantizedCache,
 )
 
 from mha2mla_vlm.attention import MLAAttention
@@ -40,6 +43,7 @@ from mha2mla_vlm.utils.compat import (
 REMOTE_MODULE = "modeling_mha2mla"
 FINDINGS = "conversion.json"
 TOKEN_TYPES = "mm_token_type_ids"
+PICTURES = ("pixel_values", "pixel_values_videos", "mm_encoder_outputs")
 _REMOTE_CODE = '''"""For trust_remote_code=True; the code itself is in the package mha2mla-vlm."""
 
 try:
@@ -96,11 +100,11 @@ class MLACheckpoint(_Model):
         config.auto_map = {auto: f"{REMOTE_MODULE}.{name}" for auto, name in autos.items()}
 
     def initialize_weights(self) -> None:
-        """As transformers does, and the pairs that stay rotated, where no checkpoint gave them."""
+        """As transformers does, and the buffers of attention that no checkpoint gave."""
         super().initialize_weights()
         for layer in self.text_model.layers:
-            if isinstance(layer.self_attn, MLAAttention) and not is_loaded(layer.self_attn.rope_pairs):
-                layer.self_attn.rope_pairs.copy_(layer.self_attn.first_pairs())
+            if isinstance(layer.self_attn, MLAAttention):
+                layer.self_attn.reset_buffers(keep=is_loaded)
 
     def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
         """As transformers does, plus the module that loads the folder with `trust_remote_code=True`."""
@@ -177,13 +181,15 @@ class MLAInnerMixin(MLACheckpoint):
         One token after others is text if nothing visual comes with it: looking would wait for the device.
         """
         ids = inputs.get("input_ids")
-        seen = ("inputs_embeds", "pixel_values", "pixel_values_videos", "mm_encoder_outputs")
-        plain = all(inputs.get(name) is None for name in seen)
-        if plain and cache is not None and ids is not None and ids.shape[1] == 1 and cache.is_initialized:
+        alone = all(inputs.get(name) is None for name in PICTURES)
+        if alone and cache is not None and ids is not None and ids.shape[1] == 1 and cache.is_initialized:
             return TokenModality.of_text(len(ids), 1, ids.device)
         if ids is not None:
             return torch.stack([ids == token for token in self.visual_token_ids]).any(0)
-        embeds, types = inputs.get("inputs_embeds"), inputs.get("mm_token_type_ids")
+        embeds, types = inputs.get("inputs_embeds"), inputs.get(TOKEN_TYPES)
+        if embeds is not None and types is None and not alone:
+            marks = self.get_input_embeddings()(torch.tensor(self.visual_token_ids, device=embeds.device))
+            return torch.stack([(embeds == mark).all(-1) for mark in marks]).any(0)  # so do the families
         if embeds is None or types is None:
             raise InputError(
                 "inputs_embeds alone do not say which tokens are visual; give mm_token_type_ids [B, T] too"
@@ -218,9 +224,19 @@ class MLAMixin(GenerationCompat, MLACheckpoint):
         """
         if implementation in (None, "dynamic"):
             return LatentCache()
-        if implementation == "quantized" and options.get("backend", "latent") == "latent":
+        if implementation != "quantized":
+            return None
+        if options.get("backend", "latent") == "latent":
             return quantized_cache(**options)
-        return None
+        text = self.config.get_text_config(decoder=True)
+        return QuantizedCache(**{"config": text, "q_group_size": self._quantization_group()} | options)
+
+    def _quantization_group(self) -> int:
+        """Of transformers' quantised caches: 64, their default, or what divides latents and rotated keys."""
+        sizes = AttentionSizes.of(self.config)
+        layers = [self.mla_config.layer(index) for index in range(sizes.layers)]
+        widths = [rope * sizes.kv_heads for rope, _ in layers] + [rank for _, rank in layers if rank]
+        return math.gcd(64, *widths)
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         """Refused: transformers' continuous batching pages keys and values, which converted models lack."""
@@ -317,7 +333,7 @@ def mla_model_class(family: Family) -> type[PreTrainedModel]:
         wrapped: Any = forward
         wrapped.__signature__ = signature.replace(parameters=[*named, types, rest])
         body["forward"] = forward
-    return type(class_names(family).model, (MLAMixin, base), body)
+    return type(class_names(family).model, (MLAMixin, base, GenerationMixin), body)
 
 
 @functools.cache

@@ -63,12 +63,14 @@ def convert_checkpoint(
     spill: str | Path | None = None,
     dtype: str = "auto",
     device: torch.device | str = "cpu",
+    temporary: bool = False,
 ) -> StreamedConversion:
     """Convert a model folder or hub id to `output`, with one decoder layer in memory at a time.
 
     What `convert` and `save` would give. A budget takes two more passes over the layers, before they are
     converted, to find what each needs. It works in `OUTPUT.partial`; interrupted at any moment, it goes
-    on there with `resume`. Hidden states of the chats lie there too, or in `spill`. Raises `InputError`
+    on there with `resume`. Hidden states of the chats lie there too, or in `spill`. A `temporary` folder is
+    not named in the result as what it was made of. Raises `InputError`
     for what cannot be converted, and for disks and shards that fail, with the work so far kept.
     """
     folder, target = local_folder(name), torch.device(device)
@@ -76,8 +78,8 @@ def convert_checkpoint(
     check_shards(folder)
     processor = load_processor(folder)
     model = _on_disk(folder, model_config, dtype, target)
-    if not Path(resolve(name)).is_dir():
-        mla = replace(mla, original=str(name))  # on the hub, wherever its files are now
+    if temporary or not Path(resolve(name)).is_dir():  # on the hub, wherever its files are now
+        mla = replace(mla, original=None if temporary else str(name))
     calibration, held_out = encode_split(model, processor, records, config)
     _check_shares(calibration, held_out)
     given = {"model": str(folder), "config": config.to_dict(), "dtype": str(model.dtype)}

@@ -12,7 +12,7 @@ import pytest
 import torch
 from helpers import original, run_command
 
-from mha2mla_vlm import ConversionConfig, convert, load, load_records
+from mha2mla_vlm import ConversionConfig, convert, load, load_processor, load_records
 from mha2mla_vlm.checkpoint import save
 from mha2mla_vlm.zoo.chats import write_chats
 
@@ -246,3 +246,16 @@ def test_sharded_weights_are_gathered_where_they_are_read():
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.strip() == "same"
+
+
+def test_without_autocast_a_bfloat16_checkpoint_trains_in_float32(workspace, tmp_path, monkeypatch, capsys):
+    """And is written as it was."""
+    folder = tmp_path / "latent"
+    save(load(workspace / "latent", dtype=torch.bfloat16), load_processor(workspace / "latent"), folder)
+    given = ("finetune", folder, "--data", workspace / "data", *SMALL, "--max-steps", 1)
+    code, _, err = run_command(monkeypatch, capsys, *given, "-o", tmp_path / "tuned")
+    assert code == 0, err
+    assert load(tmp_path / "tuned").dtype == torch.bfloat16
+    code, _, err = run_command(monkeypatch, capsys, *given, "-o", tmp_path / "other", "--dtype", "bfloat16")
+    assert code == 2
+    assert "leave dtype out" in " ".join(err.split())

@@ -24,6 +24,7 @@ from mha2mla_vlm.config import ConversionConfig
 from mha2mla_vlm.conversion import convert
 from mha2mla_vlm.data import Record
 from mha2mla_vlm.modeling import decoder_layers
+from mha2mla_vlm.utils.compat import enable_checkpointing
 
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}
 BATCH = ["image", "text", "two images"]
@@ -180,7 +181,7 @@ def random_mla_by_layer(family, *, rope_dim, rank):
 def test_gradients_reach_every_factor(family):
     model, processor = random_mla(family)
     model.train()
-    model.gradient_checkpointing_enable()
+    enable_checkpointing(model)
     inputs = prompt_inputs(family, processor, ["image"])
     model(**inputs, labels=inputs["input_ids"], use_cache=False).loss.backward()
     for layer in decoder_layers(model):

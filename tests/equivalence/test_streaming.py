@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -207,6 +208,59 @@ def test_two_processes_give_what_one_gives(sizes, checkpoints, tmp_path):
     inputs = prompt_inputs(FAMILY, load_processor(folder / "model"), ["two images"])
     expected, found = (whole_logits(load(tmp_path / name), inputs) for name in ("one", "two"))
     torch.testing.assert_close(found, expected, atol=1e-2, rtol=1e-2)
+
+
+ALONE = """
+import sys
+import torch.distributed as dist
+from mha2mla_vlm import ConversionConfig, convert, load, load_processor, load_records
+dist.init_process_group("gloo")
+if dist.get_rank() == 0:
+    model, processor = load(sys.argv[1]), load_processor(sys.argv[1])
+    small = convert(model, processor, load_records(sys.argv[2]), ConversionConfig(rope_dim=16, d_kv=8))
+    print(small.mla_config.kl["factorization"])
+"""
+
+
+def test_one_process_of_a_group_may_convert_by_itself(checkpoints, tmp_path):
+    """A process group does not say that the others call it too: it would wait for them."""
+    folder, script, data = checkpoints(FAMILY), tmp_path / "alone.py", tmp_path / "data"
+    script.write_text(ALONE)
+    data.mkdir()
+    write_chats(FAMILY, data, split="train", count=5, seed=3)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    program = [*launch, script, folder / "model", data / "chats.jsonl"]
+    done = subprocess.run([str(x) for x in program], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert 0 < float(done.stdout) < 10
+
+
+def test_an_adapter_is_merged_first(checkpoints, tmp_path, monkeypatch, capsys):
+    peft = pytest.importorskip("peft")
+    folder, data = checkpoints(FAMILY), tmp_path / "data"
+    data.mkdir()
+    write_chats(FAMILY, data, split="train", count=6, seed=3)
+    names = r".*language_model.*\.(q|k|v|gate)_proj"
+    torch.manual_seed(0)
+    config = peft.LoraConfig(r=4, lora_alpha=16, target_modules=names, init_lora_weights=False)
+    adapted = peft.get_peft_model(load(folder / "model"), config)
+    adapted.save_pretrained(tmp_path / "adapter")
+    save(adapted.merge_and_unload(), load_processor(folder / "model"), tmp_path / "merged")
+
+    def run(output, *model):
+        given = ("--data", data / "chats.jsonl", "-o", tmp_path / output, *SIZES)
+        return run_command(monkeypatch, capsys, "convert", *model, *given)
+
+    assert run("one", folder / "model", "--adapter", tmp_path / "adapter")[0] == 0
+    assert run("two", tmp_path / "merged")[0] == 0
+    one, two = load(tmp_path / "one"), load(tmp_path / "two")
+    assert replace(two.mla_config, original=None) == one.mla_config
+    assert all(torch.equal(value, two.state_dict()[key]) for key, value in one.state_dict().items())
+    assert not (tmp_path / "one.merged").exists()
+    code, _, err = run("three", folder / "model", "--adapter", data)
+    assert code == 2
+    assert "cannot merge the adapter" in " ".join(err.split())
+    assert not list(tmp_path.glob("three*"))
 
 
 def test_too_many_processes_for_the_chats_are_refused(checkpoints, tmp_path):

@@ -25,6 +25,7 @@ from mha2mla_vlm.cache import Pieces
 from mha2mla_vlm.pages import Paged
 from mha2mla_vlm.quantization import Quantized
 from mha2mla_vlm.quantized_cache import QuantizedTokens
+from mha2mla_vlm.utils.compat import is_plain_tensor
 
 logger = logging.getLogger(__name__)
 SOURCE = Path(__file__).with_suffix(".cpp")
@@ -99,8 +100,8 @@ def can_run(
     if isinstance(stored, Pieces) and not (isinstance(stored, QuantizedTokens) and _in_tiles(stored)):
         return False
     tensors = (q_rope, q_nope, *_numbers(stored), *(up.weight for up in ups))
-    if not all(up.weight.is_contiguous() for up in ups):
-        return False
+    if not all(map(is_plain_tensor, tensors)) or not all(up.weight.is_contiguous() for up in ups):
+        return False  # memory is read as it lies
     if any(x.device.type != "cpu" or x.dtype != torch.bfloat16 for x in tensors):
         return False
     even = q_rope.shape[-1] % 2 == 0

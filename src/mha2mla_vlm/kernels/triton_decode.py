@@ -18,6 +18,7 @@ import triton.language as tl
 from mha2mla_vlm.absorption import Piece, Queries, Sums, Up, absorb, expand
 from mha2mla_vlm.cache import Pieces
 from mha2mla_vlm.pages import Paged
+from mha2mla_vlm.utils.compat import is_plain_tensor
 
 LEAST = 16  # what a side of `tl.dot` must have
 SPLIT_SIZES = (128, 4096)  # tokens of a split, least and most
@@ -191,7 +192,8 @@ def can_run(
         return False
     numbers = (stored.pages,) if isinstance(stored, Paged) else stored
     tensors = (q_rope, q_nope, *numbers, *(up.weight for up in ups))
-    return all(x.dtype == q_rope.dtype and x.dtype in DTYPES for x in tensors)
+    known = all(x.dtype == q_rope.dtype and x.dtype in DTYPES for x in tensors)
+    return known and all(map(is_plain_tensor, tensors))
 
 
 def decode(

@@ -27,6 +27,7 @@ from mha2mla_vlm.training.config import FinetuneConfig
 from mha2mla_vlm.training.freezing import set_trained, with_lora
 from mha2mla_vlm.training.records import Chats, Chosen, Collator, choose
 from mha2mla_vlm.training.trainer import RecoveryTrainer
+from mha2mla_vlm.utils.compat import enable_checkpointing
 
 SETTINGS = "finetune.json"  # in the output: how it was trained, and the result
 _STATE = "state.json"  # in the folder of an unfinished run: what it was started with, and measured first
@@ -108,7 +109,7 @@ def prepare(model: PreTrainedModel, config: FinetuneConfig) -> Any:
     else:
         model = with_lora(model, config.trains, config.lora_rank)
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        enable_checkpointing(model)
     return model
 
 
@@ -262,8 +263,9 @@ def write_model(trainer: RecoveryTrainer, folder: Path, dtype: torch.dtype) -> N
         state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     if trainer.is_world_process_zero():
         state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()}
-        model.config.dtype = dtype
         model.save_pretrained(folder, state_dict=state)
+        model.config.dtype = dtype  # which saving sets to that of the model, not of the state
+        model.config.save_pretrained(folder)
 
 
 def _name(source: Source | None) -> str | None:

@@ -182,6 +182,15 @@ def image_token_counts(processor: Any, sizes: list[tuple[int, int]]) -> list[int
     return processor._get_num_multimodal_tokens(image_sizes=sizes)["num_image_tokens"]
 
 
+def enable_checkpointing(model: Any) -> None:
+    """Compute activations again in the backward pass; transformers 5.23 renamed the method.
+
+    Not re-entrant: re-entrant checkpointing finds no gradient where embeddings are frozen.
+    """
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
 def prepare_inputs(trainer: "Trainer", inputs: dict[str, Any]) -> dict[str, Any]:
     """Inputs on the trainer's device, in DeepSpeed's dtype, for what is done before its own step."""
     return trainer._prepare_inputs(inputs)

@@ -1,0 +1,53 @@
+"""Adapters of an original model (peft), merged into its weights before it is converted."""
+
+import contextlib
+import logging
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from mha2mla_vlm.checkpoint import check_output, load, load_processor, save
+from mha2mla_vlm.errors import InputError, first_line
+from mha2mla_vlm.parallel import process_index, wait_for_all
+
+logger = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def merged(name: str, adapter: str | None, output: Path, *, resume: bool) -> Iterator[str]:
+    """Within the context, where the model with its adapter merged in lies: `OUTPUT.merged`.
+
+    It is removed at the end, but kept if anything fails, for `resume`. Without an adapter it is `name`
+    itself. Merging holds the whole model in memory. Raises `InputError` if the adapter does not fit.
+    """
+    if adapter is None:
+        yield name
+        return
+    path = check_output(output)
+    folder = path.with_name(path.name + ".merged")
+    if process_index() == 0 and not (resume and folder.exists()):
+        save(merge(name, adapter), load_processor(name), folder)
+    wait_for_all()
+    yield str(folder)
+    if process_index() == 0:
+        shutil.rmtree(folder)
+
+
+def merge(name: str, adapter: str) -> Any:
+    """A model with an adapter's changes in its weights; raises `InputError` if the adapter does not fit."""
+    try:
+        from peft import PeftModel, get_peft_model_state_dict, load_peft_weights
+    except ImportError:
+        raise InputError("adapters need the package peft: pip install 'mha2mla-vlm[train]'") from None
+    logger.info("merging %s into %s", adapter, name)
+    try:
+        adapted = PeftModel.from_pretrained(load(name), adapter)
+        given = load_peft_weights(adapter, device="cpu")
+    except InputError:
+        raise
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
+        raise InputError(f"cannot merge the adapter {adapter} into {name}: {first_line(error)}") from None
+    if wrong := sorted(given.keys() ^ get_peft_model_state_dict(adapted).keys()):
+        raise InputError(f"the adapter {adapter} is not one of {name}; they differ in {', '.join(wrong[:3])}")
+    return adapted.merge_and_unload(safe_merge=True)
