@@ -9,7 +9,7 @@ VLLM_VENV ?= .venv-vllm
 export MALLOC_MMAP_THRESHOLD_ ?= 4294967296
 export MALLOC_TRIM_THRESHOLD_ ?= 8589934592
 
-.PHONY: demo test test-eval test-pages test-vllm nightly check format clean
+.PHONY: demo test test-eval test-pages test-vllm test-upstream nightly check format clean
 
 demo: $(STAMP)
 	$(VENV)/bin/mha2mla demo --model $(MODEL)
@@ -29,8 +29,13 @@ test-pages: $(VENV)/.installed-pages
 test-vllm: $(VLLM_VENV)/.installed
 	$(VLLM_VENV)/bin/python -m pytest -m vllm tests/serving
 
+# transformers' own tests of each family on converted models; TRANSFORMERS is a checkout of the release installed
+test-upstream: $(VENV)/.installed-upstream
+	TRANSFORMERS_TESTS=$(TRANSFORMERS) $(VENV)/bin/python -m pytest -n $(WORKERS) --dist worksteal \
+		-m upstream tests/transformers_suite
+
 # all that CI has no time for, too
-nightly: check test test-eval test-pages test-vllm
+nightly: check test test-eval test-pages test-vllm $(if $(TRANSFORMERS),test-upstream)
 	$(VENV)/bin/python -m pytest -m slow $(TESTS)
 
 check: $(STAMP)
@@ -51,6 +56,10 @@ $(VENV)/.installed-eval: $(STAMP)
 
 $(VENV)/.installed-pages: $(STAMP)
 	$(VENV)/bin/python -m pip install --quiet --editable '.[chat,serve]' selenium
+	touch $@
+
+$(VENV)/.installed-upstream: $(STAMP)
+	$(VENV)/bin/python -m pip install --quiet parameterized requests
 	touch $@
 
 $(VLLM_VENV)/.installed: pyproject.toml tests/serving/install.sh

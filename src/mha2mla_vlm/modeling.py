@@ -207,10 +207,13 @@ class MLAMixin(GenerationCompat, MLACheckpoint):
     model: Any
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        checkpointing = getattr(config, "gradient_checkpointing", False)  # taken off it once it is heeded
         super().__init__(config, *args, **kwargs)
         self._prepare_config(config)
         del self.model  # before another takes its memory
         self.model = mla_inner_class(self.family)(config)
+        if checkpointing:
+            self.config.gradient_checkpointing = True
         self.post_init()
 
     @property
