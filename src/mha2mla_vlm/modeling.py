@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import transformers
-from torch.nn import functional
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -187,18 +186,14 @@ class MLAInnerMixin(MLACheckpoint):
         if ids is not None:
             return torch.stack([ids == token for token in self.visual_token_ids]).any(0)
         embeds, types = inputs.get("inputs_embeds"), inputs.get(TOKEN_TYPES)
-        if embeds is not None and types is None and not alone:
-            marks = self.get_input_embeddings()(torch.tensor(self.visual_token_ids, device=embeds.device))
-            return torch.stack([(embeds == mark).all(-1) for mark in marks]).any(0)  # so do the families
-        if embeds is None or types is None:
+        if embeds is None or (types is None and alone):
             raise InputError(
                 "inputs_embeds alone do not say which tokens are visual; give mm_token_type_ids [B, T] too"
             )
-        visual = types > 0
-        if self.family.marked:
-            padded = functional.pad(visual, (1, 1))
-            visual = visual | padded[:, :-2] | padded[:, 2:]
-        return visual[:, -embeds.shape[1] :]
+        # what is not filled in yet, and the marks around it, has the embeddings of its ids
+        marks = self.get_input_embeddings()(torch.tensor(self.visual_token_ids, device=embeds.device))
+        visual = torch.stack([(embeds == mark).all(-1) for mark in marks]).any(0)
+        return visual if types is None else visual | (types[:, -embeds.shape[1] :] > 0)
 
 
 class MLAMixin(GenerationCompat, MLACheckpoint):
@@ -361,8 +356,9 @@ def register() -> None:
 
 def __getattr__(name: str) -> Any:
     makers = {"config": mla_config_class, "inner": mla_inner_class, "model": mla_model_class}
-    for family in FAMILIES.values():
+    for model_type, family in FAMILIES.items():
         for part, known in class_names(family)._asdict().items():
             if name == known:
+                mla_classes(model_type)  # who asks for a class by name wants the auto classes to know it
                 return makers[part](family)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

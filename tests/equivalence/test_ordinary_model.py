@@ -89,17 +89,24 @@ def test_a_decoded_token_is_text_and_nobody_waits_for_it(family):
     assert cache.token_modality is prompt
 
 
-def test_chunks_of_embeddings_do_not_wrap_around():
-    """The marks beside visual tokens are found in all types that are given, and not past their ends."""
-    model, _ = random_mla("qwen2_5_vl")
-    types = torch.tensor([[0, 0, 1, 1, 0, 0, 1]])
-    embeds = torch.zeros(1, 3, model.config.text_config.hidden_size)
-    found = model.model._modality({"inputs_embeds": embeds, "mm_token_type_ids": types}, None)
-    assert found.tolist() == [[True, True, True]]
-    found = model.model._modality({"inputs_embeds": embeds, "mm_token_type_ids": types[:, 4:]}, None)
-    assert found.tolist() == [[False, True, True]]
-    found = model.model._modality({"inputs_embeds": embeds, "mm_token_type_ids": types[:, :3]}, None)
-    assert found.tolist() == [[False, True, True]]
+def test_chunks_of_embeddings_are_the_whole():
+    """Marks around images are found wherever a prompt is cut, and none is made up."""
+    model, processor = random_mla("qwen2_5_vl")
+    inputs = prompt_inputs("qwen2_5_vl", processor, ["two images"])
+    ids, types = inputs["input_ids"], inputs["mm_token_type_ids"]
+    embeds = model.get_input_embeddings()(ids)
+    filled = torch.where(types[..., None] > 0, torch.randn_like(embeds), embeds)  # images in place
+    expected = model.model._modality({"input_ids": ids}, None)
+    for cut in range(1, ids.shape[1]):
+        parts = [
+            model.model._modality({"inputs_embeds": filled[:, a:b], "mm_token_type_ids": types[:, :b]}, None)
+            for a, b in ((0, cut), (cut, ids.shape[1]))
+        ]
+        assert torch.equal(torch.cat(parts, dim=1), expected)
+    types = types.clone()
+    types[0, 0] = 1  # an image without marks
+    found = model.model._modality({"inputs_embeds": filled, "mm_token_type_ids": types}, None)
+    assert torch.equal(found[:, 1:], expected[:, 1:])
 
 
 def test_attentions_are_those_of_the_weights(family):

@@ -19,7 +19,6 @@ class Family:
     text_model_types: tuple[str, ...]  # language models whose attention is plain q, k, v, o with RoPE
     visual_tokens: tuple[str, ...]
     licence: str  # what users of converted weights should know
-    marked: bool = False  # each visual run stands between a start and an end token, visual too
 
     @property
     def inner_class(self) -> str:

@@ -10,5 +10,4 @@ FAMILY = Family(
     text_model_types=("qwen2_5_vl_text",),
     visual_tokens=("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"),
     licence="Qwen2.5-VL-7B is under Apache 2.0; 3B and 72B are under licences of their own.",
-    marked=True,
 )
