@@ -12,7 +12,6 @@ EXCEPTIONS: dict[str, dict[str, str]] = {
     "qwen2_5_vl": {
         "test_generate_from_random_inputs_embeds": "gives inputs_embeds alone; text and vision factors need "
         "to know which tokens are visual",
-        "test_inputs_embeds_matches_input_ids": "its images have no end mark, which mm_token_type_ids imply",
     },
     "llava": {"test_base_model_prefix_loads_base_weights": _STRICT},  # its head is not tied
     "llava_next": {"test_base_model_prefix_loads_base_weights": _STRICT},
