@@ -1,15 +1,21 @@
-# Every target builds the virtual environment it needs, anew when pyproject.toml changed.
+# Every target builds the virtual environment it needs, anew when pyproject.toml or the versions in constraints*.txt changed.
 PYTHON ?= python3
 VENV ?= .venv
 MODEL ?= qwen2_5_vl
 WORKERS ?= 2
 STAMP := $(VENV)/.installed
+INSTALL := $(VENV)/bin/python -m pip install --quiet -c constraints.txt
 VLLM_VENV ?= .venv-vllm
+OLDEST_VENV ?= .venv-oldest
+LATEST_VENV ?= .venv-latest
+SCRATCH_VENV ?= .venv-constraints
+# The PyTorch of constraints.txt, which every machine can install; `make latest` tries the newest
+TORCH ?= torch==2.14.1 torchvision==0.29.1
 # Large buffers stay with the process between steps: CPU inference and training are faster.
 export MALLOC_MMAP_THRESHOLD_ ?= 4294967296
 export MALLOC_TRIM_THRESHOLD_ ?= 8589934592
 
-.PHONY: demo test test-eval test-pages test-vllm test-upstream nightly check format clean
+.PHONY: demo test test-eval test-pages test-vllm test-upstream oldest latest nightly check format constraints clean
 
 demo: $(STAMP)
 	$(VENV)/bin/mha2mla demo --model $(MODEL)
@@ -34,8 +40,21 @@ test-upstream: $(VENV)/.installed-upstream
 	TRANSFORMERS_TESTS=$(TRANSFORMERS) $(VENV)/bin/python -m pytest -n $(WORKERS) --dist worksteal \
 		-m upstream tests/transformers_suite
 
+# the oldest versions that pyproject.toml declares
+oldest: $(OLDEST_VENV)/.installed
+	$(OLDEST_VENV)/bin/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow" tests/equivalence tests/cli
+
+# the newest versions there are, whatever pyproject.toml declares; then how they differ from constraints.txt
+latest:
+	$(PYTHON) -m venv --clear $(LATEST_VENV)
+	$(LATEST_VENV)/bin/python scripts/versions.py newest dev libraries > $(LATEST_VENV)/requirements.txt
+	$(LATEST_VENV)/bin/python -m pip install --quiet -r $(LATEST_VENV)/requirements.txt
+	$(LATEST_VENV)/bin/python -m pip install --quiet --no-deps --editable .
+	$(LATEST_VENV)/bin/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow" $(TESTS); result=$$?; \
+	$(LATEST_VENV)/bin/python scripts/versions.py changes constraints.txt; exit $$result
+
 # all that CI has no time for, too
-nightly: check test test-eval test-pages test-vllm $(if $(TRANSFORMERS),test-upstream)
+nightly: check test test-eval oldest test-pages test-vllm $(if $(TRANSFORMERS),test-upstream)
 	$(VENV)/bin/python -m pytest -m slow $(TESTS)
 
 check: $(STAMP)
@@ -47,27 +66,46 @@ format: $(STAMP)
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
+# constraints*.txt anew, with Python 3.11: the newest versions within the bounds of pyproject.toml, the oldest, vLLM's
+constraints:
+	$(PYTHON) -m venv --clear $(SCRATCH_VENV)
+	$(SCRATCH_VENV)/bin/python -m pip install --quiet $(TORCH) --editable '.[all,dev,libraries]' selenium
+	$(SCRATCH_VENV)/bin/python scripts/versions.py installed constraints.txt
+	$(PYTHON) -m venv --clear $(SCRATCH_VENV)
+	$(SCRATCH_VENV)/bin/python scripts/versions.py oldest dev > $(SCRATCH_VENV)/requirements.txt
+	$(SCRATCH_VENV)/bin/python -m pip install --quiet -r $(SCRATCH_VENV)/requirements.txt
+	$(SCRATCH_VENV)/bin/python scripts/versions.py installed constraints-oldest.txt
+	$(PYTHON) -m venv --clear $(SCRATCH_VENV)
+	sh tests/serving/install.sh $(SCRATCH_VENV)/bin/python
+	$(SCRATCH_VENV)/bin/python scripts/versions.py installed constraints-vllm.txt
+	rm -rf $(SCRATCH_VENV)
+
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) build dist
+	rm -rf $(VENV) $(VLLM_VENV) $(OLDEST_VENV) $(LATEST_VENV) $(SCRATCH_VENV) build dist
 
 $(VENV)/.installed-eval: $(STAMP)
-	$(VENV)/bin/python -m pip install --quiet --editable '.[eval]'
+	$(INSTALL) --editable '.[eval]'
 	touch $@
 
 $(VENV)/.installed-pages: $(STAMP)
-	$(VENV)/bin/python -m pip install --quiet --editable '.[chat,serve]' selenium
+	$(INSTALL) --editable '.[chat,serve]' selenium
 	touch $@
 
 $(VENV)/.installed-upstream: $(STAMP)
-	$(VENV)/bin/python -m pip install --quiet parameterized requests
+	$(INSTALL) parameterized requests
 	touch $@
 
-$(VLLM_VENV)/.installed: pyproject.toml tests/serving/install.sh
+$(VLLM_VENV)/.installed: pyproject.toml constraints-vllm.txt tests/serving/install.sh
 	$(PYTHON) -m venv --clear $(VLLM_VENV)
-	sh tests/serving/install.sh $(VLLM_VENV)/bin/python
+	sh tests/serving/install.sh $(VLLM_VENV)/bin/python -c constraints-vllm.txt
 	touch $@
 
-$(STAMP): pyproject.toml
+$(OLDEST_VENV)/.installed: pyproject.toml constraints-oldest.txt
+	$(PYTHON) -m venv --clear $(OLDEST_VENV)
+	$(OLDEST_VENV)/bin/python -m pip install --quiet -c constraints-oldest.txt --editable '.[dev]'
+	touch $@
+
+$(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv --clear $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --editable '.[dev]'
+	$(INSTALL) --editable '.[dev,libraries]'
 	touch $@

@@ -34,7 +34,7 @@ from mha2mla_vlm.cli_options import (
     load_model,
 )
 from mha2mla_vlm.cli_zoo import zoo_app
-from mha2mla_vlm.errors import InputError
+from mha2mla_vlm.errors import InputError, need
 from mha2mla_vlm.training.config import FinetuneConfig, read_recipe
 
 app = typer.Typer(
@@ -106,6 +106,8 @@ def convert(
     sizes: dict[str, Any] = {"budget": budget, "rope_dim": rope_dim, "d_kv": d_kv, "samples": samples}
     method: dict[str, Any] = {"rope_selection": rope_selection, "fold": fold, "factorization": factorization}
     config = ConversionConfig(**sizes, **method)
+    if evaluate is not None:
+        need("matplotlib", "report", "--evaluate")
     check_output(output)
     plan(load_config(model), config)
     check_repository(push_to_hub)

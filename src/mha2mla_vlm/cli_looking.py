@@ -16,7 +16,7 @@ from mha2mla_vlm.cli_options import (
     finish,
     load_model,
 )
-from mha2mla_vlm.errors import InputError
+from mha2mla_vlm.errors import InputError, need
 
 
 def generate(
@@ -133,11 +133,9 @@ def chat(
     device: DeviceOption = "auto",
 ) -> None:
     """Serve a page to ask a model about pictures, beside its original."""
-    try:
-        from mha2mla_vlm.chat.page import Side, build_page, serve
-    except ImportError as error:
-        raise InputError(f"{error}; the page needs: pip install 'mha2mla-vlm[chat]'") from None
+    need("gradio", "chat", "the page")
     from mha2mla_vlm.chat.examples import zoo_examples
+    from mha2mla_vlm.chat.page import Side, build_page, serve
 
     names = [name for name in (baseline, checkpoint) if name is not None]
     loaded = [load_model(name, dtype, device) for name in names]

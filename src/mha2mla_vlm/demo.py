@@ -13,6 +13,7 @@ from mha2mla_vlm.checkpoint import load, load_processor, new_folder, pick_device
 from mha2mla_vlm.config import ConversionConfig
 from mha2mla_vlm.conversion import convert, make_profile
 from mha2mla_vlm.data import Record
+from mha2mla_vlm.errors import need
 from mha2mla_vlm.evaluation import Answered, by_kind, evaluate_answers, summary
 from mha2mla_vlm.generation import answer
 from mha2mla_vlm.progress import console
@@ -44,6 +45,7 @@ def run_demo(
     original on their tokens, `cache_bytes` the tensors of a real cache after one answer.
     """
     name = check_name(name)
+    need("matplotlib", "report", "the page of the demo")
     model = load(f"zoo:{name}", dtype=torch.float32).to(pick_device(device))
     processor = load_processor(f"zoo:{name}")
     calibration = zoo_records(name, split="train", count=CALIBRATION_CHATS, seed=1)

@@ -1,11 +1,19 @@
 """The one exception that means "the input is wrong", as opposed to "the code is wrong"."""
 
+from importlib.util import find_spec
+
 
 class InputError(ValueError):
     """Bad input: one line with the bad value, what is accepted and what to do.
 
     The command line prints it without a traceback and exits with 2.
     """
+
+
+def need(package: str, extra: str, purpose: str) -> None:
+    """Raise `InputError` unless a package is installed that only an extra of this project brings."""
+    if find_spec(package) is None:
+        raise InputError(f"{purpose} needs the package {package}: pip install 'mha2mla-vlm[{extra}]'")
 
 
 def first_line(error: Exception) -> str:

@@ -293,7 +293,7 @@ def mla_inner_class(family: Family) -> type[PreTrainedModel]:
 
     @functools.wraps(base.forward)  # keeps the signature, which trainers read
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        inputs = self.with_modality({**dict(zip(parameters, args, strict=False)), **kwargs})
+        inputs = self.with_modality({**dict(zip(parameters[: len(args)], args, strict=True)), **kwargs})
         return base.forward(self, **_known_to(parameters, inputs))
 
     body = {

@@ -13,7 +13,7 @@ import numpy as np
 
 from mha2mla_vlm.config import OnBadRecord
 from mha2mla_vlm.data import Picture, Record
-from mha2mla_vlm.errors import InputError
+from mha2mla_vlm.errors import InputError, need
 
 logger = logging.getLogger(__name__)
 
@@ -201,10 +201,9 @@ def _dataset(source: str | Path, path: Path, *, streaming: bool = True) -> Any:
             f"data {source} does not exist or holds no chats; give a JSONL file of chats, a LLaVA JSON file, "
             "parquet files, a datasets folder, or a dataset of the hub"
         )
-    try:
-        import datasets
-    except ImportError:
-        raise InputError(f"reading {source} needs the package datasets: pip install datasets") from None
+    need("datasets", "data", f"reading {source}")
+    import datasets
+
     try:
         if saved:
             rows = datasets.load_from_disk(str(path))

@@ -211,12 +211,22 @@ def test_a_conversation_without_a_question_is_an_error(monkeypatch, capsys, fold
     assert "no question" in err
 
 
-def test_the_chat_page_says_what_it_needs(monkeypatch, capsys, folders):
-    monkeypatch.setitem(sys.modules, "gradio", None)
-    monkeypatch.delitem(sys.modules, "mha2mla_vlm.chat.page", raising=False)
-    code, _, err = run_command(monkeypatch, capsys, "chat", folders / "model")
+@pytest.mark.parametrize(
+    ("command", "package", "extra"),
+    [
+        (["chat", "MODEL"], "gradio", "chat"),
+        (["report", "MODEL"], "matplotlib", "report"),
+        (["demo", "--output", "OUT"], "matplotlib", "report"),
+        (["convert", "MODEL", "--data", "no", "-o", "OUT", "--evaluate", "no"], "matplotlib", "report"),
+    ],
+)
+def test_a_command_says_at_once_what_it_needs(monkeypatch, capsys, tmp_path, command, package, extra):
+    monkeypatch.setitem(sys.modules, package, None)
+    places = {"MODEL": tmp_path, "OUT": tmp_path / "out"}
+    code, _, err = run_command(monkeypatch, capsys, *(places.get(item, item) for item in command))
     assert code == 2
-    assert "pip install 'mha2mla-vlm[chat]'" in " ".join(err.split())
+    assert f"needs the package {package}: pip install 'mha2mla-vlm[{extra}]'" in " ".join(err.split())
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(("name", "says"), [("two words", "'two words'"), ("1st", "'1st'")])

@@ -203,7 +203,7 @@ def test_two_processes_give_what_one_gives(sizes, checkpoints, tmp_path):
         program = [*start, "mha2mla_vlm", "convert", folder / "model", *options]
         done = subprocess.run([str(x) for x in program], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-        results.append(json.loads(done.stdout))
+        results.append(json.loads(done.stdout.splitlines()[-1]))
     assert results[1]["kl"] == pytest.approx(results[0]["kl"], rel=1e-3)
     inputs = prompt_inputs(FAMILY, load_processor(folder / "model"), ["two images"])
     expected, found = (whole_logits(load(tmp_path / name), inputs) for name in ("one", "two"))

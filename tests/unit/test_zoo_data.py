@@ -1,12 +1,12 @@
 """The zoo's data: real digits split without overlap, reproducible, with answers that are right."""
 
+import hashlib
 import json
 import random
 import re
 
 import numpy as np
 import pytest
-from sklearn.datasets import load_digits
 
 from mha2mla_vlm.data import message_text
 from mha2mla_vlm.sources import load_records
@@ -21,10 +21,19 @@ from mha2mla_vlm.zoo.chats import (
     sample_chats,
     write_chats,
 )
-from mha2mla_vlm.zoo.digits import CELL, SPLITS, draw_page, scan_image, scan_indices, scans_by_digit
+from mha2mla_vlm.zoo.digits import CELL, SPLITS, draw_page, scan_image, scan_indices, scans, scans_by_digit
 
 FAMILY_NAMES = tuple(PAGE_MULTIPLE)
 COUNT = 40
+# sha256 of images and target, as load_digits() of scikit-learn 1.9 gives them
+SCIKIT_LEARN_DIGITS = "f6d9e39f37dc45d327f6db33428ee58970ccceabb2535a5c179de35886b70443"
+
+
+def test_the_scans_are_those_of_scikit_learn():
+    images, target = scans()
+    stored = images.astype(np.float64).tobytes() + target.astype(np.int64).tobytes()
+    assert images.shape == (1797, 8, 8)
+    assert hashlib.sha256(stored).hexdigest() == SCIKIT_LEARN_DIGITS
 
 
 def test_splits_are_disjoint_and_cover_every_scan():
@@ -43,7 +52,7 @@ def test_no_test_scan_has_the_pixels_of_a_training_scan():
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_scans_by_digit_hold_each_scan_of_the_split_under_its_own_digit(split):
-    by_digit, target = scans_by_digit(split), load_digits().target
+    by_digit, target = scans_by_digit(split), scans()[1]
     assert len(by_digit) == 10
     assert sorted(i for indices in by_digit for i in indices) == sorted(scan_indices(split))
     for digit, indices in enumerate(by_digit):
@@ -53,7 +62,7 @@ def test_scans_by_digit_hold_each_scan_of_the_split_under_its_own_digit(split):
 
 def test_a_scan_picture_is_the_scan():
     scan = np.asarray(scan_image(5), dtype=float)
-    np.testing.assert_allclose(scan / 255 * 16, load_digits().images[5], atol=0.04)
+    np.testing.assert_allclose(scan / 255 * 16, scans()[0][5], atol=0.04)
 
 
 def check_answer(question, answer, digits):

@@ -8,7 +8,7 @@ from mha2mla_vlm.checkpoint import load, load_config, load_processor, pick_devic
 from mha2mla_vlm.config import MLAConfig
 from mha2mla_vlm.data import Record
 from mha2mla_vlm.demo import zoo_records
-from mha2mla_vlm.errors import InputError
+from mha2mla_vlm.errors import InputError, need
 from mha2mla_vlm.modeling import FINDINGS
 from mha2mla_vlm.report.gather import Report, gather
 from mha2mla_vlm.report.page import write_report
@@ -31,8 +31,10 @@ def report_checkpoint(
 ) -> Report:
     """Measure a converted checkpoint beside its original on `data`, and write the page to `target`.
 
-    Raises `InputError` if the checkpoint is not a converted one, or if the original or chats must be named.
+    Raises `InputError` if the checkpoint is not a converted one, if the original or chats must be named, or
+    without matplotlib.
     """
+    need("matplotlib", "report", "a report")
     config = load_config(checkpoint)
     if getattr(config, "mla", None) is None:
         raise InputError(f"{checkpoint!r} is not a converted model; make one with: mha2mla convert")

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from mha2mla_vlm.errors import InputError
+from mha2mla_vlm.errors import InputError, need
 from mha2mla_vlm.training.policies import ROLES, find_policy
 
 
@@ -34,10 +34,9 @@ def set_trained(model: PreTrainedModel, policy: str) -> int:
 
 def with_lora(model: PreTrainedModel, policy: str, rank: int) -> Any:
     """The model with LoRA adapters (peft) on the matrices that `policy` names; norms stay frozen."""
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError:
-        raise InputError("LoRA needs the package peft: pip install 'mha2mla-vlm[train]'") from None
+    need("peft", "train", "LoRA")
+    from peft import LoraConfig, get_peft_model
+
     matrices = {
         name.removesuffix(".weight")
         for name in trained_names(model, policy)

@@ -1,8 +1,12 @@
-"""Real handwritten digits (the 1,797 scans that scikit-learn ships), drawn onto pages."""
+"""Real handwritten digits, drawn onto pages.
+
+The scans are "Optical Recognition of Handwritten Digits" by E. Alpaydin and C. Kaynak (UCI, CC BY 4.0).
+"""
 
 import functools
 import math
 import random
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -15,16 +19,15 @@ CELL = 24  # pixels a side of the cell that holds one digit
 
 
 @functools.cache
-def _scans() -> tuple[np.ndarray, np.ndarray]:
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    return digits.images, digits.target
+def scans() -> tuple[np.ndarray, np.ndarray]:
+    """All scans, `[1797, 8, 8]` with ink from 0 to 16, and which digit each one is."""
+    with np.load(Path(__file__).parent / "digits.npz") as stored:
+        return stored["images"], stored["target"]
 
 
 def scan_indices(split: Split) -> list[int]:
     """Indices of the scans of a split: one fixed permutation, cut once, so the splits are disjoint."""
-    order = list(range(len(_scans()[1])))
+    order = list(range(len(scans()[1])))
     random.Random("digit scans").shuffle(order)
     return order[:TRAIN_SCANS] if split == "train" else order[TRAIN_SCANS:]
 
@@ -32,7 +35,7 @@ def scan_indices(split: Split) -> list[int]:
 @functools.cache
 def scans_by_digit(split: Split) -> tuple[tuple[int, ...], ...]:
     """For each digit 0 to 9, the indices of its scans in a split."""
-    target = _scans()[1]
+    target = scans()[1]
     indices = scan_indices(split)
     return tuple(tuple(i for i in indices if target[i] == digit) for digit in range(10))
 
@@ -40,7 +43,7 @@ def scans_by_digit(split: Split) -> tuple[tuple[int, ...], ...]:
 @functools.cache
 def scan_image(index: int) -> Image.Image:
     """One scan as an 8 x 8 grey picture, ink bright on black."""
-    return Image.fromarray(np.round(_scans()[0][index] * (255 / 16)).astype(np.uint8))
+    return Image.fromarray(np.round(scans()[0][index] * (255 / 16)).astype(np.uint8))
 
 
 def draw_digit(index: int, rng: random.Random, *, augment: bool) -> np.ndarray:
