@@ -42,7 +42,7 @@ from mha2mla_vlm.utils.compat import (
 REMOTE_MODULE = "modeling_mha2mla"
 FINDINGS = "conversion.json"
 TOKEN_TYPES = "mm_token_type_ids"
-PICTURES = ("pixel_values", "pixel_values_videos", "mm_encoder_outputs")
+VISUAL_INPUTS = ("pixel_values", "pixel_values_videos", "mm_encoder_outputs")
 _REMOTE_CODE = '''"""For trust_remote_code=True; the code itself is in the package mha2mla-vlm."""
 
 try:
@@ -180,7 +180,7 @@ class MLAInnerMixin(MLACheckpoint):
         One token after others is text if nothing visual comes with it: looking would wait for the device.
         """
         ids = inputs.get("input_ids")
-        alone = all(inputs.get(name) is None for name in PICTURES)
+        alone = all(inputs.get(name) is None for name in VISUAL_INPUTS)
         if alone and cache is not None and ids is not None and ids.shape[1] == 1 and cache.is_initialized:
             return TokenModality.of_text(len(ids), 1, ids.device)
         if ids is not None:

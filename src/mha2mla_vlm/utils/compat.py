@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import Cache, DynamicCache, LlamaForCausalLM, PreTrainedModel, StaticCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -224,13 +225,11 @@ def is_plain(linear: nn.Module) -> bool:
         return False
     if linear._forward_hooks or linear._forward_pre_hooks:
         return False
-    return is_plain_tensor(linear.weight, distributed=True)
+    return isinstance(linear.weight, DTensor) or is_plain_tensor(linear.weight)
 
 
-def is_plain_tensor(x: torch.Tensor, *, distributed: bool = False) -> bool:
-    """Whether a tensor's storage holds its numbers as they are, or they can be gathered if `distributed`."""
-    if distributed and type(getattr(x, "data", x)).__name__ == "DTensor":
-        return True
+def is_plain_tensor(x: torch.Tensor) -> bool:
+    """Whether a tensor's storage holds its numbers as they are."""
     floats = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
     return x.dtype in floats and not x.is_meta and not is_traceable_wrapper_subclass(x)
 
