@@ -8,7 +8,6 @@ from mha2mla_vlm.modeling import decoder_layers
 
 datasets = pytest.importorskip("datasets")
 trl = pytest.importorskip("trl")
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # TRL's own
 FAST = {"per_device_train_batch_size": 2, "max_steps": 1, "report_to": [], "use_cpu": True, "bf16": False}
 
 
