@@ -24,6 +24,7 @@ from mha2mla_vlm.absorption import (
 from mha2mla_vlm.cache import Pieces, filled_length
 from mha2mla_vlm.chunked import attend_chunks
 from mha2mla_vlm.config import SHARED
+from mha2mla_vlm.errors import InputError
 from mha2mla_vlm.kernels import DecodeBackend, find_kernel
 from mha2mla_vlm.modality import Kind, Run, TokenModality
 from mha2mla_vlm.rope import one_table, rotate
@@ -116,6 +117,18 @@ class MLAAttention(nn.Module):
         for module in (self.k_proj, self.v_proj):
             if not keep(module.weight):
                 module.weight.zero_()
+
+    def check_pairs(self) -> None:
+        """Raise `InputError` unless `rope_pairs` are different pairs of each KV head."""
+        pairs = self.rope_pairs
+        if pairs.is_meta:
+            return
+        inside = not pairs.is_floating_point() and bool(((pairs >= 0) & (pairs < self.head_dim // 2)).all())
+        if not inside or any(len(set(head)) < len(head) for head in pairs.tolist()):
+            raise InputError(
+                f"layer {self.layer_idx}: rope_pairs {pairs.tolist()} are not different whole numbers from 0 "
+                f"to {self.head_dim // 2 - 1}; the checkpoint is broken, convert the model again"
+            )
 
     def forward(
         self,

@@ -1,6 +1,7 @@
 """Folders of models: strict load, and a write that is whole or not there."""
 
 import contextlib
+import hashlib
 import os
 import shutil
 import tempfile
@@ -10,7 +11,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
@@ -41,7 +42,7 @@ def load_config(name: str | Path, **kwargs: Any) -> PreTrainedConfig:
     register()
     source = resolve(name)
     try:
-        config = AutoConfig.from_pretrained(source, **kwargs)
+        config = AutoConfig.from_pretrained(source, **{"trust_remote_code": False} | kwargs)
     except InputError:
         raise
     except (OSError, ValueError, TypeError, KeyError, StrictDataclassError) as error:
@@ -59,18 +60,45 @@ def load(name: str | Path, **kwargs: Any) -> PreTrainedModel:
     `InputError` for an unsupported family, and for weights that are broken, missing or misshaped.
     """
     hub = ("token", "revision", "cache_dir", "local_files_only", "force_download", "subfolder")
-    load_config(name, **{key: kwargs[key] for key in hub if key in kwargs})
+    config = load_config(name, **{key: kwargs[key] for key in hub if key in kwargs})
     source = resolve(name)
-    options = {"dtype": "auto", **kwargs, "output_loading_info": True}
+    options = {"dtype": "auto", "trust_remote_code": False, **kwargs, "output_loading_info": True}
+    if Path(source).is_dir() and getattr(config, "quantization_config", None) is None:
+        check_number_formats(Path(source))
     try:
         model, info = AutoModelForImageTextToText.from_pretrained(source, **options)
     except InputError:
         raise
     except (OSError, RuntimeError, ValueError, ImportError, SafetensorError) as error:
         raise InputError(f"cannot load the weights of {source!r}: {first_line(error)}") from error
-    if missing := sorted(info["missing_keys"]):
-        raise InputError(f"the weights of {source!r} are not whole; missing keys: {', '.join(missing[:5])}")
+    for what in ("missing", "unexpected"):
+        if keys := sorted(info[f"{what}_keys"]):
+            listed = ", ".join(keys[:5])
+            raise InputError(f"the weights of {source!r} are not those of the model; {what} keys: {listed}")
     return model.eval()
+
+
+def check_number_formats(folder: Path) -> None:
+    """Raise `InputError` for weights in formats that no model computes in: loading would cast them."""
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt") as file:
+                formats = {key: file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"{path} cannot be read: {error}") from None
+        for key, number in formats.items():
+            wanted = ("I64",) if key.endswith(".rope_pairs") else ("F64", "F32", "BF16", "F16")
+            if key.endswith((".weight", ".bias", ".rope_pairs")) and number not in wanted:
+                raise InputError(f"{path}: {key} is stored as {number}; known: {', '.join(wanted)}")
+
+
+def weights_digest(folder: Path) -> dict[str, str]:
+    """Size and SHA-256 of each file of weights in a folder, by its name."""
+    found = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            found[path.name] = f"{path.stat().st_size} {hashlib.file_digest(file, 'sha256').hexdigest()}"
+    return found
 
 
 def pick_device(name: str) -> torch.device:
@@ -92,7 +120,7 @@ def load_processor(name: str | Path) -> ProcessorMixin:
     register()
     source = resolve(name)
     try:
-        processor = AutoProcessor.from_pretrained(source)
+        processor = AutoProcessor.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise InputError(f"cannot load the processor of {source!r}: {first_line(error)}") from None
     processor.tokenizer.padding_side = "left"

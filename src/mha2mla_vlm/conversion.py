@@ -138,6 +138,7 @@ def _is_linear(module: nn.Module) -> bool:
 
 def plan(model_config: Any, config: ConversionConfig) -> MLAConfig:
     """Sizes of the converted model; raises `InputError` for what cannot be converted."""
+    _check_not_quantized(model_config)
     if getattr(model_config, "mla", None) is not None:
         return _plan_factors(model_config, config)
     family = get_family(model_config.model_type)
@@ -172,6 +173,18 @@ def plan(model_config: Any, config: ConversionConfig) -> MLAConfig:
     if config.share is not None:
         _check_budget(sizes, config)
     return mla
+
+
+def _check_not_quantized(model_config: Any) -> None:
+    """Raise `InputError` for a model whose weights are stored quantised (AWQ, GPTQ, FP8, bitsandbytes)."""
+    found = getattr(model_config, "quantization_config", None)
+    if found is None:
+        return
+    method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
+    raise InputError(
+        f"the model is quantised ({getattr(method, 'value', method) or 'by an unknown method'}); convert "
+        "what it was made of, in bfloat16 or float32, and quantise the result"
+    )
 
 
 def is_allotted(model_config: Any, config: ConversionConfig) -> bool:

@@ -1,6 +1,7 @@
 """Chat records, checked, and turned into model inputs with answer-only labels."""
 
 import io
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,8 @@ IGNORE_INDEX = -100  # label of a token that is not part of an answer
 ROLES = ("system", "user", "assistant")
 PARTS = ("text", "image")
 Picture = Path | bytes | Image.Image  # a file, its content, or a picture
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # no others: reading EPS runs Ghostscript
+MAX_PIXELS = 89_478_485  # of an image, where Pillow begins to warn: a small file can be gigabytes of pixels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +45,7 @@ class Record:
 
     def load_images(self) -> list[Image.Image]:
         """The pictures, decoded to RGB; raises `InputError` naming a file that is missing or broken."""
-        return [_open_image(image, self.source) for image in self.images]
+        return [open_image(image, self.source) for image in self.images]
 
     def answers(self) -> list[int]:
         """Indices of the assistant's messages."""
@@ -85,16 +88,34 @@ def _checked_messages(messages: Any, source: str) -> list[dict[str, Any]]:
     return checked
 
 
-def _open_image(image: Picture, source: str) -> Image.Image:
+def open_image(image: Picture, source: str) -> Image.Image:
+    """An image in RGB; raises `InputError` if it is missing, broken, too large or of no known format."""
     if isinstance(image, Image.Image):
         return image.convert("RGB")
     name = f"of {len(image)} bytes" if isinstance(image, bytes) else str(image)
     try:
-        with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
+        if isinstance(image, Path) and image.exists() and not image.is_file():
+            raise InputError(f"{source}: image {name} is not a file")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # it is an error here
+            file = io.BytesIO(image) if isinstance(image, bytes) else image
+            opened = Image.open(file, formats=IMAGE_FORMATS)
+        with opened:
+            if opened.width * opened.height > MAX_PIXELS:
+                raise InputError(
+                    f"{source}: image {name} has {opened.width} x {opened.height} pixels; give at most "
+                    f"{MAX_PIXELS:,}"
+                )
             return opened.convert("RGB")
+    except InputError:
+        raise
     except FileNotFoundError:
         raise InputError(f"{source}: image {name} does not exist") from None
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+    except UnidentifiedImageError:
+        raise InputError(
+            f"{source}: image {name} cannot be read: it is none of {', '.join(IMAGE_FORMATS)}"
+        ) from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise InputError(f"{source}: image {name} cannot be read: {error}") from None
 
 
@@ -182,5 +203,8 @@ def chat_length(processor: ProcessorMixin, record: Record) -> int:
     if not images:
         return plain
     sizes = [(image.height, image.width) for image in images]
-    visual = image_token_counts(processor, sizes)
+    try:
+        visual = image_token_counts(processor, sizes)
+    except ValueError as error:  # of a shape that it does not take
+        raise InputError(f"{record.source}: the processor refuses an image: {error}") from error
     return plain + sum(visual) - len(images)

@@ -7,7 +7,13 @@ from typing import Any
 
 import torch
 from PIL import Image
-from transformers import PreTrainedModel, ProcessorMixin, TextStreamer
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    ProcessorMixin,
+    TextStreamer,
+)
 
 from mha2mla_vlm.cache import cache_bytes
 from mha2mla_vlm.data import Record, encode
@@ -44,6 +50,15 @@ class _Streamer(TextStreamer):
         self.write(text)
 
 
+class Finite(LogitsProcessor):
+    """Stops at logits that are not numbers, from which `generate` would pick a token all the same."""
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if torch.isnan(scores).any():
+            raise InputError("the model's logits are not finite: its weights are broken, or overflow")
+        return scores
+
+
 def prompt_record(prompt: str, images: Sequence[Path | Image.Image] = ()) -> Record:
     """A chat of one question about pictures."""
     content: list[dict[str, str]] = [{"type": "image"}] * len(images)
@@ -74,6 +89,7 @@ def answer(
         **inputs,
         do_sample=False,
         max_new_tokens=max_new_tokens,
+        logits_processor=LogitsProcessorList([Finite()]),
         return_dict_in_generate=True,
         **options,
         streamer=_Streamer(processor.tokenizer, stream) if stream else None,

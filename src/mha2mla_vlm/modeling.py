@@ -127,6 +127,8 @@ class MLACheckpoint(_Model):
         if any(wrong.values()):
             listed = "; ".join(f"{k.replace('_', ' ')}: {', '.join(v[:5])}" for k, v in wrong.items() if v)
             raise InputError(f"the weights do not match the config ({listed}); convert the model again")
+        for layer in model.text_model.layers:
+            layer.self_attn.check_pairs()
         return (model, info) if output_loading_info else model
 
     @classmethod

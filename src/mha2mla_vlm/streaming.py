@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
 
 from mha2mla_vlm.card import write_card
-from mha2mla_vlm.checkpoint import load, load_config, load_processor, resolve
+from mha2mla_vlm.checkpoint import load, load_config, load_processor, resolve, weights_digest
 from mha2mla_vlm.config import AttentionSizes, ConversionConfig, MLAConfig
 from mha2mla_vlm.conversion import encode_split, findings, is_allotted, plan, print_losses, print_plan
 from mha2mla_vlm.data import Record
@@ -83,6 +83,7 @@ def convert_checkpoint(
     calibration, held_out = encode_split(model, processor, records, config)
     _check_shares(calibration, held_out)
     given = {"model": str(folder), "config": config.to_dict(), "dtype": str(model.dtype)}
+    given["weights"] = weights_digest(folder)
     settings = given | {"processes": process_count(), "records": _digest([*calibration, *held_out])}
     work = WorkFolder(Path(output), settings, resume=resume, spill=None if spill is None else Path(spill))
     streaming = _Streaming(model, config, work, target)

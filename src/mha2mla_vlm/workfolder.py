@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -19,6 +20,7 @@ from mha2mla_vlm.parallel import process_index, wait_for_all
 from mha2mla_vlm.streams import Key, States
 
 PROGRESS = "progress.json"
+MARK = ".mha2mla"  # in a folder for hidden states: for which output it was made
 WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EACCES, errno.EROFS)
 
 
@@ -65,12 +67,26 @@ class WorkFolder:
         self.settings = json.loads(json.dumps(settings))
         self.done, self.notes = self._begun(resume)
         self.main = process_index() == 0
-        self.states_folder = self.folder / "states" if spill is None else spill / f"{self.output.name}.states"
+        self.states_folder = self.folder / "states" if spill is None else self._spilled(spill, resume)
         self.states: States = FolderStates(self.states_folder / str(process_index()))
         wait_for_all()  # all have read how far it is
         if self.main:
             self.result.mkdir(parents=True, exist_ok=True)
         self._write_progress()
+
+    def _spilled(self, spill: Path, resume: bool) -> Path:
+        """The folder in `spill` that is this output's alone, marked as made for it."""
+        unique = hashlib.sha256(str(self.output).encode()).hexdigest()[:12]
+        folder = spill / f"{self.output.name}-{unique}.states"
+        mark = folder / MARK
+        if folder.exists() and not (mark.is_file() and mark.read_text(encoding="utf-8") == str(self.output)):
+            raise InputError(f"{folder} is there and was not made for {self.output}; choose another --spill")
+        if process_index() == 0:
+            if folder.exists() and not (resume and self.done):
+                shutil.rmtree(folder)  # of an earlier run to this output, whose work folder is gone
+            folder.mkdir(parents=True, exist_ok=True)
+            mark.write_text(str(self.output), encoding="utf-8")
+        return folder
 
     def _begun(self, resume: bool) -> tuple[int, dict[str, Any]]:
         """How far an earlier run came, if there was one."""
@@ -81,10 +97,21 @@ class WorkFolder:
             raise InputError(
                 f"{self.folder} holds a conversion that was interrupted; go on with --resume, or remove it"
             )
-        if not path.exists():  # it ended before anything was done
+        begun = self.folder.is_dir() and {each.name for each in self.folder.iterdir()} <= {
+            "result",
+            "states",
+            "progress.tmp",
+        }
+        if begun and not path.exists():  # it ended before anything was done
             return 0, {}
-        progress = json.loads(path.read_text(encoding="utf-8"))
-        known = progress["settings"]
+        try:
+            progress = json.loads(path.read_text(encoding="utf-8"))
+            known = progress["settings"].copy()
+            done, notes = int(progress["done"]), dict(progress["notes"])
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            raise InputError(
+                f"{self.folder} is not the work folder of a conversion; choose another output, or move it"
+            ) from None
         if known != self.settings:
             other = sorted(
                 k for k in known.keys() | self.settings.keys() if known.get(k) != self.settings.get(k)
@@ -92,7 +119,7 @@ class WorkFolder:
             raise InputError(
                 f"{self.folder} was begun with another {', '.join(other)}; give the same, or remove it"
             )
-        return int(progress["done"]), dict(progress["notes"])
+        return done, notes
 
     def _write_progress(self) -> None:
         if not self.main:
@@ -136,8 +163,11 @@ class WorkFolder:
         if not self.main:
             return
         put_in_place(self.result, self.output)
-        shutil.rmtree(self.states_folder, ignore_errors=True)
-        shutil.rmtree(self.folder)
+        for folder in (self.states_folder, self.folder / "kept"):
+            shutil.rmtree(folder, ignore_errors=True)
+        (self.folder / PROGRESS).unlink()
+        if not any(self.folder.iterdir()):  # else there is something that is not ours
+            self.folder.rmdir()
 
 
 def _write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 from PIL import Image
 
-from mha2mla_vlm.data import Record, message_text
+from mha2mla_vlm.data import Record, message_text, open_image
 from mha2mla_vlm.errors import InputError
 from mha2mla_vlm.evaluation import DEFAULT_KIND
 
@@ -99,11 +99,7 @@ def messages(document: dict[str, Any]) -> list[dict[str, Any]]:
 
 def pictures(document: dict[str, Any]) -> list[Image.Image]:
     """The pictures of a document, decoded."""
-    found = []
-    for path in document["images"]:
-        with Image.open(path) as opened:
-            found.append(opened.convert("RGB"))
-    return found
+    return [open_image(Path(path), "task") for path in document["images"]]
 
 
 def score(document: dict[str, Any], results: list[str]) -> dict[str, float]:

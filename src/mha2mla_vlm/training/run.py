@@ -16,7 +16,15 @@ from accelerate import PartialState
 from transformers import PreTrainedModel, ProcessorMixin, TrainingArguments
 from transformers.trainer_callback import TrainerCallback
 
-from mha2mla_vlm.checkpoint import check_output, load, load_config, load_processor, put_in_place
+from mha2mla_vlm.checkpoint import (
+    check_output,
+    load,
+    load_config,
+    load_processor,
+    put_in_place,
+    resolve,
+    weights_digest,
+)
 from mha2mla_vlm.config import AttentionSizes
 from mha2mla_vlm.data import Record
 from mha2mla_vlm.errors import InputError
@@ -62,6 +70,8 @@ def finetune(
     sources = {"checkpoint": checkpoint, "data": data, "eval_data": eval_data, "teacher": teacher}
     settings = {key: _name(source) for key, source in sources.items()} | asdict(config)
     folder = path.with_name(path.name + ".partial")
+    settings |= {"weights": [_weights(checkpoint), _weights(teacher)]}
+    _check_folder(folder)
     processor = load_processor(checkpoint)
     how = {"dtype": config.loaded_dtype, "attn_implementation": config.attn_implementation}
     model = load(checkpoint, **how)
@@ -266,6 +276,20 @@ def write_model(trainer: RecoveryTrainer, folder: Path, dtype: torch.dtype) -> N
         model.save_pretrained(folder, state_dict=state)
         model.config.dtype = dtype  # which saving sets to that of the model, not of the state
         model.config.save_pretrained(folder)
+
+
+def _weights(name: str | Path | None) -> dict[str, str] | None:
+    """What the weights of a model in a folder are; of one of the hub, its name tells."""
+    folder = None if name is None else Path(resolve(name))
+    return weights_digest(folder) if folder is not None and folder.is_dir() else None
+
+
+def _check_folder(folder: Path) -> None:
+    """Raise `InputError` if the work folder holds anything but an unfinished run."""
+    if not folder.exists():
+        return
+    if not folder.is_dir() or (any(folder.iterdir()) and not _is_readable(folder / _STATE)):
+        raise InputError(f"{folder} is there and holds no unfinished run; choose another output, or move it")
 
 
 def _name(source: Source | None) -> str | None:
