@@ -142,7 +142,15 @@ def check_output(output: str | Path) -> Path:
 
 
 def put_in_place(folder: Path, output: Path) -> None:
-    """Give a finished folder its name, at which there is nothing or an empty folder."""
+    """Give a finished folder its name, at which there is nothing or an empty folder, and the modes that new
+    files and folders get here: safetensors lets nobody else read what it writes.
+    """
+    with tempfile.TemporaryDirectory(dir=folder.parent) as made:
+        probe = Path(made, "probe")
+        probe.touch()
+        mode = probe.stat().st_mode & 0o777
+    for path in (folder, *folder.rglob("*")):
+        path.chmod(mode | (mode & 0o444) >> 2 if path.is_dir() else mode)
     if output.exists():
         output.rmdir()
     folder.rename(output)
@@ -155,7 +163,6 @@ def new_folder(output: str | Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
-        temporary.chmod(0o755)
         yield temporary
         put_in_place(temporary, path)
     except BaseException:

@@ -2,6 +2,7 @@
 
 import inspect as inspect_module
 import logging
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import fields
@@ -34,7 +35,7 @@ from mha2mla_vlm.cli_options import (
     load_model,
 )
 from mha2mla_vlm.cli_zoo import zoo_app
-from mha2mla_vlm.errors import InputError, need
+from mha2mla_vlm.errors import InputError, Interrupted, need
 from mha2mla_vlm.training.config import FinetuneConfig, read_recipe
 
 app = typer.Typer(
@@ -332,6 +333,7 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
     logging.getLogger("mha2mla_vlm").setLevel(logging.INFO)
     logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)  # it warns of what is on disk
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
     try:
         from transformers.utils import logging as transformers_logging
 
@@ -341,6 +343,6 @@ def main() -> None:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+    except (KeyboardInterrupt, Interrupted) as interrupt:
+        print(f"interrupted{f': {interrupt}' if interrupt.args else ''}", file=sys.stderr)
         sys.exit(130)

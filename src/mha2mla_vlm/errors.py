@@ -10,6 +10,10 @@ class InputError(ValueError):
     """
 
 
+class Interrupted(BaseException):
+    """An interrupt of work that can be resumed, which it says; click would hide a `KeyboardInterrupt`."""
+
+
 def need(package: str, extra: str, purpose: str) -> None:
     """Raise `InputError` unless a package is installed that only an extra of this project brings."""
     if find_spec(package) is None:

@@ -3,10 +3,13 @@
 import contextlib
 import time
 from collections.abc import Iterable, Iterator, Sized
+from pathlib import Path
 from typing import Self, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from mha2mla_vlm.errors import Interrupted
 
 
 def console() -> Console:
@@ -24,6 +27,15 @@ def track(items: Iterable[T], title: str) -> Iterator[T]:
         for item in items:
             yield item
             bar.advance(task)
+
+
+@contextlib.contextmanager
+def kept(folder: Path, how: str) -> Iterator[None]:
+    """Within the context, an interrupt says that the work so far is kept, and `how` to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Interrupted(f"what is done is kept in {folder}; {how}") from None
 
 
 class Phases:

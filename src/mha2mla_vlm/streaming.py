@@ -30,7 +30,7 @@ from mha2mla_vlm.modeling import layer_prefixes, write_findings
 from mha2mla_vlm.offload import disk_map, empty_model, read_weights, stored_names
 from mha2mla_vlm.parallel import process_count
 from mha2mla_vlm.profile import LayerwiseProfile, allotted
-from mha2mla_vlm.progress import Phases
+from mha2mla_vlm.progress import Phases, kept
 from mha2mla_vlm.surgery import converted_config
 from mha2mla_vlm.utils.compat import tied_names
 from mha2mla_vlm.workfolder import WorkFolder, writing
@@ -87,13 +87,14 @@ def convert_checkpoint(
     settings = given | {"processes": process_count(), "records": _digest([*calibration, *held_out])}
     work = WorkFolder(Path(output), settings, resume=resume, spill=None if spill is None else Path(spill))
     streaming = _Streaming(model, config, work, target)
-    known = None
-    if is_allotted(model_config, config):
-        profile = streaming.measured(mla, calibration)
-        mla, known = allotted(mla, profile.losses(), profile.sizes, config), profile.layer
-    if work.main:
-        print_plan(model.config, mla)
-    mla = streaming.converted(mla, known, calibration, held_out, processor)
+    with kept(work.folder, "go on with --resume"):
+        known = None
+        if is_allotted(model_config, config):
+            profile = streaming.measured(mla, calibration)
+            mla, known = allotted(mla, profile.losses(), profile.sizes, config), profile.layer
+        if work.main:
+            print_plan(model.config, mla)
+        mla = streaming.converted(mla, known, calibration, held_out, processor)
     print_losses(mla.kl or {})
     work.finish()
     return StreamedConversion(

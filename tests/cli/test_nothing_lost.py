@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import shutil
 import struct
 import subprocess
@@ -121,8 +122,6 @@ def test_the_largest_image_is_read():
 
 def test_a_pipe_is_no_image(tmp_path):
     """It would be waited for."""
-    import os
-
     os.mkfifo(tmp_path / "pipe.png")
     with pytest.raises(InputError, match="is not a file"):
         prompt_record("Read.", [tmp_path / "pipe.png"]).load_images()
@@ -182,6 +181,28 @@ def test_a_run_is_not_resumed_with_other_weights(monkeypatch, capsys, workspace,
 def named(weights, suffix):
     """The first language-model weight of that name; originals have those of checkpoints, not of modules."""
     return next(key for key in weights if key.endswith(suffix) and "vision" not in key)
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_an_interrupt_says_that_work_is_kept(monkeypatch, capsys, workspace, tmp_path, name):
+    given = command(workspace, tmp_path / "out")
+    program = [sys.executable, str(KILLED), f"model-00002-of-00005.safetensors:1:{name}", *map(str, given)]
+    done = subprocess.run(program, capture_output=True, text=True)
+    assert done.returncode == 130
+    assert done.stdout == ""
+    said = " ".join(done.stderr.split())
+    assert "interrupted: what is done is kept in" in said
+    assert "--resume" in said
+    assert "Traceback" not in said
+    code, _, err = run_command(monkeypatch, capsys, *given, "--resume")
+    assert code == 0, err
+
+
+def test_files_get_the_modes_of_new_files(workspace, tmp_path):
+    """Those that safetensors writes are for their owner alone."""
+    (tmp_path / "new").touch()
+    mode = (tmp_path / "new").stat().st_mode
+    assert {path.stat().st_mode for path in (workspace / "small").iterdir()} == {mode}
 
 
 def extra(weights):

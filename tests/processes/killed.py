@@ -1,5 +1,5 @@
 """`mha2mla` with the arguments after the first; killed as it renames a file to a name that ends in that,
-or, if that is `NAME:n`, for the nth time.
+or, if that is `NAME:n`, for the nth time; with `NAME:n:SIGINT` by another signal.
 """
 
 import os
@@ -14,11 +14,12 @@ def kill_at_rename(event, arguments):
     if event == "os.rename" and str(arguments[1]).endswith(place):
         left.pop()
         if not left:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), signal.Signals[name])
 
 
 if __name__ == "__main__":
-    place, _, count = sys.argv.pop(1).partition(":")
-    left = [None] * int(count or 1)
+    given = sys.argv.pop(1).split(":")
+    place, count, name = given + ["", "1", "SIGKILL"][len(given) :]
+    left = [None] * int(count)
     sys.addaudithook(kill_at_rename)
     main()

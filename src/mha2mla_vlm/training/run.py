@@ -30,6 +30,7 @@ from mha2mla_vlm.data import Record
 from mha2mla_vlm.errors import InputError
 from mha2mla_vlm.evaluation import check_comparable
 from mha2mla_vlm.families import get_family
+from mha2mla_vlm.progress import kept
 from mha2mla_vlm.sources import StoredRecords
 from mha2mla_vlm.training.config import FinetuneConfig
 from mha2mla_vlm.training.freezing import set_trained, with_lora
@@ -86,7 +87,8 @@ def finetune(
         chosen = _chosen(folder, settings, records, eval_records, processor, config)
     held_out = Chats(records if eval_records is None else eval_records, chosen.held_out)
     trainer = make_trainer(model, processor, Chats(records, chosen.train), held_out, config, folder, original)
-    result = _train(trainer, folder)
+    with kept(folder, "the same command goes on"):
+        result = _train(trainer, folder)
     result |= {"too_long": chosen.too_long, "unreadable": chosen.unreadable}
     write_model(trainer, folder, dtype)
     if trainer.is_world_process_zero():
