@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mha2mla_vlm.checkpoint import check_output, load, load_processor, save
+from mha2mla_vlm.checkpoint import load, load_processor, save
 from mha2mla_vlm.errors import InputError, first_line
 from mha2mla_vlm.parallel import process_index, wait_for_all
+from mha2mla_vlm.utils.folders import check_output
 
 logger = logging.getLogger(__name__)
 

@@ -1,11 +1,6 @@
 """Folders of models: strict load, and a write that is whole or not there."""
 
-import contextlib
 import hashlib
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +21,7 @@ from mha2mla_vlm.config import AttentionSizes, MLAConfig
 from mha2mla_vlm.errors import InputError, first_line
 from mha2mla_vlm.families import get_family
 from mha2mla_vlm.modeling import register
+from mha2mla_vlm.utils.folders import new_folder
 from mha2mla_vlm.zoo import ZOO_PREFIX, zoo_path
 
 
@@ -107,6 +103,8 @@ def pick_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
+        if device.type == "meta" or (device.type == "cpu" and device.index):
+            raise RuntimeError("nothing is computed there")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError):
         raise InputError(
@@ -125,49 +123,6 @@ def load_processor(name: str | Path) -> ProcessorMixin:
         raise InputError(f"cannot load the processor of {source!r}: {first_line(error)}") from None
     processor.tokenizer.padding_side = "left"
     return processor
-
-
-def check_output(output: str | Path) -> Path:
-    """Raise `InputError` if a result cannot go to `output`: it must be a new or an empty folder.
-
-    Returns it resolved. The working folder itself cannot be replaced.
-    """
-    path = Path(output).resolve()
-    if path == Path.cwd() or (path.exists() and (not path.is_dir() or any(path.iterdir()))):
-        raise InputError(f"output {output} exists and is not an empty folder; choose another or remove it")
-    existing = next(parent for parent in path.parents if parent.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise InputError(f"output {output} cannot be made: {existing} is not a folder that can be written to")
-    return path
-
-
-def put_in_place(folder: Path, output: Path) -> None:
-    """Give a finished folder its name, at which there is nothing or an empty folder, and the modes that new
-    files and folders get here: safetensors lets nobody else read what it writes.
-    """
-    with tempfile.TemporaryDirectory(dir=folder.parent) as made:
-        probe = Path(made, "probe")
-        probe.touch()
-        mode = probe.stat().st_mode & 0o777
-    for path in (folder, *folder.rglob("*")):
-        path.chmod(mode | (mode & 0o444) >> 2 if path.is_dir() else mode)
-    if output.exists():
-        output.rmdir()
-    folder.rename(output)
-
-
-@contextlib.contextmanager
-def new_folder(output: str | Path) -> Iterator[Path]:
-    """A temporary folder that takes the place of `output` at the end, and is gone if anything fails."""
-    path = check_output(output)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    try:
-        yield temporary
-        put_in_place(temporary, path)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
 
 
 def save(model: PreTrainedModel, processor: ProcessorMixin | None, output: str | Path) -> Path:

@@ -37,6 +37,7 @@ from mha2mla_vlm.cli_options import (
 from mha2mla_vlm.cli_zoo import zoo_app
 from mha2mla_vlm.errors import InputError, Interrupted, need
 from mha2mla_vlm.training.config import FinetuneConfig, read_recipe
+from mha2mla_vlm.utils.folders import check_output
 
 app = typer.Typer(
     help="Convert vision-language models to multi-head latent attention.",
@@ -50,6 +51,15 @@ for _command in (generate, inspect, report, chat, task):
     app.command()(_command)
 
 
+@app.callback()
+def options(
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show where an error of the system happened.")
+    ] = False,
+) -> None:
+    """Convert vision-language models to multi-head latent attention."""
+
+
 @app.command()
 def demo(
     model: Annotated[str, typer.Option(help="Name of a zoo model.")] = "qwen2_5_vl",
@@ -58,11 +68,10 @@ def demo(
     device: DeviceOption = "auto",
 ) -> None:
     """Convert a shipped model, compare it with the original, and measure both caches."""
-    from mha2mla_vlm.checkpoint import check_output
-    from mha2mla_vlm.demo import print_table, run_demo
-
     if output is not None:
         check_output(output)
+    from mha2mla_vlm.demo import print_table, run_demo
+
     result = run_demo(model, pictures=pictures, output=output, device=device)
     print_table(result)
     finish(result)
@@ -96,9 +105,12 @@ def convert(
 
     One layer at a time is in memory, and an interrupted run can be resumed.
     """
+    check_output(output)
+    if evaluate is not None:
+        need("matplotlib", "report", "--evaluate")
     from mha2mla_vlm.adapters import merged
     from mha2mla_vlm.card import check_repository
-    from mha2mla_vlm.checkpoint import check_output, load_config, pick_device
+    from mha2mla_vlm.checkpoint import load_config, pick_device
     from mha2mla_vlm.config import ConversionConfig
     from mha2mla_vlm.conversion import plan
     from mha2mla_vlm.parallel import join_processes, process_index, shared_work
@@ -107,10 +119,9 @@ def convert(
     sizes: dict[str, Any] = {"budget": budget, "rope_dim": rope_dim, "d_kv": d_kv, "samples": samples}
     method: dict[str, Any] = {"rope_selection": rope_selection, "fold": fold, "factorization": factorization}
     config = ConversionConfig(**sizes, **method)
-    if evaluate is not None:
-        need("matplotlib", "report", "--evaluate")
-    check_output(output)
     plan(load_config(model), config)
+    if evaluate is not None:
+        load_records(evaluate, limit=1)
     check_repository(push_to_hub)
     target, records = join_processes(pick_device(device)), load_records(data, limit=samples)
     if dry_run:
@@ -237,6 +248,7 @@ def finetune(
 
     Run it under `accelerate launch` for many processes.
     """
+    check_output(output)
     recipe = read_recipe(config, **options)
     from mha2mla_vlm.training.run import finetune as finetune_model
     from mha2mla_vlm.training.run import is_main_process
@@ -265,15 +277,14 @@ def bench(
     device: DeviceOption = "auto",
 ) -> None:
     """Bytes, seconds and memory of a converted model beside its original; above 1 is a gain."""
+    if output is not None:
+        check_output(output)
     from mha2mla_vlm.bench.models import BATCHES, CONTEXTS, bench_models
     from mha2mla_vlm.bench.report import print_rows, write_report
-    from mha2mla_vlm.checkpoint import check_output
     from mha2mla_vlm.quantized_cache import QuantizationConfig
 
     quantization = None if cache_bits is None else {"nbits": cache_bits}
     QuantizationConfig.from_dict(quantization or {})
-    if output is not None:
-        check_output(output)
     (converted, _), (original, _) = (load_model(name, dtype, device) for name in (checkpoint, baseline))
     result = bench_models(
         original,
@@ -301,11 +312,11 @@ def import_published(
     ] = None,
 ) -> None:
     """Convert a checkpoint of the published MHA2MLA-VLM code into one of ours, without loss."""
+    check_output(output)
     from mha2mla_vlm.cache import bytes_per_token
-    from mha2mla_vlm.checkpoint import check_output, load_processor, save
+    from mha2mla_vlm.checkpoint import load_processor, save
     from mha2mla_vlm.interop.published import has_processor, import_published
 
-    check_output(output)
     source = processor or (str(checkpoint) if has_processor(checkpoint) else None)
     loaded = None if source is None else load_processor(source)
     model = import_published(checkpoint, ranks)
@@ -342,6 +353,11 @@ def main() -> None:
         app()
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:  # what a user's disks, files and network can cause
+        if "--debug" in sys.argv:
+            raise
+        print(f"error: {' '.join(str(error).split())}; --debug shows where", file=sys.stderr)
         sys.exit(2)
     except (KeyboardInterrupt, Interrupted) as interrupt:
         print(f"interrupted{f': {interrupt}' if interrupt.args else ''}", file=sys.stderr)

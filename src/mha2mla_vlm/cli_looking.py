@@ -106,9 +106,9 @@ def task(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of an answer, at most.")] = 32,
 ) -> None:
     """Make chats a task of lmms-eval: every answer a question, exact match the measure."""
-    from mha2mla_vlm.checkpoint import new_folder
     from mha2mla_vlm.harness.task import write_task
     from mha2mla_vlm.sources import load_records
+    from mha2mla_vlm.utils.folders import new_folder
 
     with new_folder(output) as folder:
         count = write_task(name, load_records(data), folder, place=output, max_new_tokens=max_new_tokens)

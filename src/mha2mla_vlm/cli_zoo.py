@@ -28,7 +28,7 @@ def zoo_data(
     seed: Annotated[int, typer.Option(help="Equal arguments write equal bytes.")] = 0,
 ) -> None:
     """Write chats about pages of handwritten digits as JSONL and PNG files."""
-    from mha2mla_vlm.checkpoint import new_folder
+    from mha2mla_vlm.utils.folders import new_folder
     from mha2mla_vlm.zoo import check_name
     from mha2mla_vlm.zoo.chats import write_chats
 
@@ -46,7 +46,7 @@ def zoo_build(
     seed: Annotated[int, typer.Option(help="Seed of weights and data.")] = 0,
 ) -> None:
     """Train a zoo model from nothing; goes on where an interrupted run with the same output stopped."""
-    from mha2mla_vlm.checkpoint import check_output, put_in_place
+    from mha2mla_vlm.utils.folders import check_output, put_in_place
     from mha2mla_vlm.zoo import check_name
     from mha2mla_vlm.zoo.recipe import Recipe, build
 

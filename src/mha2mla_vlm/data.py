@@ -67,7 +67,7 @@ def _checked_messages(messages: Any, source: str) -> list[dict[str, Any]]:
     """Messages with their content as a list of parts; raises `InputError` for what is not a chat."""
     if not isinstance(messages, list) or not messages:
         raise InputError(f"{source}: no messages; give a list of role and content")
-    checked = []
+    checked: list[dict[str, Any]] = []
     for message in messages:
         role = message.get("role") if isinstance(message, dict) else None
         if role not in ROLES:
@@ -82,6 +82,12 @@ def _checked_messages(messages: Any, source: str) -> list[dict[str, Any]]:
                 part["type"] == "text" and not isinstance(part.get("text"), str)
             ):
                 raise InputError(f"{source}: cannot use content {part!r}; known types: {', '.join(PARTS)}")
+        try:
+            "".join(part["text"] for part in content if part["type"] == "text").encode()
+        except UnicodeEncodeError:
+            raise InputError(f"{source}: half a surrogate pair in the text; give whole characters") from None
+        if role == "assistant" and all(earlier["role"] == "system" for earlier in checked):
+            raise InputError(f"{source}: the chat begins with an answer; give the question before it")
         if not isinstance(message.get("kind", ""), str):
             raise InputError(f"{source}: `kind` must be text, not {message['kind']!r}")
         checked.append({**message, "content": content})
@@ -199,6 +205,12 @@ def chat_length(processor: ProcessorMixin, record: Record) -> int:
         text = _render(processor, record.messages)
     except TemplateError as error:
         raise InputError(f"{record.source}: the processor refuses the chat: {error}") from error
+    found = text.count(processor.image_token)
+    if found != len(images):
+        raise InputError(
+            f"{record.source}: {found} times {processor.image_token} in the text for {len(images)} image(s); "
+            "leave it out, an image's place is a part of type image"
+        )
     plain = len(processor.tokenizer(text, **_special(processor, text))["input_ids"])
     if not images:
         return plain

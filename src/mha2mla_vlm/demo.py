@@ -9,7 +9,7 @@ from rich.table import Table
 from transformers import PreTrainedModel, ProcessorMixin
 
 from mha2mla_vlm.cache import bytes_per_token
-from mha2mla_vlm.checkpoint import load, load_processor, new_folder, pick_device
+from mha2mla_vlm.checkpoint import load, load_processor, pick_device
 from mha2mla_vlm.config import ConversionConfig
 from mha2mla_vlm.conversion import convert, make_profile
 from mha2mla_vlm.data import Record
@@ -19,6 +19,7 @@ from mha2mla_vlm.generation import answer
 from mha2mla_vlm.progress import console
 from mha2mla_vlm.report.gather import gather
 from mha2mla_vlm.report.page import write_report
+from mha2mla_vlm.utils.folders import new_folder
 from mha2mla_vlm.zoo import check_name
 from mha2mla_vlm.zoo.chats import sample_chats
 from mha2mla_vlm.zoo.digits import Split

@@ -13,7 +13,7 @@ import numpy as np
 
 from mha2mla_vlm.config import OnBadRecord
 from mha2mla_vlm.data import Picture, Record
-from mha2mla_vlm.errors import InputError, need
+from mha2mla_vlm.errors import InputError, first_line, need
 
 logger = logging.getLogger(__name__)
 
@@ -146,10 +146,10 @@ def _json_spans(path: Path) -> Iterator[tuple[int, int, int, Any]]:
 def _parsed(content: bytes, where: str) -> Any:
     try:
         return json.loads(content)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{where}: broken JSON: {error}") from None
     except UnicodeDecodeError as error:
         raise InputError(f"{where} is not UTF-8 text: {error}") from None
+    except (ValueError, RecursionError) as error:  # also numbers of thousands of digits, and deep nesting
+        raise InputError(f"{where}: broken JSON: {first_line(error)}") from None
 
 
 def _json_list(file: BinaryIO, path: Path) -> Iterator[tuple[int, int, int, Any]]:
@@ -180,6 +180,8 @@ def _json_list(file: BinaryIO, path: Path) -> Iterator[tuple[int, int, int, Any]
             except UnicodeDecodeError as broken:
                 raise InputError(f"{path} is not UTF-8 text: {broken}") from None
             continue
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{path}: broken JSON after record {number}: {first_line(error)}") from None
         number += 1
         first = byte + len(text[position:start].encode())
         byte = first + len(text[start:end].encode())

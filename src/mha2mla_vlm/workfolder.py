@@ -14,10 +14,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from mha2mla_vlm.checkpoint import check_output, put_in_place
 from mha2mla_vlm.errors import InputError
 from mha2mla_vlm.parallel import process_index, wait_for_all
 from mha2mla_vlm.streams import Key, States
+from mha2mla_vlm.utils.folders import check_output, put_in_place
 
 PROGRESS = "progress.json"
 MARK = ".mha2mla"  # in a folder for hidden states: for which output it was made
@@ -84,8 +84,11 @@ class WorkFolder:
         if process_index() == 0:
             if folder.exists() and not (resume and self.done):
                 shutil.rmtree(folder)  # of an earlier run to this output, whose work folder is gone
-            folder.mkdir(parents=True, exist_ok=True)
-            mark.write_text(str(self.output), encoding="utf-8")
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                mark.write_text(str(self.output), encoding="utf-8")
+            except OSError as error:
+                raise InputError(f"--spill {spill} cannot be written to: {error.strerror}") from None
         return folder
 
     def _begun(self, resume: bool) -> tuple[int, dict[str, Any]]:

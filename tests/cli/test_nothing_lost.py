@@ -263,6 +263,64 @@ def test_quantised_models_are_refused_by_name(monkeypatch, capsys, workspace, tm
     assert not list(tmp_path.glob("out*"))
 
 
+DEEP = "[" * 100_000
+QUESTION = '{"role": "user", "content": "?"}'
+ANSWER = '{"role": "assistant", "content": "7"}'
+CHATS = {
+    "numbers of thousands of digits": ('{"messages": ' + "9" * 10_000 + "}", "broken JSON"),
+    "nesting without end": ('{"messages": ' + DEEP, "broken JSON"),
+    "a list that nests without end": (DEEP, "broken JSON"),
+    "half a surrogate": (
+        '{"messages": [{"role": "user", "content": "\\ud800"}, ' + ANSWER + "]}",
+        "surrogate",
+    ),
+    "an answer first": ('{"messages": [' + ANSWER + ", " + QUESTION + "]}", "begins with an answer"),
+}
+
+
+@pytest.mark.parametrize("case", CHATS)
+def test_chats_that_are_none(monkeypatch, capsys, workspace, tmp_path, case):
+    text, word = CHATS[case]
+    (tmp_path / "chats.jsonl").write_text(text + "\n")
+    given = [
+        "convert",
+        workspace / "model",
+        "--data",
+        tmp_path / "chats.jsonl",
+        "-o",
+        tmp_path / "out",
+        *SIZES,
+    ]
+    refused(*run_command(monkeypatch, capsys, *given), word)
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_a_placeholder_typed_into_the_text_is_found_before_training(monkeypatch, capsys, workspace, tmp_path):
+    chat = {"messages": [{"role": "user", "content": "What is <image>?"}, json.loads(ANSWER)]}
+    (tmp_path / "chats.jsonl").write_text(f"{json.dumps(chat)}\n" * 4)
+    given = ["finetune", workspace / "small", "--data", tmp_path / "chats.jsonl", "-o", tmp_path / "out"]
+    given += ["--teacher", workspace / "model", "--eval-records", 1]
+    refused(*run_command(monkeypatch, capsys, *given), "1 times <image>", "line 1")
+
+
+OPTIONS = {
+    "a device that computes nothing": (["--device", "meta"], "device 'meta'"),
+    "a processor that there is not": (["--device", "cpu:3"], "device 'cpu:3'"),
+    "chats to report on that are not there": (["--evaluate", "nowhere.jsonl"], "nowhere.jsonl"),
+    "a spill that is a file": (["--spill", __file__], "--spill"),
+    "a long name": (["-o", "x" * 300], "File name too long"),
+    "an output under a file": (["-o", f"{__file__}/out"], "cannot be made"),
+}
+
+
+@pytest.mark.parametrize("case", OPTIONS)
+def test_options_are_refused_before_work(monkeypatch, capsys, workspace, tmp_path, case):
+    options, word = OPTIONS[case]
+    monkeypatch.chdir(tmp_path)
+    refused(*run_command(monkeypatch, capsys, *command(workspace, tmp_path / "out", *options)), word)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_record_checks_no_image_before_it_is_asked(tmp_path):
     """Reading the same chat twice opens its image twice, and finds it gone."""
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")

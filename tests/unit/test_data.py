@@ -204,7 +204,8 @@ def test_a_file_that_is_not_utf8_is_refused_by_name(tmp_path):
     "conversations", [None, "x", ["x"], [{"from": "human", "value": None}], [{"from": []}]]
 )
 def test_llava_turns_of_a_wrong_shape_are_refused(folder, conversations):
-    path = write_json(folder, {"conversations": turns()[1:]}, {"conversations": conversations})
+    first = {"conversations": turns(human="What?")}
+    path = write_json(folder, first, {"conversations": conversations})
     with pytest.raises(InputError, match="record 2"):
         load_records(path)
 

@@ -16,15 +16,7 @@ from accelerate import PartialState
 from transformers import PreTrainedModel, ProcessorMixin, TrainingArguments
 from transformers.trainer_callback import TrainerCallback
 
-from mha2mla_vlm.checkpoint import (
-    check_output,
-    load,
-    load_config,
-    load_processor,
-    put_in_place,
-    resolve,
-    weights_digest,
-)
+from mha2mla_vlm.checkpoint import load, load_config, load_processor, resolve, weights_digest
 from mha2mla_vlm.config import AttentionSizes
 from mha2mla_vlm.data import Record
 from mha2mla_vlm.errors import InputError
@@ -37,6 +29,7 @@ from mha2mla_vlm.training.freezing import set_trained, with_lora
 from mha2mla_vlm.training.records import Chats, Chosen, Collator, choose
 from mha2mla_vlm.training.trainer import RecoveryTrainer
 from mha2mla_vlm.utils.compat import enable_checkpointing
+from mha2mla_vlm.utils.folders import check_output, put_in_place
 
 SETTINGS = "finetune.json"  # in the output: how it was trained, and the result
 _STATE = "state.json"  # in the folder of an unfinished run: what it was started with, and measured first
