@@ -72,7 +72,7 @@ def pinned(name):
 @pytest.mark.parametrize(
     ("name", "extras"),
     [
-        ("constraints.txt", ("all", "dev")),
+        ("constraints.txt", ("all", "dev", "libraries")),
         ("constraints-oldest.txt", ("dev",)),
         ("constraints-vllm.txt", ()),
     ],
