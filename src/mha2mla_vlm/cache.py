@@ -171,6 +171,7 @@ class LatentStaticLayer(StaticLayer):
         self.token_modality = _rows(self.token_modality, beam_idx)
 
 
+_HOLDERS = (LatentLayer, LatentStaticLayer)
 _OURS = {
     DynamicLayer: LatentLayer,
     DynamicSlidingWindowLayer: LatentLayer,
@@ -186,7 +187,7 @@ def hold_latents(cache: Cache) -> None:
     Caches of other layers, quantised ones, stay as they are. Raises `InputError` for a static cache that
     is not empty.
     """
-    if all(isinstance(layer, LatentLayer | LatentStaticLayer) for layer in cache.layers) and cache.layers:
+    if all(isinstance(layer, _HOLDERS) for layer in cache.layers) and cache.layers:
         return
     if not replace_layers(cache, _OURS) and isinstance(cache, StaticCache):
         raise InputError(
@@ -203,7 +204,7 @@ def filled_length(cache: Cache, layer_idx: int) -> torch.Tensor | None:
 def known_modality(cache: Cache) -> TokenModality | None:
     """The modality of cached tokens; quantised layers of transformers do not keep it, so the cache does."""
     first = cache.layers[0] if cache.layers else None
-    holder: Any = first if isinstance(first, LatentLayer | LatentStaticLayer) else cache
+    holder: Any = first if isinstance(first, _HOLDERS) else cache
     return getattr(holder, "token_modality", None)
 
 
@@ -212,7 +213,7 @@ def remember_modality(cache: Cache, modality: TokenModality) -> None:
     if not cache.layers:
         add_layer(cache)
     first: Any = cache.layers[0]
-    holder: Any = first if isinstance(first, LatentLayer | LatentStaticLayer) else cache
+    holder: Any = first if isinstance(first, _HOLDERS) else cache
     holder.token_modality = modality
 
 
