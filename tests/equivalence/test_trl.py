@@ -53,7 +53,8 @@ def test_supervised_fine_tuning_with_images(family, lora, tmp_path):
         )
 
 
-def test_a_step_of_group_relative_policy_optimisation(tmp_path, family="qwen2_5_vl"):
+def test_a_step_of_group_relative_policy_optimisation(tmp_path):
+    family = "qwen2_5_vl"
     model, processor = random_mla(family)
     chats = [record(family, "image", seed) for seed in range(2)]
     rows = [
