@@ -100,7 +100,7 @@ def test_random_models_of_low_rank(family, random_folder):
     folder = random_folder(family)
     right = check(folder, family)
     model = load(folder, dtype=torch.float32)  # negative control: all tokens as text must differ
-    model.visual_token_ids = (-1,)
+    model.model.visual_token_ids = (-1,)
     chat = encode(load_processor(folder), [requests(family)[1]], generation_prompt=True)
     tokens, logs = generated(model, chat)
     assert tokens != right[1][0] or logs != pytest.approx(right[1][1], abs=1e-2)
