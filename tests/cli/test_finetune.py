@@ -161,7 +161,7 @@ def test_two_processes_are_one_with_twice_the_accumulation(workspace, tmp_path):
             check=False,
         )
         assert done.returncode == 0, done.stderr[-3000:]
-        assert len(done.stdout.splitlines()) == 1  # one process reports
+        assert done.stdout.count('{"output"') == 1  # one process reports
     one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
     assert two == pytest.approx(one, rel=1e-4)
     assert len(one) == 4
@@ -245,7 +245,7 @@ def test_sharded_weights_are_gathered_where_they_are_read():
         [*launch, str(script), "qwen2_5_vl"], env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.strip() == "same"
+    assert done.stdout.splitlines()[-1] == "same"  # PyTorch 2.9 prints, too
 
 
 def test_without_autocast_a_bfloat16_checkpoint_trains_in_float32(workspace, tmp_path, monkeypatch, capsys):

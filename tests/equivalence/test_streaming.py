@@ -232,7 +232,7 @@ def test_one_process_of_a_group_may_convert_by_itself(checkpoints, tmp_path):
     program = [*launch, script, folder / "model", data / "chats.jsonl"]
     done = subprocess.run([str(x) for x in program], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert 0 < float(done.stdout) < 10
+    assert 0 < float(done.stdout.splitlines()[-1]) < 10  # PyTorch 2.9 prints, too
 
 
 def test_an_adapter_is_merged_first(checkpoints, tmp_path, monkeypatch, capsys):
