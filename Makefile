@@ -20,7 +20,7 @@ export MALLOC_TRIM_THRESHOLD_ ?= 8589934592
 demo: $(STAMP)
 	$(VENV)/bin/mha2mla demo --model $(MODEL)
 
-test: $(STAMP)
+test: $(VENV)/.installed-libraries
 	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow" $(TESTS)
 
 # lmms-eval itself, on the shipped models
@@ -83,6 +83,11 @@ constraints:
 clean:
 	rm -rf $(VENV) $(VLLM_VENV) $(OLDEST_VENV) $(LATEST_VENV) $(SCRATCH_VENV) build dist
 
+# what tests try converted models with; torchao warns wherever it is installed, so `demo` has it not
+$(VENV)/.installed-libraries: $(STAMP)
+	$(INSTALL) --editable '.[libraries]'
+	touch $@
+
 $(VENV)/.installed-eval: $(STAMP)
 	$(INSTALL) --editable '.[eval]'
 	touch $@
@@ -107,5 +112,5 @@ $(OLDEST_VENV)/.installed: pyproject.toml constraints-oldest.txt
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv --clear $(VENV)
-	$(INSTALL) --editable '.[dev,libraries]'
+	$(INSTALL) --editable '.[dev]'
 	touch $@
