@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mha2mla_vlm.checkpoint import load, load_processor, save
-from mha2mla_vlm.errors import InputError, first_line
+from mha2mla_vlm.errors import InputError, first_line, need
 from mha2mla_vlm.parallel import process_index, wait_for_all
 from mha2mla_vlm.utils.folders import check_output
 
@@ -37,10 +37,9 @@ def merged(name: str, adapter: str | None, output: Path, *, resume: bool) -> Ite
 
 def merge(name: str, adapter: str) -> Any:
     """A model with an adapter's changes in its weights; raises `InputError` if the adapter does not fit."""
-    try:
-        from peft import PeftModel, get_peft_model_state_dict, load_peft_weights
-    except ImportError:
-        raise InputError("adapters need the package peft: pip install 'mha2mla-vlm[train]'") from None
+    need("peft", "train", "merging an adapter")
+    from peft import PeftModel, get_peft_model_state_dict, load_peft_weights
+
     logger.info("merging %s into %s", adapter, name)
     try:
         adapted = PeftModel.from_pretrained(load(name), adapter)
