@@ -1,12 +1,9 @@
 """Folders of models: strict load, and a write that is whole or not there."""
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
@@ -17,10 +14,10 @@ from transformers import (
 )
 
 from mha2mla_vlm.card import write_card
-from mha2mla_vlm.config import AttentionSizes, MLAConfig
-from mha2mla_vlm.errors import InputError, first_line
-from mha2mla_vlm.families import get_family
-from mha2mla_vlm.modeling import register
+from mha2mla_vlm.errors import InputError, reading, shown
+from mha2mla_vlm.model_files import check_files, check_weights
+from mha2mla_vlm.modeling import loading_errors, register
+from mha2mla_vlm.soundness import check_config, check_stored
 from mha2mla_vlm.utils.folders import new_folder
 from mha2mla_vlm.zoo import ZOO_PREFIX, zoo_path
 
@@ -37,15 +34,12 @@ def load_config(name: str | Path, **kwargs: Any) -> PreTrainedConfig:
     """
     register()
     source = resolve(name)
-    try:
+    if Path(source).is_dir():
+        check_files(Path(source))
+    with reading(f"a model config from {shown(source)}"):
+        check_stored(PreTrainedConfig.get_config_dict(source, **kwargs)[0])
         config = AutoConfig.from_pretrained(source, **{"trust_remote_code": False} | kwargs)
-    except InputError:
-        raise
-    except (OSError, ValueError, TypeError, KeyError, StrictDataclassError) as error:
-        raise InputError(f"cannot read a model config from {source!r}: {first_line(error)}") from None
-    get_family(config.model_type)
-    if getattr(config, "mla", None) is not None:
-        MLAConfig.from_dict(config.mla).check(AttentionSizes.of(config))
+        check_config(config)
     return config
 
 
@@ -58,43 +52,17 @@ def load(name: str | Path, **kwargs: Any) -> PreTrainedModel:
     hub = ("token", "revision", "cache_dir", "local_files_only", "force_download", "subfolder")
     config = load_config(name, **{key: kwargs[key] for key in hub if key in kwargs})
     source = resolve(name)
-    options = {"dtype": "auto", "trust_remote_code": False, **kwargs, "output_loading_info": True}
-    if Path(source).is_dir() and getattr(config, "quantization_config", None) is None:
-        check_number_formats(Path(source))
-    try:
+    options = {"dtype": "auto", "trust_remote_code": False, "ignore_mismatched_sizes": True, **kwargs}
+    options["output_loading_info"] = True
+    folder = Path(source)
+    stored = any(folder.glob("*.safetensors*")) or getattr(config, "mla", None) is not None
+    if folder.is_dir() and stored and getattr(config, "quantization_config", None) is None:
+        check_weights(folder)
+    with reading(f"the weights of {shown(source)}"):
         model, info = AutoModelForImageTextToText.from_pretrained(source, **options)
-    except InputError:
-        raise
-    except (OSError, RuntimeError, ValueError, ImportError, SafetensorError) as error:
-        raise InputError(f"cannot load the weights of {source!r}: {first_line(error)}") from error
-    for what in ("missing", "unexpected"):
-        if keys := sorted(info[f"{what}_keys"]):
-            listed = ", ".join(keys[:5])
-            raise InputError(f"the weights of {source!r} are not those of the model; {what} keys: {listed}")
+    if found := loading_errors(info):
+        raise InputError(f"the weights of {shown(source)} are not those of the config: {found}")
     return model.eval()
-
-
-def check_number_formats(folder: Path) -> None:
-    """Raise `InputError` for weights in formats that no model computes in: loading would cast them."""
-    for path in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(path, framework="pt") as file:
-                formats = {key: file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
-            raise InputError(f"{path} cannot be read: {error}") from None
-        for key, number in formats.items():
-            wanted = ("I64",) if key.endswith(".rope_pairs") else ("F64", "F32", "BF16", "F16")
-            if key.endswith((".weight", ".bias", ".rope_pairs")) and number not in wanted:
-                raise InputError(f"{path}: {key} is stored as {number}; known: {', '.join(wanted)}")
-
-
-def weights_digest(folder: Path) -> dict[str, str]:
-    """Size and SHA-256 of each file of weights in a folder, by its name."""
-    found = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb") as file:
-            found[path.name] = f"{path.stat().st_size} {hashlib.file_digest(file, 'sha256').hexdigest()}"
-    return found
 
 
 def pick_device(name: str) -> torch.device:
@@ -117,11 +85,9 @@ def load_processor(name: str | Path) -> ProcessorMixin:
     """Load the processor that belongs to a model; its padding is on the left, for generation."""
     register()
     source = resolve(name)
-    try:
+    with reading(f"the processor of {shown(source)}"):
         processor = AutoProcessor.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot load the processor of {source!r}: {first_line(error)}") from None
-    processor.tokenizer.padding_side = "left"
+        processor.tokenizer.padding_side = "left"
     return processor
 
 

@@ -343,6 +343,7 @@ def main() -> None:
     handler = RichHandler(console=console(), show_time=False, show_path=False, show_level=False)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
     logging.getLogger("mha2mla_vlm").setLevel(logging.INFO)
+    logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)  # what it raises is our line
     logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)  # it warns of what is on disk
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
     try:
@@ -351,13 +352,11 @@ def main() -> None:
         transformers_logging.disable_progress_bar()
         transformers_logging.set_verbosity_error()
         app()
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:  # what a user's disks, files and network can cause
+    except (InputError, OSError) as error:  # an OSError is what a user's disks, files and network can cause
         if "--debug" in sys.argv:
             raise
-        print(f"error: {' '.join(str(error).split())}; --debug shows where", file=sys.stderr)
+        hint = "" if isinstance(error, InputError) else "; --debug shows where"
+        print(f"error: {' '.join(str(error).split())}{hint}", file=sys.stderr)
         sys.exit(2)
     except (KeyboardInterrupt, Interrupted) as interrupt:
         print(f"interrupted{f': {interrupt}' if interrupt.args else ''}", file=sys.stderr)

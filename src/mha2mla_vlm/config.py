@@ -1,9 +1,10 @@
 """Frozen, keyword-only configurations: of a converted model, and of a conversion."""
 
 from dataclasses import MISSING, asdict, dataclass, fields
-from typing import Any, Literal, Self, get_args
+from types import NoneType, UnionType
+from typing import Any, Literal, Self, cast, get_args, get_origin
 
-from mha2mla_vlm.errors import InputError
+from mha2mla_vlm.errors import InputError, shown
 
 RopeSelectionName = Literal["high", "low", "uniform", "2-norm", "mkl", "rotation-kl", "residual"]
 FactorizationName = Literal[
@@ -28,6 +29,13 @@ CENTERED = ("centered", "output-weighted-centered")
 DEFAULT_BUDGET = 0.375
 SHARED: tuple[str, ...] = ("shared",)
 DECOUPLED: tuple[str, ...] = ("text", "vision")
+_KIND_NAMES = {
+    NoneType: "nothing",
+    bool: "true or false",
+    str: "text",
+    int: "a whole number",
+    float: "a number",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,12 +46,11 @@ class Strict:
     def from_dict(cls, values: dict[str, Any]) -> Self:
         """Read from a mapping; raises `InputError` for unknown and for missing keys."""
         if not isinstance(values, dict):
-            raise InputError(f"{cls.__name__} must be an object, not {values!r}")
+            raise InputError(f"{cls.__name__} must be a mapping, not {shown(values)}")
         known = {f.name for f in fields(cls)}
-        if unknown := sorted(set(values) - known):
-            raise InputError(
-                f"unknown key(s) {', '.join(unknown)} in {cls.__name__}; known: {', '.join(sorted(known))}"
-            )
+        if unknown := sorted(map(str, set(values) - known)):
+            listed = ", ".join(unknown)[:200]
+            raise InputError(f"unknown key(s) {listed} in {cls.__name__}; known: {', '.join(sorted(known))}")
         needed = {f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING}
         if missing := sorted(needed - set(values)):
             raise InputError(f"missing key(s) {', '.join(missing)} in {cls.__name__}")
@@ -52,6 +59,33 @@ class Strict:
     def to_dict(self) -> dict[str, Any]:
         """As plain values, for JSON."""
         return asdict(self)
+
+
+def check_types(config: Any) -> None:
+    """Raise `InputError` for a field whose value is not of its declared type; a whole number is a float too.
+
+    YAML reads `1e-5` as text and `yes` as true.
+    """
+    for item in fields(config):
+        value, declared = getattr(config, item.name), cast(Any, item.type)
+        if not _fits(value, declared):
+            kinds = get_args(declared) if get_origin(declared) is UnionType else (declared,)
+            wanted = " or ".join(_KIND_NAMES.get(kind, str(kind)) for kind in kinds)
+            hint = "; write 1.0e-5 for 1e-5" if float in kinds and isinstance(value, str) else ""
+            raise InputError(f"{item.name} = {shown(value)}: give {wanted}{hint}")
+
+
+def _fits(value: Any, declared: Any) -> bool:
+    kind, inner = get_origin(declared) or declared, get_args(declared)
+    if kind is UnionType:
+        return any(_fits(value, each) for each in inner)
+    if kind is dict:
+        return isinstance(value, dict) and all(
+            _fits(k, inner[0]) and _fits(v, inner[1]) for k, v in value.items()
+        )
+    if kind in (list, tuple):
+        return isinstance(value, kind) and all(_fits(each, inner[0]) for each in value)
+    return kind is Any or type(value) is kind or (kind is float and type(value) is int)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,13 +112,9 @@ class MLAConfig(Strict):
     original: str | None = None
 
     def __post_init__(self) -> None:
-        for name, value in (("qk_rope_head_dim", self.qk_rope_head_dim), ("kv_lora_rank", self.kv_lora_rank)):
-            numbers = value if isinstance(value, list) else [value]
-            if not all(type(number) is int for number in numbers) and not (
-                name == "kv_lora_rank" and value is None
-            ):
-                raise InputError(f"{name} = {value!r}: give a whole number, or a list of one for each layer")
-        object.__setattr__(self, "modalities", tuple(self.modalities))
+        if isinstance(self.modalities, list):  # as JSON has it
+            object.__setattr__(self, "modalities", tuple(self.modalities))
+        check_types(self)
         if self.modalities not in (SHARED, DECOUPLED):
             raise InputError(f"modalities {self.modalities} are not known; known: {SHARED}, {DECOUPLED}")
 
@@ -98,7 +128,8 @@ class MLAConfig(Strict):
 
     def check(self, sizes: "AttentionSizes") -> None:
         """Raise `InputError` if a model of these sizes cannot have this configuration."""
-        for name, value in (("qk_rope_head_dim", self.qk_rope_head_dim), ("kv_lora_rank", self.kv_lora_rank)):
+        for name in ("qk_rope_head_dim", "kv_lora_rank", "predicted_kl"):
+            value = getattr(self, name)
             if isinstance(value, list) and len(value) != sizes.layers:
                 raise InputError(f"{name} lists {len(value)} layers, the model has {sizes.layers}")
         for rope, rank in map(self.layer, range(sizes.layers)):
@@ -183,7 +214,9 @@ class ConversionConfig(Strict):
         for name, known in (("rope_selection", ROPE_SELECTIONS), ("factorization", FACTORIZATIONS)):
             value = getattr(self, name)
             if value not in known:
-                raise InputError(f"unknown {name.replace('_', ' ')} {value!r}; known: {', '.join(known)}")
+                raise InputError(
+                    f"unknown {name.replace('_', ' ')} {shown(value)}; known: {', '.join(known)}"
+                )
         if self.samples < 2:
             raise InputError(
                 f"samples = {self.samples}: give at least 2, one to calibrate on and one held out"

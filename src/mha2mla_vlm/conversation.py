@@ -29,7 +29,9 @@ class Conversation:
         self._shown += 1
 
     def ask(self, question: str) -> Record:
-        """The chat up to the answer that is due."""
+        """The chat up to the answer that is due; raises `InputError` for an empty question."""
+        if not question.strip():
+            raise InputError("the question is empty; ask something")
         content: list[dict[str, str]] = [{"type": "image"}] * self._shown
         self.messages.append({"role": "user", "content": [*content, {"type": "text", "text": question}]})
         self._shown = 0

@@ -177,7 +177,9 @@ def plan(model_config: Any, config: ConversionConfig) -> MLAConfig:
 
 def _check_not_quantized(model_config: Any) -> None:
     """Raise `InputError` for a model whose weights are stored quantised (AWQ, GPTQ, FP8, bitsandbytes)."""
-    found = getattr(model_config, "quantization_config", None)
+    text = model_config.get_text_config(decoder=True)
+    given = (getattr(each, "quantization_config", None) for each in (model_config, text))
+    found = next((each for each in given if each is not None), None)
     if found is None:
         return
     method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
@@ -263,6 +265,8 @@ def encode_split(
         raise InputError(f"{len(records)} record(s): give at least 2, one to calibrate on and one held out")
     records = records[: config.samples]
     visual = get_family(model.config.model_type).visual_token_ids(model.config)
+    if silent := [record.source for record in records if not record.answers()]:
+        raise InputError(f"{silent[0]}: no assistant message; give chats with answers, which the loss is of")
     batches = [encode_with_labels(processor, [record], visual) for record in records]
     count = min(len(batches) - 1, max(1, round(config.held_out * len(batches))))
     return batches[:-count], batches[-count:]

@@ -12,7 +12,7 @@ from jinja2 import TemplateError
 from PIL import Image, UnidentifiedImageError
 from transformers import BatchFeature, ProcessorMixin
 
-from mha2mla_vlm.errors import InputError
+from mha2mla_vlm.errors import InputError, first_line, shown
 from mha2mla_vlm.utils.compat import image_token_counts
 
 IGNORE_INDEX = -100  # label of a token that is not part of an answer
@@ -71,7 +71,7 @@ def _checked_messages(messages: Any, source: str) -> list[dict[str, Any]]:
     for message in messages:
         role = message.get("role") if isinstance(message, dict) else None
         if role not in ROLES:
-            raise InputError(f"{source}: unknown role {role!r}; known: {', '.join(ROLES)}")
+            raise InputError(f"{source}: unknown role {shown(role)}; known: {', '.join(ROLES)}")
         content = message.get("content")
         if isinstance(content, str):
             content = [{"type": "text", "text": content}]
@@ -81,15 +81,18 @@ def _checked_messages(messages: Any, source: str) -> list[dict[str, Any]]:
             if part.get("type") not in PARTS or (
                 part["type"] == "text" and not isinstance(part.get("text"), str)
             ):
-                raise InputError(f"{source}: cannot use content {part!r}; known types: {', '.join(PARTS)}")
-        try:
-            "".join(part["text"] for part in content if part["type"] == "text").encode()
-        except UnicodeEncodeError:
-            raise InputError(f"{source}: half a surrogate pair in the text; give whole characters") from None
+                raise InputError(
+                    f"{source}: cannot use content {shown(part)}; known types: {', '.join(PARTS)}"
+                )
         if role == "assistant" and all(earlier["role"] == "system" for earlier in checked):
             raise InputError(f"{source}: the chat begins with an answer; give the question before it")
         if not isinstance(message.get("kind", ""), str):
-            raise InputError(f"{source}: `kind` must be text, not {message['kind']!r}")
+            raise InputError(f"{source}: `kind` must be text, not {shown(message['kind'])}")
+        texts = [part["text"] for part in content if part["type"] == "text"]
+        try:
+            "".join([*texts, message.get("kind", "")]).encode()
+        except UnicodeEncodeError:
+            raise InputError(f"{source}: half a surrogate pair in the text; give whole characters") from None
         checked.append({**message, "content": content})
     return checked
 
@@ -98,7 +101,7 @@ def open_image(image: Picture, source: str) -> Image.Image:
     """An image in RGB; raises `InputError` if it is missing, broken, too large or of no known format."""
     if isinstance(image, Image.Image):
         return image.convert("RGB")
-    name = f"of {len(image)} bytes" if isinstance(image, bytes) else str(image)
+    name = f"of {len(image)} bytes" if isinstance(image, bytes) else shown(str(image))
     try:
         if isinstance(image, Path) and image.exists() and not image.is_file():
             raise InputError(f"{source}: image {name} is not a file")
@@ -121,8 +124,8 @@ def open_image(image: Picture, source: str) -> Image.Image:
         raise InputError(
             f"{source}: image {name} cannot be read: it is none of {', '.join(IMAGE_FORMATS)}"
         ) from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise InputError(f"{source}: image {name} cannot be read: {error}") from None
+    except Exception as error:  # each decoder has its own
+        raise InputError(f"{source}: image {name} cannot be read: {first_line(error)}") from error
 
 
 def encode(
@@ -136,8 +139,10 @@ def encode(
     try:
         texts = [_render(processor, record.messages, prompt=generation_prompt) for record in records]
         return _process(processor, texts, images)
-    except (ValueError, TemplateError) as error:  # no template, or an image placeholder within a text
-        raise InputError(f"{records[0].source}: the processor refuses the chat: {error}") from error
+    except (ValueError, TypeError, TemplateError) as error:  # no template, or a placeholder within a text
+        raise InputError(
+            f"{records[0].source}: the processor refuses the chat: {first_line(error)}"
+        ) from error
 
 
 def _render(processor: ProcessorMixin, messages: list[dict[str, Any]], *, prompt: bool = False) -> str:

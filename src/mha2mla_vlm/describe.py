@@ -6,12 +6,13 @@ from typing import Any
 
 import torch
 from rich.table import Table
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from mha2mla_vlm.cache import bytes_per_token
 from mha2mla_vlm.checkpoint import load_config, resolve
 from mha2mla_vlm.config import MLAConfig
 from mha2mla_vlm.errors import InputError
+from mha2mla_vlm.model_files import check_weights, weights_files
 from mha2mla_vlm.progress import console
 from mha2mla_vlm.remote import remote_tensors
 from mha2mla_vlm.surgery import converted_config
@@ -72,17 +73,11 @@ def _holds_pairs(key: str) -> bool:
 
 
 def _local_pairs(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    for path in sorted(folder.glob("*.safetensors")):
-        with _opened(path) as file:
+    check_weights(folder)
+    for path in weights_files(folder):
+        with safe_open(path, framework="pt") as file:
             for key in filter(_holds_pairs, file.keys()):
                 yield key, file.get_tensor(key)
-
-
-def _opened(path: Path) -> Any:
-    try:
-        return safe_open(path, framework="pt")
-    except SafetensorError as error:
-        raise InputError(f"cannot read the weights in {path}: {error}") from None
 
 
 def print_layers(description: dict[str, Any]) -> None:

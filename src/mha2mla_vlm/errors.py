@@ -1,6 +1,15 @@
 """The one exception that means "the input is wrong", as opposed to "the code is wrong"."""
 
+import contextlib
+import reprlib
+from collections.abc import Iterator
 from importlib.util import find_spec
+from typing import Any
+
+_LONGEST = 300  # characters of another library's message
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
+_SHORT.maxlevel = 3
 
 
 class InputError(ValueError):
@@ -20,7 +29,28 @@ def need(package: str, extra: str, purpose: str) -> None:
         raise InputError(f"{purpose} needs the package {package}: pip install 'mha2mla-vlm[{extra}]'")
 
 
+@contextlib.contextmanager
+def reading(what: str) -> Iterator[None]:
+    """Within, other libraries read what a user gave, and whatever they raise is about it: an `InputError`."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"cannot read {what}: {first_line(error)}") from error
+
+
 def first_line(error: Exception) -> str:
-    """What an error says, in one line."""
+    """What an error says, in one line that is not too long."""
+    if isinstance(error, KeyError) and error.args:
+        return f"{shown(error.args[0])} is missing"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+    if not lines:
+        return type(error).__name__
+    said = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    return said if len(said) <= _LONGEST else said[:_LONGEST] + "..."
+
+
+def shown(value: Any) -> str:
+    """A bad value in a message: as Python writes it, cut where it is long or deep."""
+    return _SHORT.repr(value)

@@ -59,6 +59,18 @@ def decoder_layers(model: PreTrainedModel) -> torch.nn.ModuleList:
     return model.model.language_model.layers
 
 
+def loading_errors(info: dict[str, Any]) -> str:
+    """What `from_pretrained` tells of weights that are not those of the model, in one line; empty if none."""
+    said = [
+        f"{what} keys {', '.join(sorted(map(str, info[f'{what}_keys']))[:3])}"
+        for what in ("missing", "unexpected")
+        if info.get(f"{what}_keys")
+    ]
+    for name, stored, expected in sorted(map(tuple, info.get("mismatched_keys") or ()))[:1]:
+        said.append(f"{name} has shape {list(stored)}, by the config it must be {list(expected)}")
+    return "; ".join(said)
+
+
 def layer_prefixes(model: PreTrainedModel) -> list[str]:
     """What the names of each decoder layer's parameters begin with."""
     names = {id(module): name for name, module in model.named_modules()}
@@ -122,11 +134,12 @@ class MLACheckpoint(_Model):
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
         """As transformers does, but a missing or an extra key is an error: nothing is made up or dropped."""
-        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
-        wrong = {name: sorted(map(str, info.get(name, ()))) for name in ("missing_keys", "unexpected_keys")}
-        if any(wrong.values()):
-            listed = "; ".join(f"{k.replace('_', ' ')}: {', '.join(v[:5])}" for k, v in wrong.items() if v)
-            raise InputError(f"the weights do not match the config ({listed}); convert the model again")
+        given = kwargs | {"ignore_mismatched_sizes": True}  # here they are refused, by name, unless asked for
+        model, info = super().from_pretrained(*args, output_loading_info=True, **given)
+        if kwargs.get("ignore_mismatched_sizes"):
+            info["mismatched_keys"] = ()
+        if found := loading_errors(info):
+            raise InputError(f"the weights do not match the config: {found}; convert the model again")
         for layer in model.text_model.layers:
             layer.self_attn.check_pairs()
         return (model, info) if output_loading_info else model

@@ -9,8 +9,9 @@ from accelerate.utils import align_module_device, has_offloaded_params
 from torch import nn
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 
+from mha2mla_vlm.errors import InputError
 from mha2mla_vlm.modeling import decoder_layers, mla_classes
-from mha2mla_vlm.utils.compat import hook_at_rest, offloaded_value, tied_names
+from mha2mla_vlm.utils.compat import hook_at_rest, offloaded_shape, offloaded_value, tied_names
 
 
 def empty_model(config: Any) -> Any:
@@ -70,6 +71,17 @@ def stored_names(model: PreTrainedModel) -> list[str]:
     """Names of what a checkpoint of the model holds; tied weights once."""
     tied = tied_names(model)
     return [name for name in model.state_dict() if name not in tied]
+
+
+def check_shapes(model: PreTrainedModel) -> None:
+    """Raise `InputError` for a weight on disk whose shape is not that of the config, before it is read."""
+    for name in stored_names(model):
+        owner, _, local = name.rpartition(".")
+        module: Any = model.get_submodule(owner)
+        expected = tuple(getattr(module, local).shape)
+        found = offloaded_shape(module, local) if has_offloaded_params(module) else None
+        if found is not None and found != expected:
+            raise InputError(f"{name} has shape {list(found)}, by the config it must be {list(expected)}")
 
 
 def read_weights(model: PreTrainedModel, names: Iterable[str]) -> dict[str, torch.Tensor]:

@@ -22,12 +22,13 @@ from mha2mla_vlm.data import Record
 from mha2mla_vlm.errors import InputError
 from mha2mla_vlm.layerwise import LayerwiseConversion
 from mha2mla_vlm.memory import forget_peak, peak_resident_bytes, resident_bytes
+from mha2mla_vlm.model_files import check_weights
 from mha2mla_vlm.modeling import decoder_layers, layer_prefixes
 from mha2mla_vlm.offload import empty_model, front_modules, stored_names
 from mha2mla_vlm.profile import SKETCHES, LayerwiseProfile, MemoryWork, budget_units
 from mha2mla_vlm.progress import Phases, console
 from mha2mla_vlm.remote import DTYPES, remote_headers
-from mha2mla_vlm.streaming import check_shards, rest_shards
+from mha2mla_vlm.streaming import rest_shards
 from mha2mla_vlm.streams import advance
 from mha2mla_vlm.surgery import converted_config
 
@@ -73,7 +74,7 @@ def predict(
     if allots:
         mla = _evenly(mla, AttentionSizes.of(model_config), config)
     if Path(source).is_dir():
-        check_shards(Path(source))
+        check_weights(Path(source))
     number = _stored_dtype(source) if dtype == "auto" else getattr(torch, dtype)
     original, converted = empty_model(model_config), empty_model(converted_config(model_config, mla))
     calibration, held_out = encode_split(original, load_processor(name), records, config)

@@ -13,7 +13,7 @@ import numpy as np
 
 from mha2mla_vlm.config import OnBadRecord
 from mha2mla_vlm.data import Picture, Record
-from mha2mla_vlm.errors import InputError, first_line, need
+from mha2mla_vlm.errors import InputError, first_line, need, reading, shown
 
 logger = logging.getLogger(__name__)
 
@@ -119,7 +119,15 @@ def _entries(source: str | Path) -> Iterator[tuple[str, Path, Any]]:
         return
     dataset = _dataset(source, path)
     folder = path.parent if path.is_file() else path
-    for number, row in enumerate(dataset, start=1):
+    with reading(f"the dataset {source}"):  # files are opened when the first row is asked for
+        rows = iter(dataset)
+    number = 0
+    while True:
+        with reading(f"row {number + 1} of the dataset {source}"):
+            row = next(rows, None)
+        if row is None:
+            return
+        number += 1
         yield f"{source} row {number}", folder, row
 
 
@@ -145,7 +153,7 @@ def _json_spans(path: Path) -> Iterator[tuple[int, int, int, Any]]:
 
 def _parsed(content: bytes, where: str) -> Any:
     try:
-        return json.loads(content)
+        return json.loads(content.decode())
     except UnicodeDecodeError as error:
         raise InputError(f"{where} is not UTF-8 text: {error}") from None
     except (ValueError, RecursionError) as error:  # also numbers of thousands of digits, and deep nesting
@@ -206,7 +214,7 @@ def _dataset(source: str | Path, path: Path, *, streaming: bool = True) -> Any:
     need("datasets", "data", f"reading {source}")
     import datasets
 
-    try:
+    with reading(f"the dataset {source}"):
         if saved:
             rows = datasets.load_from_disk(str(path))
             rows = rows["train"] if isinstance(rows, datasets.DatasetDict) else rows
@@ -215,8 +223,6 @@ def _dataset(source: str | Path, path: Path, *, streaming: bool = True) -> Any:
         else:
             rows = datasets.load_dataset("parquet", data_files=files, split="train", streaming=streaming)
         return rows.decode(False) if hasattr(rows, "decode") else _undecoded(rows, datasets.Image)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"cannot read the dataset {source}: {str(error).splitlines()[0]}") from None
 
 
 def _undecoded(rows: Any, image: Any) -> Any:
@@ -256,7 +262,7 @@ def _picture(image: Any, folder: Path, where: str) -> Picture:
         return content
     name = image.get("path") if isinstance(image, dict) else image
     if not isinstance(name, str):
-        raise InputError(f"{where}: `images` must be a list of file names, not {str(image)[:80]}")
+        raise InputError(f"{where}: `images` must be a list of file names, not {shown(image)}")
     return folder / name
 
 
@@ -268,9 +274,9 @@ def _from_llava(entry: dict[str, Any], where: str) -> tuple[list[dict[str, Any]]
     for turn in turns:
         speaker, value = turn.get("from"), turn.get("value")
         if not isinstance(speaker, str) or speaker not in _LLAVA_ROLES:
-            raise InputError(f"{where}: unknown role {speaker!r}; known: {', '.join(_LLAVA_ROLES)}")
+            raise InputError(f"{where}: unknown role {shown(speaker)}; known: {', '.join(_LLAVA_ROLES)}")
         if not isinstance(value, str):
-            raise InputError(f"{where}: `value` must be text, not {value!r}")
+            raise InputError(f"{where}: `value` must be text, not {shown(value)}")
         content: list[dict[str, str]] = []
         for i, piece in enumerate(value.split("<image>")):
             content += [{"type": "image"}] * (i > 0)

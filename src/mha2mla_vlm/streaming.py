@@ -13,21 +13,22 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
 
 from mha2mla_vlm.card import write_card
-from mha2mla_vlm.checkpoint import load, load_config, load_processor, resolve, weights_digest
+from mha2mla_vlm.checkpoint import load, load_config, load_processor, resolve
 from mha2mla_vlm.config import AttentionSizes, ConversionConfig, MLAConfig
 from mha2mla_vlm.conversion import encode_split, findings, is_allotted, plan, print_losses, print_plan
 from mha2mla_vlm.data import Record
 from mha2mla_vlm.describe import conversion_summary
-from mha2mla_vlm.errors import InputError, first_line
+from mha2mla_vlm.errors import InputError, first_line, reading
 from mha2mla_vlm.layerwise import LayerwiseConversion
 from mha2mla_vlm.measuring import LayerProfile
 from mha2mla_vlm.memory import peak_resident_bytes
+from mha2mla_vlm.model_files import weights_digest, weights_files
 from mha2mla_vlm.modeling import layer_prefixes, write_findings
-from mha2mla_vlm.offload import disk_map, empty_model, read_weights, stored_names
+from mha2mla_vlm.offload import check_shapes, disk_map, empty_model, read_weights, stored_names
 from mha2mla_vlm.parallel import process_count
 from mha2mla_vlm.profile import LayerwiseProfile, allotted
 from mha2mla_vlm.progress import Phases, kept
@@ -75,7 +76,7 @@ def convert_checkpoint(
     """
     folder, target = local_folder(name), torch.device(device)
     mla = plan(model_config := load_config(folder), config)
-    check_shards(folder)
+    weights_files(folder)
     processor = load_processor(folder)
     model = _on_disk(folder, model_config, dtype, target)
     if temporary or not Path(resolve(name)).is_dir():  # on the hub, wherever its files are now
@@ -176,7 +177,10 @@ def _on_disk(folder: Path, config: Any, dtype: str, device: torch.device) -> Pre
     """The model, whose weights are read as they are needed."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The following device_map keys")  # of parameters
-        return load(folder, dtype=dtype, device_map=disk_map(config, device))
+        with reading(f"the model in {folder}"):
+            model = load(folder, dtype=dtype, device_map=disk_map(config, device))
+            check_shapes(model)
+    return model
 
 
 def _check_shares(calibration: Sequence[Any], held_out: Sequence[Any]) -> None:
@@ -267,26 +271,6 @@ def local_folder(name: str | Path) -> Path:
         return Path(snapshot_download(str(name), allow_patterns=list(FILES)))
     except (OSError, ValueError, HFValidationError) as error:
         raise InputError(f"{name!r} is no folder, and cannot be downloaded: {first_line(error)}") from None
-
-
-def check_shards(folder: Path) -> None:
-    """Raise `InputError` if a shard of a model is missing or truncated, or its weights are no safetensors."""
-    index = folder / "model.safetensors.index.json"
-    files = {"model.safetensors"}
-    if index.exists():
-        files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    elif not (folder / "model.safetensors").exists():
-        other = sorted(path.name for path in folder.glob("*.bin"))
-        found = f"only {', '.join(other)}: save it as safetensors first" if other else "no weights"
-        raise InputError(
-            f"{folder} holds {found}; what is read is model.safetensors, or shards with an index"
-        )
-    for name in sorted(files):
-        try:
-            with safe_open(folder / name, framework="pt"):
-                pass
-        except (OSError, SafetensorError) as error:
-            raise InputError(f"shard {folder / name} cannot be read: {error}") from None
 
 
 def _digest(batches: Sequence[BatchFeature]) -> str:

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from mha2mla_vlm.errors import InputError
+from mha2mla_vlm.errors import InputError, shown
 from mha2mla_vlm.parallel import process_index, wait_for_all
 from mha2mla_vlm.streams import Key, States
 from mha2mla_vlm.utils.folders import check_output, put_in_place
@@ -79,16 +79,18 @@ class WorkFolder:
         unique = hashlib.sha256(str(self.output).encode()).hexdigest()[:12]
         folder = spill / f"{self.output.name}-{unique}.states"
         mark = folder / MARK
-        if folder.exists() and not (mark.is_file() and mark.read_text(encoding="utf-8") == str(self.output)):
+        if _exists(folder) and not (mark.is_file() and mark.read_text(encoding="utf-8") == str(self.output)):
             raise InputError(f"{folder} is there and was not made for {self.output}; choose another --spill")
         if process_index() == 0:
-            if folder.exists() and not (resume and self.done):
+            if _exists(folder) and not (resume and self.done):
                 shutil.rmtree(folder)  # of an earlier run to this output, whose work folder is gone
             try:
                 folder.mkdir(parents=True, exist_ok=True)
                 mark.write_text(str(self.output), encoding="utf-8")
             except OSError as error:
-                raise InputError(f"--spill {spill} cannot be written to: {error.strerror}") from None
+                raise InputError(
+                    f"--spill {shown(str(spill))} cannot be written to: {error.strerror}"
+                ) from None
         return folder
 
     def _begun(self, resume: bool) -> tuple[int, dict[str, Any]]:
@@ -109,12 +111,13 @@ class WorkFolder:
             return 0, {}
         try:
             progress = json.loads(path.read_text(encoding="utf-8"))
-            known = progress["settings"].copy()
-            done, notes = int(progress["done"]), dict(progress["notes"])
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            known, done, notes = (progress[key] for key in ("settings", "done", "notes"))
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            known = done = notes = None
+        if not (type(known) is dict and type(notes) is dict and type(done) is int and done >= 0):
             raise InputError(
                 f"{self.folder} is not the work folder of a conversion; choose another output, or move it"
-            ) from None
+            )
         if known != self.settings:
             other = sorted(
                 k for k in known.keys() | self.settings.keys() if known.get(k) != self.settings.get(k)
@@ -171,6 +174,14 @@ class WorkFolder:
         (self.folder / PROGRESS).unlink()
         if not any(self.folder.iterdir()):  # else there is something that is not ours
             self.folder.rmdir()
+
+
+def _exists(path: Path) -> bool:
+    """Whether it is there; of a name that cannot be, making it says why."""
+    try:
+        return path.exists()
+    except OSError:
+        return False
 
 
 def _write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:

@@ -1,6 +1,8 @@
 """Registry of the supported families, by `config.model_type`."""
 
-from mha2mla_vlm.errors import InputError
+from typing import Any
+
+from mha2mla_vlm.errors import InputError, shown
 from mha2mla_vlm.families import llava, llava_next, qwen2_5_vl
 from mha2mla_vlm.families.base import Family
 
@@ -9,12 +11,12 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-def get_family(model_type: str) -> Family:
+def get_family(model_type: Any) -> Family:
     """The family of an original or a converted model, by its `model_type`.
 
     Raises `InputError` with the list of supported families for any other.
     """
-    family = FAMILIES.get(model_type.removesuffix("_mla"))
+    family = FAMILIES.get(model_type.removesuffix("_mla")) if isinstance(model_type, str) else None
     if family is None:
-        raise InputError(f"model type {model_type!r} is not supported; supported: {', '.join(FAMILIES)}")
+        raise InputError(f"model_type {shown(model_type)} is not supported; supported: {', '.join(FAMILIES)}")
     return family

@@ -9,7 +9,7 @@ import yaml
 from PIL import Image
 
 from mha2mla_vlm.data import Record, message_text, open_image
-from mha2mla_vlm.errors import InputError
+from mha2mla_vlm.errors import InputError, shown
 from mha2mla_vlm.evaluation import DEFAULT_KIND
 
 DOCUMENTS = "documents.jsonl"
@@ -35,8 +35,10 @@ def write_task(
     Pictures are copied. `place` is where the folder will lie. Raises `InputError` for a name that cannot be
     one of a file, and if there is nothing to ask.
     """
-    if not name.isidentifier():
-        raise InputError(f"task name {name!r}: give letters, digits and _, not a digit first")
+    if not name.isidentifier() or len(name) > 100:
+        raise InputError(
+            f"task name {shown(name)}: give letters, digits and _, not a digit first, 100 at most"
+        )
     count = 0
     (folder / "images").mkdir()
     with (folder / DOCUMENTS).open("w", encoding="utf-8") as file:

@@ -6,20 +6,20 @@ but in a rank file. Shapes: L layers, H query heads, G KV heads, D head dim, R r
 """
 
 import json
-import pickle
 import re
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from mha2mla_vlm.config import DECOUPLED, SHARED, AttentionSizes, MLAConfig
-from mha2mla_vlm.errors import InputError
+from mha2mla_vlm.errors import InputError, reading
 from mha2mla_vlm.families import get_family
+from mha2mla_vlm.model_files import check_files, weights_files
+from mha2mla_vlm.soundness import check_config, check_stored
 from mha2mla_vlm.surgery import rebuild
 
 KNOWN_KEYS = {
@@ -34,6 +34,7 @@ KNOWN_KEYS = {
     "stage1_path",
     "svd_init_weight_path",
 }
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 MODALITY_NAMES = {"text": "kv_proj_text", "vision": "kv_proj_img"}  # ours -> theirs
 _ATTENTION = re.compile(
     r"((?:.*\.)?model\.layers\.(\d+)\.self_attn\.)((?:q_proj|k_r_proj|kv_proj(?:_img|_text)?)\..*)"
@@ -65,11 +66,9 @@ def has_processor(folder: Path) -> bool:
 def read_config(folder: Path) -> tuple[PreTrainedConfig, MLAConfig]:
     """Config of the original model and ours of its attention, from a published folder."""
     path = folder / "config.json"
-    try:
+    with reading(str(path)):
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot read {path}: {error}") from None
-    published = values.pop("mha2mla", None)
+    published = values.pop("mha2mla", None) if isinstance(values, dict) else None
     if not isinstance(published, dict):
         raise InputError(f"{path} has no 'mha2mla'; give a folder that the published code wrote")
     if unknown := sorted(set(published) - KNOWN_KEYS):
@@ -85,8 +84,10 @@ def read_config(folder: Path) -> tuple[PreTrainedConfig, MLAConfig]:
         raise InputError(
             f"{path}: rope_dim_for_mla = {rope_dim!r} and low_rank = {d_kv!r} must be whole numbers"
         )
-    get_family(values.get("model_type", ""))
-    config = AutoConfig.for_model(**values)
+    check_stored(values)
+    with reading(str(path)):
+        config = AutoConfig.for_model(**values)
+        check_config(config)
     sizes = AttentionSizes.of(config)
     mla = MLAConfig(
         qk_rope_head_dim=rope_dim,
@@ -104,12 +105,12 @@ def read_pairs(path: Path, sizes: AttentionSizes, rope_dim: int) -> list[torch.T
 
     Both halves of D hold the same ranks, 0 for the most important pair.
     """
-    try:
+    if path.exists() and not path.is_file():
+        raise InputError(f"the rank file {path} is not a file")
+    with reading(f"the rank file {path}"):
         ranks = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        raise InputError(f"cannot read the rank file {path}: {str(error).splitlines()[0]}") from None
     shape = (sizes.layers, sizes.kv_heads, sizes.head_dim)
-    if not isinstance(ranks, torch.Tensor) or ranks.is_floating_point() or tuple(ranks.shape) != shape:
+    if not isinstance(ranks, torch.Tensor) or ranks.dtype not in INTEGERS or tuple(ranks.shape) != shape:
         found = (
             f"{ranks.dtype} {list(ranks.shape)}" if isinstance(ranks, torch.Tensor) else type(ranks).__name__
         )
@@ -126,20 +127,11 @@ def read_pairs(path: Path, sizes: AttentionSizes, rope_dim: int) -> list[torch.T
 
 def read_weights(folder: Path) -> dict[str, torch.Tensor]:
     """All tensors of a folder: one safetensors file, or shards and their index."""
-    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    if index.is_file():
-        mapping = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        files = [folder / name for name in sorted(set(mapping.values()))]
-    elif single.is_file():
-        files = [single]
-    else:
-        raise InputError(f"{folder} holds neither {single.name} nor {index.name}")
+    check_files(folder)
     state: dict[str, torch.Tensor] = {}
-    for file in files:
-        try:
+    for file in weights_files(folder):
+        with reading(f"the weights in {file}"):
             state |= load_file(file)
-        except (OSError, SafetensorError) as error:
-            raise InputError(f"cannot read the weights in {file}: {error}") from None
     return state
 
 
@@ -223,10 +215,11 @@ def layer_weights(
 def _original(config: Any, rest: dict[str, torch.Tensor]) -> PreTrainedModel:
     """The original model with all weights but those that the published code changed."""
     model_class = getattr(transformers, get_family(config.model_type).model_class)
-    dtype = next(iter(rest.values())).dtype
-    model, info = model_class.from_pretrained(
-        None, config=config, state_dict=rest, dtype=dtype, output_loading_info=True
-    )
+    dtype = next(iter(rest.values()), torch.empty(0)).dtype
+    with reading("the published weights"):
+        model, info = model_class.from_pretrained(
+            None, config=config, state_dict=rest, dtype=dtype, output_loading_info=True
+        )
     wrong = [*info["missing_keys"], *info["unexpected_keys"]]
     if wrong:
         raise InputError(f"missing or extra published weight(s): {', '.join(sorted(map(str, wrong))[:5])}")

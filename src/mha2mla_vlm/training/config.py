@@ -1,14 +1,14 @@
 """What a fine-tuning does, as a recipe file or the command line says it."""
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
+from math import inf
 from pathlib import Path
-from types import UnionType
-from typing import Any, get_args, get_origin
+from typing import Any, get_args
 
 import yaml
 
-from mha2mla_vlm.config import OnBadRecord, Strict
-from mha2mla_vlm.errors import InputError
+from mha2mla_vlm.config import OnBadRecord, Strict, check_types
+from mha2mla_vlm.errors import InputError, reading, shown
 from mha2mla_vlm.training.policies import find_policy
 
 _POSITIVE = (
@@ -23,6 +23,16 @@ _POSITIVE = (
     "evaluate_every",
     "save_every",
 )
+OURS = {  # of the training arguments: what the recipe's other keys set, and what resuming and the loss need
+    "output_dir", "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
+    "num_train_epochs", "max_steps", "learning_rate", "weight_decay", "warmup_steps", "bf16", "seed",
+    "save_strategy", "resume_from_checkpoint", "remove_unused_columns", "label_names", "eval_strategy",
+    "eval_steps", "dataloader_num_workers", "load_best_model_at_end", "push_to_hub", "do_eval",
+    "gradient_checkpointing", "use_cpu", "disable_tqdm",
+}  # fmt: skip
+MAX_WORKERS = 64
+MAX_RECIPE = 2**20  # bytes
+_LARGEST = 2**31
 RATE = 0.05  # learning rate times width
 DTYPES = ("auto", "float32", "bfloat16")
 
@@ -69,12 +79,11 @@ class FinetuneConfig(Strict):
     training_arguments: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for item in fields(self):
-            _check_type(item.name, item.type, getattr(self, item.name))
+        check_types(self)
         find_policy(self.trains)
         for name, known in (("dtype", DTYPES), ("on_bad_record", get_args(OnBadRecord))):
             if getattr(self, name) not in known:
-                raise InputError(f"{name} = {getattr(self, name)!r}; known: {', '.join(known)}")
+                raise InputError(f"{name} = {shown(getattr(self, name))}; known: {', '.join(known)}")
         for name in ("distillation", "alignment", "warmup", "decay"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"{name} = {getattr(self, name)}: give a share from 0 to 1")
@@ -85,12 +94,25 @@ class FinetuneConfig(Strict):
                 f"bf16 = False with dtype = {self.dtype}: what trains is float32, and without autocast all "
                 "must be; leave dtype out, or bf16 on"
             )
-        if self.attention_loss < 0:
-            raise InputError(f"attention_loss = {self.attention_loss}: give a weight of 0 or more")
+        for name in ("attention_loss", "weight_decay"):
+            if not 0 <= getattr(self, name) < inf:
+                raise InputError(f"{name} = {getattr(self, name)}: give a number of 0 or more")
         for name in _POSITIVE:
             value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise InputError(f"{name} = {value}: give a number above 0")
+            if value is not None and not 0 < value < _LARGEST:
+                raise InputError(f"{name} = {value}: give a number above 0 and below {_LARGEST}")
+        if not 0 <= self.seed < 2**32:
+            raise InputError(f"seed = {self.seed}: give a whole number from 0 to {2**32 - 1}")
+        if not 0 <= self.workers <= MAX_WORKERS:
+            raise InputError(f"workers = {self.workers}: give a number from 0 to {MAX_WORKERS}")
+        for name, value in self.training_arguments.items():
+            if (isinstance(value, float) and not 0 <= value < inf) or (isinstance(value, int) and value < 0):
+                raise InputError(f"training_arguments: {name} = {value}: give a number of 0 or more")
+        if taken := sorted(OURS & self.training_arguments.keys()):
+            raise InputError(
+                f"training_arguments cannot set {', '.join(taken)}: "
+                "set by the recipe's other keys, or needed as it is"
+            )
 
     def rate(self, hidden: int) -> float:
         """The peak learning rate for a model of this width.
@@ -111,28 +133,41 @@ class FinetuneConfig(Strict):
         return self.distillation > 0 or self.alignment > 0
 
 
-def _check_type(name: str, declared: Any, value: Any) -> None:
-    """YAML reads `1e-5` as text and `yes` as true: say so instead of failing later."""
-    origin = get_origin(declared)
-    accepted = get_args(declared) if origin is UnionType else (origin or declared,)
-    numbers = (*accepted, int) if float in accepted else accepted
-    if isinstance(value, numbers) and (bool in accepted or not isinstance(value, bool)):
-        return
-    wanted = " or ".join("nothing" if kind is type(None) else kind.__name__ for kind in accepted)
-    hint = "; write 1.0e-5 for 1e-5" if float in accepted and isinstance(value, str) else ""
-    raise InputError(f"{name} = {value!r}: give {wanted}{hint}")
+class _RecipeLoader(yaml.SafeLoader):
+    """Plain YAML without aliases, which can stand for more than fits in memory, and with each key once."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise InputError("aliases (*name) are not accepted in a recipe; write the value out")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if twice := {key for key in keys if keys.count(key) > 1}:
+            raise InputError(f"the recipe has {', '.join(sorted(twice))} twice; leave one out")
+        return super().construct_mapping(node, deep)
 
 
 def read_recipe(path: str | Path | None, **given: Any) -> FinetuneConfig:
-    """A recipe file's configuration with the values that are `given` (not None) over it."""
-    values: Any = {}
-    if path is not None:
-        try:
-            values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise InputError(f"cannot read the recipe {path}: {' '.join(str(error).split())}") from None
-        if not isinstance(values, dict):
-            raise InputError(f"the recipe {path} must hold `key: value` lines")
+    """A recipe file's configuration with the values that are `given` (not None) over it.
+
+    Raises `InputError` for a file that is no plain YAML mapping, and for unknown keys and bad values.
+    """
+    values = {} if path is None else _recipe(Path(path))
     return FinetuneConfig.from_dict(
         values | {key: value for key, value in given.items() if value is not None}
     )
+
+
+def _recipe(path: Path) -> dict[str, Any]:
+    with reading(f"the recipe {shown(str(path))}"):
+        if path.exists() and not path.is_file():
+            raise InputError(f"the recipe {path} is not a file")
+        with path.open("rb") as file:
+            content = file.read(MAX_RECIPE + 1)
+        if len(content) > MAX_RECIPE:
+            raise InputError(f"the recipe {path} is too large: give at most {MAX_RECIPE:,} bytes")
+        values = yaml.load(content.decode(), Loader=_RecipeLoader) or {}
+    if not isinstance(values, dict):
+        raise InputError(f"the recipe {path} must hold `key: value` lines")
+    return values

@@ -42,4 +42,7 @@ def with_lora(model: PreTrainedModel, policy: str, rank: int) -> Any:
         for name in trained_names(model, policy)
         if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.Linear)
     }
+    largest = min(min(model.get_submodule(name).weight.shape) for name in matrices)
+    if rank > largest:
+        raise InputError(f"lora_rank = {rank}: give at most {largest}, the least size of what trains")
     return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=sorted(matrices)))

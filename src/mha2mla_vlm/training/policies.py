@@ -3,7 +3,7 @@
 The published names v2 to v6 are aliases (arXiv 2601.11464, its code).
 """
 
-from mha2mla_vlm.errors import InputError
+from mha2mla_vlm.errors import InputError, shown
 
 _LAYER = r"language_model\.layers\.\d+\."
 ROLES = {
@@ -42,5 +42,5 @@ def find_policy(name: str) -> tuple[str, ...]:
     roles = POLICIES.get(ALIASES.get(name, name))
     if roles is None:
         aliases = ", ".join(f"{alias} = {policy}" for alias, policy in ALIASES.items())
-        raise InputError(f"unknown policy {name!r}; known: {', '.join(POLICIES)} ({aliases})")
+        raise InputError(f"unknown policy {shown(name)}; known: {', '.join(POLICIES)} ({aliases})")
     return roles

@@ -5,7 +5,7 @@ import resource
 import shutil
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from importlib.util import find_spec
 from math import ceil, isnan
 from pathlib import Path
@@ -14,14 +14,16 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from transformers import PreTrainedModel, ProcessorMixin, TrainingArguments
+from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_callback import TrainerCallback
 
-from mha2mla_vlm.checkpoint import load, load_config, load_processor, resolve, weights_digest
+from mha2mla_vlm.checkpoint import load, load_config, load_processor, resolve
 from mha2mla_vlm.config import AttentionSizes
 from mha2mla_vlm.data import Record
-from mha2mla_vlm.errors import InputError
+from mha2mla_vlm.errors import InputError, reading, shown
 from mha2mla_vlm.evaluation import check_comparable
 from mha2mla_vlm.families import get_family
+from mha2mla_vlm.model_files import weights_digest
 from mha2mla_vlm.progress import kept
 from mha2mla_vlm.sources import StoredRecords
 from mha2mla_vlm.training.config import FinetuneConfig
@@ -176,16 +178,26 @@ def _arguments(config: FinetuneConfig, folder: Path, examples: int, hidden: int)
         "disable_tqdm": True,
         "report_to": ["tensorboard"] if find_spec("tensorboard") else [],
     }
-    try:
+    _check_numbers(config.training_arguments)
+    with reading("training_arguments"):
         arguments = TrainingArguments(**(values | config.training_arguments))
-    except (TypeError, ValueError) as error:
-        raise InputError(f"transformers refuses the training arguments: {error}") from None
+        get_reporting_integration_callbacks(arguments.report_to)  # else found when the trainer is made
     if arguments.n_gpu > 1:  # the trainer would copy the model to all of them in every step
         raise InputError(
             f"{arguments.n_gpu} GPUs are visible to one process; run under accelerate launch, "
             "or leave one visible (CUDA_VISIBLE_DEVICES=0)"
         )
     return arguments
+
+
+def _check_numbers(arguments: dict[str, Any]) -> None:
+    """Raise `InputError` for text where transformers' own default is a number: it would fail much later."""
+    for item in fields(TrainingArguments):
+        value = arguments.get(item.name, item.default)
+        if type(item.default) in (int, float) and type(value) not in (int, float):
+            raise InputError(f"training_arguments: {item.name} = {shown(value)}: give a number")
+        if item.name in ("adam_beta1", "adam_beta2") and value >= 1:
+            raise InputError(f"training_arguments: {item.name} = {value}: give a number below 1")
 
 
 def _train(trainer: RecoveryTrainer, folder: Path) -> dict[str, Any]:
@@ -242,7 +254,8 @@ def _peak_memory() -> int:
 
 def last_checkpoint(folder: Path) -> str | None:
     """The last whole checkpoint; one that was being written when the run was killed is removed."""
-    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    numbered = (path for path in folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit())
+    found = sorted(numbered, key=lambda path: int(path.name.rpartition("-")[2]))
     whole = [path for path in found if _is_readable(path / "trainer_state.json")]  # written last
     if _processes().is_main_process:
         for path in set(found) - set(whole):
@@ -256,6 +269,16 @@ def _is_readable(path: Path) -> bool:
     except (OSError, ValueError):
         return False
     return True
+
+
+def _is_state(path: Path) -> bool:
+    """Whether a file is what `_chosen` writes."""
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+        Chosen(**state["chosen"])
+        return isinstance(state["settings"], dict)
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return False
 
 
 def write_model(trainer: RecoveryTrainer, folder: Path, dtype: torch.dtype) -> None:
@@ -283,7 +306,7 @@ def _check_folder(folder: Path) -> None:
     """Raise `InputError` if the work folder holds anything but an unfinished run."""
     if not folder.exists():
         return
-    if not folder.is_dir() or (any(folder.iterdir()) and not _is_readable(folder / _STATE)):
+    if not folder.is_dir() or (any(folder.iterdir()) and not _is_state(folder / _STATE)):
         raise InputError(f"{folder} is there and holds no unfinished run; choose another output, or move it")
 
 

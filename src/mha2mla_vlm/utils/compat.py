@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -213,6 +214,16 @@ def hook_at_rest(module: Any) -> Iterator[None]:
 def offloaded_value(module: Any, name: str) -> torch.Tensor:
     """A parameter of a module whose weights accelerate keeps on disk."""
     return module._hf_hook.weights_map[name]
+
+
+def offloaded_shape(module: Any, name: str) -> tuple[int, ...] | None:
+    """The shape of a parameter that accelerate keeps on disk, as its file says it; None if in no file."""
+    kept = module._hf_hook.weights_map
+    entry = kept.dataset.index.get(kept.prefix + name, {})
+    if entry.get("safetensors_file") is None:
+        return None
+    with safe_open(entry["safetensors_file"], framework="pt") as file:
+        return tuple(file.get_slice(entry.get("weight_name", kept.prefix + name)).get_shape())
 
 
 def is_plain(linear: nn.Module) -> bool:

@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from mha2mla_vlm.errors import InputError
+from mha2mla_vlm.errors import InputError, shown
 
 
 def check_output(output: str | Path) -> Path:
@@ -15,6 +15,8 @@ def check_output(output: str | Path) -> Path:
 
     Returns it resolved. The working folder itself cannot be replaced.
     """
+    if not str(output) or "\0" in str(output):
+        raise InputError(f"output {shown(str(output))}: give the name of a folder")
     path = _resolved(output)
     if path == Path.cwd() or (path.exists() and (not path.is_dir() or any(path.iterdir()))):
         raise InputError(f"output {output} exists and is not an empty folder; choose another or remove it")
@@ -28,9 +30,13 @@ def _resolved(output: str | Path) -> Path:
     try:
         path = Path(output).resolve()
         path.exists()  # a name that is too long fails here
-    except (OSError, RuntimeError) as error:  # a loop of links is a RuntimeError before Python 3.13
+    except (
+        OSError,
+        RuntimeError,
+        ValueError,
+    ) as error:  # also loops of links, before Python 3.13; zero bytes
         reason = error.strerror if isinstance(error, OSError) else error
-        raise InputError(f"output {str(output)[:80]} cannot be made: {reason}") from None
+        raise InputError(f"output {shown(str(output))} cannot be made: {reason}") from None
     return path
 
 
