@@ -34,8 +34,11 @@ def load_config(name: str | Path, **kwargs: Any) -> PreTrainedConfig:
     """
     register()
     source = resolve(name)
-    if Path(source).is_dir():
-        check_files(Path(source))
+    folder = Path(source)
+    if folder.is_dir():
+        check_files(folder)
+        if not (folder / "config.json").exists():
+            raise InputError(f"{source} holds no config.json; give the folder of a model")
     with reading(f"a model config from {shown(source)}"):
         check_stored(PreTrainedConfig.get_config_dict(source, **kwargs)[0])
         config = AutoConfig.from_pretrained(source, **{"trust_remote_code": False} | kwargs)
@@ -52,10 +55,11 @@ def load(name: str | Path, **kwargs: Any) -> PreTrainedModel:
     hub = ("token", "revision", "cache_dir", "local_files_only", "force_download", "subfolder")
     config = load_config(name, **{key: kwargs[key] for key in hub if key in kwargs})
     source = resolve(name)
-    options = {"dtype": "auto", "trust_remote_code": False, "ignore_mismatched_sizes": True, **kwargs}
-    options["output_loading_info"] = True
-    folder = Path(source)
-    stored = any(folder.glob("*.safetensors*")) or getattr(config, "mla", None) is not None
+    options = {"dtype": "auto", "trust_remote_code": False, **kwargs, "output_loading_info": True}
+    folder, converted = Path(source), getattr(config, "mla", None) is not None
+    if not converted:
+        options["ignore_mismatched_sizes"] = True  # refused below, by name, as converted models do themselves
+    stored = converted or any(folder.glob("*.safetensors*"))
     if folder.is_dir() and stored and getattr(config, "quantization_config", None) is None:
         check_weights(folder)
     with reading(f"the weights of {shown(source)}"):

@@ -7,9 +7,10 @@ from cases import copied, text
 from helpers import run_command
 
 FLIPS = 20  # for each seed
-COMMANDS = ("inspect small", "generate small --prompt Read. --max-new-tokens 1")
+COMMANDS = ("inspect sharded", "generate sharded --prompt Read. --max-new-tokens 1")
 PLACES = (
     "config.json",
+    "model.safetensors.index.json",
     "header",
     "body",
     "generation_config.json",
@@ -22,7 +23,7 @@ PLACES = (
 
 def flipped(rng, folder, place):
     """Change one byte, and say which."""
-    name = "model.safetensors" if place in ("header", "body") else place
+    name = "model-00001-of-00002.safetensors" if place in ("header", "body") else place
     content = bytearray((folder / name).read_bytes())
     header = 8 + int.from_bytes(content[:8], "little")
     first, last = {"header": (0, header), "body": (header, len(content))}.get(place, (0, len(content)))
@@ -38,7 +39,7 @@ def test_a_flipped_byte_is_harmless_or_one_line(monkeypatch, capsys, workspace, 
     for number in range(FLIPS):
         place, command = PLACES[number % len(PLACES)], COMMANDS[number % 3 == 0]
         folder = copied(workspace, tmp_path / str(number))
-        what = flipped(rng, folder / "small", place)
+        what = flipped(rng, folder / "sharded", place)
         monkeypatch.chdir(folder)
         code, out, err = run_command(monkeypatch, capsys, *command.split())
         assert code in (0, 2), (what, err)

@@ -181,7 +181,8 @@ def _arguments(config: FinetuneConfig, folder: Path, examples: int, hidden: int)
     _check_numbers(config.training_arguments)
     with reading("training_arguments"):
         arguments = TrainingArguments(**(values | config.training_arguments))
-        get_reporting_integration_callbacks(arguments.report_to)  # else found when the trainer is made
+        for callback in get_reporting_integration_callbacks(arguments.report_to):
+            callback()  # one that is not installed would fail in the trainer, after the work folder is made
     if arguments.n_gpu > 1:  # the trainer would copy the model to all of them in every step
         raise InputError(
             f"{arguments.n_gpu} GPUs are visible to one process; run under accelerate launch, "

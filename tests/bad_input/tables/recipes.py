@@ -89,7 +89,7 @@ RECIPES = {
         "training_arguments: {resume_from_checkpoint: data}",
         "resume_from_checkpoint",
     ),
-    "a service that is not installed": ("training_arguments: {report_to: mlflow}", "mlflow"),
+    "a service that is not installed": ("training_arguments: {report_to: clearml}", "clearml"),
     "an unknown service": ("training_arguments: {report_to: nowhere}", "nowhere"),
     "a norm below 0": ("training_arguments: {max_grad_norm: -1}", "max_grad_norm"),
     "a norm that is no number": ("training_arguments: {max_grad_norm: .nan}", "max_grad_norm"),
