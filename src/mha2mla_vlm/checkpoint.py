@@ -14,7 +14,7 @@ from transformers import (
 )
 
 from mha2mla_vlm.card import write_card
-from mha2mla_vlm.errors import InputError, reading, shown
+from mha2mla_vlm.errors import InputError, reading, shown_path
 from mha2mla_vlm.model_files import check_files, check_weights
 from mha2mla_vlm.modeling import loading_errors, register
 from mha2mla_vlm.soundness import check_config, check_stored
@@ -39,7 +39,7 @@ def load_config(name: str | Path, **kwargs: Any) -> PreTrainedConfig:
         check_files(folder)
         if not (folder / "config.json").exists():
             raise InputError(f"{source} holds no config.json; give the folder of a model")
-    with reading(f"a model config from {shown(source)}"):
+    with reading(f"a model config from {shown_path(source)}"):
         check_stored(PreTrainedConfig.get_config_dict(source, **kwargs)[0])
         config = AutoConfig.from_pretrained(source, **{"trust_remote_code": False} | kwargs)
         check_config(config)
@@ -62,10 +62,10 @@ def load(name: str | Path, **kwargs: Any) -> PreTrainedModel:
     stored = converted or any(folder.glob("*.safetensors*"))
     if folder.is_dir() and stored and getattr(config, "quantization_config", None) is None:
         check_weights(folder)
-    with reading(f"the weights of {shown(source)}"):
+    with reading(f"the weights of {shown_path(source)}"):
         model, info = AutoModelForImageTextToText.from_pretrained(source, **options)
     if found := loading_errors(info):
-        raise InputError(f"the weights of {shown(source)} are not those of the config: {found}")
+        raise InputError(f"the weights of {shown_path(source)} are not those of the config: {found}")
     return model.eval()
 
 
@@ -89,7 +89,7 @@ def load_processor(name: str | Path) -> ProcessorMixin:
     """Load the processor that belongs to a model; its padding is on the left, for generation."""
     register()
     source = resolve(name)
-    with reading(f"the processor of {shown(source)}"):
+    with reading(f"the processor of {shown_path(source)}"):
         processor = AutoProcessor.from_pretrained(source, trust_remote_code=False)
         processor.tokenizer.padding_side = "left"
     return processor

@@ -12,7 +12,7 @@ from jinja2 import TemplateError
 from PIL import Image, UnidentifiedImageError
 from transformers import BatchFeature, ProcessorMixin
 
-from mha2mla_vlm.errors import InputError, first_line, shown
+from mha2mla_vlm.errors import InputError, first_line, shown, shown_path
 from mha2mla_vlm.utils.compat import image_token_counts
 
 IGNORE_INDEX = -100  # label of a token that is not part of an answer
@@ -101,7 +101,7 @@ def open_image(image: Picture, source: str) -> Image.Image:
     """An image in RGB; raises `InputError` if it is missing, broken, too large or of no known format."""
     if isinstance(image, Image.Image):
         return image.convert("RGB")
-    name = f"of {len(image)} bytes" if isinstance(image, bytes) else shown(str(image))
+    name = f"of {len(image)} bytes" if isinstance(image, bytes) else shown_path(image)
     try:
         if isinstance(image, Path) and image.exists() and not image.is_file():
             raise InputError(f"{source}: image {name} is not a file")

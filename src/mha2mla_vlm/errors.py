@@ -54,3 +54,9 @@ def first_line(error: Exception) -> str:
 def shown(value: Any) -> str:
     """A bad value in a message: as Python writes it, cut where it is long or deep."""
     return _SHORT.repr(value)
+
+
+def shown_path(path: Any) -> str:
+    """A path or a name in a message: without what would break the line, cut where it is long."""
+    text = repr(str(path))[1:-1]
+    return text if len(text) <= 250 else f"{text[:120]}...{text[-120:]}"

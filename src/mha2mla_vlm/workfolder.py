@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from mha2mla_vlm.errors import InputError, shown
+from mha2mla_vlm.errors import InputError, shown_path
 from mha2mla_vlm.parallel import process_index, wait_for_all
 from mha2mla_vlm.streams import Key, States
 from mha2mla_vlm.utils.folders import check_output, put_in_place
@@ -89,7 +89,7 @@ class WorkFolder:
                 mark.write_text(str(self.output), encoding="utf-8")
             except OSError as error:
                 raise InputError(
-                    f"--spill {shown(str(spill))} cannot be written to: {error.strerror}"
+                    f"--spill {shown_path(spill)} cannot be written to: {error.strerror}"
                 ) from None
         return folder
 

@@ -8,7 +8,7 @@ from typing import Any, get_args
 import yaml
 
 from mha2mla_vlm.config import OnBadRecord, Strict, check_types
-from mha2mla_vlm.errors import InputError, reading, shown
+from mha2mla_vlm.errors import InputError, reading, shown, shown_path
 from mha2mla_vlm.training.policies import find_policy
 
 _POSITIVE = (
@@ -160,7 +160,7 @@ def read_recipe(path: str | Path | None, **given: Any) -> FinetuneConfig:
 
 
 def _recipe(path: Path) -> dict[str, Any]:
-    with reading(f"the recipe {shown(str(path))}"):
+    with reading(f"the recipe {shown_path(path)}"):
         if path.exists() and not path.is_file():
             raise InputError(f"the recipe {path} is not a file")
         with path.open("rb") as file:

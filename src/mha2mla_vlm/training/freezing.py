@@ -40,7 +40,7 @@ def with_lora(model: PreTrainedModel, policy: str, rank: int) -> Any:
     matrices = {
         name.removesuffix(".weight")
         for name in trained_names(model, policy)
-        if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.Linear)
+        if name.endswith(".weight") and isinstance(model.get_submodule(name.rpartition(".")[0]), nn.Linear)
     }
     largest = min(min(model.get_submodule(name).weight.shape) for name in matrices)
     if rank > largest:

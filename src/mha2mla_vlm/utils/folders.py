@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from mha2mla_vlm.errors import InputError, shown
+from mha2mla_vlm.errors import InputError, shown_path
 
 
 def check_output(output: str | Path) -> Path:
@@ -16,7 +16,7 @@ def check_output(output: str | Path) -> Path:
     Returns it resolved. The working folder itself cannot be replaced.
     """
     if not str(output) or "\0" in str(output):
-        raise InputError(f"output {shown(str(output))}: give the name of a folder")
+        raise InputError(f"output {shown_path(output)}: give the name of a folder")
     path = _resolved(output)
     if path == Path.cwd() or (path.exists() and (not path.is_dir() or any(path.iterdir()))):
         raise InputError(f"output {output} exists and is not an empty folder; choose another or remove it")
@@ -36,7 +36,7 @@ def _resolved(output: str | Path) -> Path:
         ValueError,
     ) as error:  # also loops of links, before Python 3.13; zero bytes
         reason = error.strerror if isinstance(error, OSError) else error
-        raise InputError(f"output {shown(str(output))} cannot be made: {reason}") from None
+        raise InputError(f"output {shown_path(output)} cannot be made: {reason}") from None
     return path
 
 
