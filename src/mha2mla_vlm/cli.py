@@ -187,12 +187,15 @@ def evaluate(
     device: DeviceOption = "auto",
 ) -> None:
     """Exact match of greedy answers, their cross-entropy, and the divergence from a baseline."""
+    from mha2mla_vlm.evaluation import check_baseline
     from mha2mla_vlm.evaluation import evaluate as evaluate_model
     from mha2mla_vlm.sources import load_records
 
     records = load_records(data, limit=limit)
+    if baseline is not None:
+        check_baseline(checkpoint, baseline)
     model, processor = load_model(checkpoint, dtype, device)
-    reference = load_model(baseline, dtype, device)[0] if baseline else None
+    reference = None if baseline is None else load_model(baseline, dtype, device)[0]
     finish(evaluate_model(model, processor, records, baseline=reference, batch_size=batch_size))
 
 
@@ -281,10 +284,12 @@ def bench(
         check_output(output)
     from mha2mla_vlm.bench.models import BATCHES, CONTEXTS, bench_models
     from mha2mla_vlm.bench.report import print_rows, write_report
+    from mha2mla_vlm.evaluation import check_baseline
     from mha2mla_vlm.quantized_cache import QuantizationConfig
 
     quantization = None if cache_bits is None else {"nbits": cache_bits}
     QuantizationConfig.from_dict(quantization or {})
+    check_baseline(checkpoint, baseline)
     (converted, _), (original, _) = (load_model(name, dtype, device) for name in (checkpoint, baseline))
     result = bench_models(
         original,

@@ -10,14 +10,17 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
+from transformers import BatchFeature, PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
+from mha2mla_vlm.checkpoint import load_config, load_processor
 from mha2mla_vlm.data import IGNORE_INDEX, Record, encode, encode_with_labels, message_text
 from mha2mla_vlm.errors import InputError
 from mha2mla_vlm.families import get_family
 from mha2mla_vlm.progress import track
 
 DEFAULT_KIND = "answer"
+# what tells how many tokens a picture is
+PICTURE_FIELDS = ("image_size", "patch_size", "spatial_merge_size", "image_grid_pinpoints")
 
 
 @torch.no_grad()
@@ -190,15 +193,42 @@ def evaluate_answers(
 
 
 def check_comparable(model: PreTrainedModel, baseline: PreTrainedModel) -> None:
-    """Raise `InputError` unless both models are of one family and one vocabulary."""
-    sides = [
-        (get_family(m.config.model_type).model_type, m.config.get_text_config(decoder=True).vocab_size)
-        for m in (model, baseline)
-    ]
-    if sides[0] != sides[1]:
-        raise InputError(
-            f"the baseline is {sides[1]}, the model {sides[0]}; compare within family and vocabulary"
-        )
+    """Raise `InputError` unless both models are of one family and take the same tokens and pictures."""
+    _check_configs(model.config, baseline.config)
+
+
+def check_baseline(checkpoint: str, baseline: str) -> None:
+    """`check_comparable` of models by their names, and of their vocabularies, before weights are loaded."""
+    _check_configs(load_config(checkpoint), load_config(baseline))
+    tokens, theirs = (load_processor(name).tokenizer.get_vocab() for name in (checkpoint, baseline))
+    by_id = {index: token for token, index in theirs.items()}
+    for token, index in tokens.items():
+        if by_id.get(index, token) != token:  # one of the two may have tokens beyond those of the other
+            raise InputError(
+                f"token {index} is {token!r} to {checkpoint!r} and {by_id[index]!r} to the baseline "
+                f"{baseline!r}; give a baseline with the same vocabulary"
+            )
+
+
+def _check_configs(config: PreTrainedConfig, baseline: PreTrainedConfig) -> None:
+    sides = _inputs(config), _inputs(baseline)
+    for what, ours in sides[0].items():
+        if (theirs := sides[1][what]) != ours:
+            raise InputError(
+                f"the baseline has {what} {theirs}, the model {ours}; compare within one family, with the "
+                "same tokens and pictures"
+            )
+
+
+def _inputs(config: PreTrainedConfig) -> dict[str, Any]:
+    """What a model's inputs depend on, by name."""
+    family, vision = get_family(config.model_type), config.vision_config
+    return {
+        "family": family.model_type,
+        "vocab_size": config.get_text_config(decoder=True).vocab_size,
+        "visual tokens": family.visual_token_ids(config),
+        **{name: getattr(vision, name, getattr(config, name, None)) for name in PICTURE_FIELDS},
+    }
 
 
 def _losses(

@@ -1,5 +1,6 @@
 """Bad input: one clear line on stderr, exit code 2, nothing left on disk."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -8,6 +9,7 @@ from helpers import original, random_mla, run_command
 from PIL import Image
 
 from mha2mla_vlm.checkpoint import save
+from mha2mla_vlm.evaluation import check_baseline
 from mha2mla_vlm.zoo.chats import write_chats
 
 
@@ -184,18 +186,54 @@ def test_outputs_that_cannot_be_made_are_refused_before_work(monkeypatch, capsys
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_a_baseline_of_another_family_is_refused(monkeypatch, capsys, workspace, tmp_path):
-    model, processor = original("llava")
-    save(model, processor, tmp_path / "llava")
-    command = [
-        "evaluate",
-        workspace / "model",
-        "--data",
-        workspace / "data",
-        "--baseline",
-        tmp_path / "llava",
-    ]
-    refused(*run_command(monkeypatch, capsys, *command), "baseline")
+@pytest.fixture(scope="module")
+def baselines(tmp_path_factory):
+    """Folders without weights, of originals that take other inputs than the `workspace` model."""
+    folder = tmp_path_factory.mktemp("baselines")
+    for name, family in (("llava", "llava"), ("tokens", "qwen2_5_vl"), ("pictures", "qwen2_5_vl")):
+        model, processor = original(family)
+        if name == "pictures":
+            model.config.vision_config.patch_size = 4
+        model.config.save_pretrained(folder / name)
+        processor.save_pretrained(folder / name)
+    path = folder / "tokens" / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["a"], vocabulary["e"] = vocabulary["e"], vocabulary["a"]
+    path.write_text(json.dumps(tokenizer))
+    return folder
+
+
+BASELINES = {
+    "llava": "the baseline has family llava, the model qwen2_5_vl",
+    "tokens": "give a baseline with the same vocabulary",
+    "pictures": "the baseline has patch_size 4, the model",
+}
+
+
+@pytest.mark.parametrize("name", BASELINES)
+@pytest.mark.parametrize("command", ["evaluate", "report", "bench"])
+def test_a_baseline_that_takes_other_inputs_is_refused(
+    monkeypatch, capsys, workspace, baselines, tmp_path, command, name
+):
+    """Before weights are loaded: the baseline has none."""
+    checkpoint = workspace / "model"
+    if command == "report":
+        save(random_mla("qwen2_5_vl")[0], original("qwen2_5_vl")[1], checkpoint := tmp_path / "small")
+    data = [] if command == "bench" else ["--data", workspace / "data"]
+    command = [command, checkpoint, *data, "--baseline", baselines / name]
+    refused(*run_command(monkeypatch, capsys, *command), BASELINES[name])
+
+
+def test_a_vocabulary_may_have_tokens_beyond_the_others(tmp_path):
+    model, processor = original("qwen2_5_vl")
+    for name in ("plain", "longer"):
+        model.config.save_pretrained(tmp_path / name)
+        processor.save_pretrained(tmp_path / name)
+        processor = copy.deepcopy(processor)
+        processor.tokenizer.add_tokens(["<one more>"])
+    check_baseline(str(tmp_path / "plain"), str(tmp_path / "longer"))
+    check_baseline(str(tmp_path / "longer"), str(tmp_path / "plain"))
 
 
 @pytest.mark.parametrize("mla", [[], {"qk_rope_head_dim": "8"}, {"qk_rope_head_dim": [8]}], ids=str)

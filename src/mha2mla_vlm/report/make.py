@@ -9,6 +9,7 @@ from mha2mla_vlm.config import MLAConfig
 from mha2mla_vlm.data import Record
 from mha2mla_vlm.demo import zoo_records
 from mha2mla_vlm.errors import InputError, need
+from mha2mla_vlm.evaluation import check_baseline
 from mha2mla_vlm.modeling import FINDINGS
 from mha2mla_vlm.report.gather import Report, gather
 from mha2mla_vlm.report.page import write_report
@@ -41,6 +42,7 @@ def report_checkpoint(
     original = baseline or MLAConfig.from_dict(config.mla).original
     if original is None:
         raise InputError("the checkpoint does not say what it was converted from; give --baseline MODEL")
+    check_baseline(checkpoint, original)
     records = _records(data, original, limit)
     where, processor = pick_device(device), load_processor(checkpoint)
     model, other = (load(name, dtype=dtype).to(where) for name in (checkpoint, original))
