@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
@@ -18,11 +19,14 @@ from transformers import (
 
 from mha2mla_vlm.card import write_card
 from mha2mla_vlm.config import AttentionSizes, MLAConfig
-from mha2mla_vlm.errors import InputError, first_line
+from mha2mla_vlm.errors import InputError
 from mha2mla_vlm.families import get_family
 from mha2mla_vlm.modeling import register
+from mha2mla_vlm.remote import HUB_ERRORS, away_from, why
 from mha2mla_vlm.utils.folders import new_folder
 from mha2mla_vlm.zoo import ZOO_PREFIX, zoo_path
+
+FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model")  # of a model, for which none is code
 
 
 def resolve(name: str | Path) -> str:
@@ -37,12 +41,13 @@ def load_config(name: str | Path, **kwargs: Any) -> PreTrainedConfig:
     """
     register()
     source = resolve(name)
+    away = away_from(source)
     try:
-        config = AutoConfig.from_pretrained(source, **{"trust_remote_code": False} | kwargs)
+        config = AutoConfig.from_pretrained(source, **_cached(away) | {"trust_remote_code": False} | kwargs)
     except InputError:
         raise
     except (OSError, ValueError, TypeError, KeyError, StrictDataclassError) as error:
-        raise InputError(f"cannot read a model config from {source!r}: {first_line(error)}") from None
+        raise InputError(f"cannot read a model config from {source!r}: {why(error, away)}") from None
     get_family(config.model_type)
     if getattr(config, "mla", None) is not None:
         MLAConfig.from_dict(config.mla).check(AttentionSizes.of(config))
@@ -58,7 +63,9 @@ def load(name: str | Path, **kwargs: Any) -> PreTrainedModel:
     hub = ("token", "revision", "cache_dir", "local_files_only", "force_download", "subfolder")
     config = load_config(name, **{key: kwargs[key] for key in hub if key in kwargs})
     source = resolve(name)
-    options = {"dtype": "auto", "trust_remote_code": False, **kwargs, "output_loading_info": True}
+    away = away_from(source)
+    options = _cached(away) | {"dtype": "auto", "trust_remote_code": False} | kwargs
+    options["output_loading_info"] = True
     if Path(source).is_dir() and getattr(config, "quantization_config", None) is None:
         check_number_formats(Path(source))
     try:
@@ -66,12 +73,30 @@ def load(name: str | Path, **kwargs: Any) -> PreTrainedModel:
     except InputError:
         raise
     except (OSError, RuntimeError, ValueError, ImportError, SafetensorError) as error:
-        raise InputError(f"cannot load the weights of {source!r}: {first_line(error)}") from error
+        raise InputError(f"cannot load the weights of {source!r}: {why(error, away)}") from error
     for what in ("missing", "unexpected"):
         if keys := sorted(info[f"{what}_keys"]):
             listed = ", ".join(keys[:5])
             raise InputError(f"the weights of {source!r} are not those of the model; {what} keys: {listed}")
     return model.eval()
+
+
+def _cached(away: str | None) -> dict[str, Any]:
+    """The option to read what is in the cache alone, if the hub cannot be reached."""
+    return {} if away is None else {"local_files_only": True}
+
+
+def local_folder(name: str | Path) -> Path:
+    """The folder of a model that is local, from the zoo, or of the hub, downloaded if it is not there."""
+    source = Path(resolve(name))
+    if source.is_dir():
+        return source
+    away = away_from(str(name))
+    try:
+        return Path(snapshot_download(str(name), allow_patterns=list(FILES), **_cached(away)))
+    except (*HUB_ERRORS, ValueError, HFValidationError) as error:
+        reason = why(error, away)
+        raise InputError(f"{name!r} is no folder, and cannot be downloaded: {reason}") from None
 
 
 def check_number_formats(folder: Path) -> None:
@@ -117,10 +142,11 @@ def load_processor(name: str | Path) -> ProcessorMixin:
     """Load the processor that belongs to a model; its padding is on the left, for generation."""
     register()
     source = resolve(name)
+    away = away_from(source)
     try:
-        processor = AutoProcessor.from_pretrained(source, trust_remote_code=False)
+        processor = AutoProcessor.from_pretrained(source, trust_remote_code=False, **_cached(away))
     except (OSError, ValueError) as error:
-        raise InputError(f"cannot load the processor of {source!r}: {first_line(error)}") from None
+        raise InputError(f"cannot load the processor of {source!r}: {why(error, away)}") from None
     processor.tokenizer.padding_side = "left"
     return processor
 

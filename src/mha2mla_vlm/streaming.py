@@ -11,18 +11,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
 from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
 
 from mha2mla_vlm.card import write_card
-from mha2mla_vlm.checkpoint import load, load_config, load_processor, resolve, weights_digest
+from mha2mla_vlm.checkpoint import (
+    load,
+    load_config,
+    load_processor,
+    local_folder,
+    resolve,
+    weights_digest,
+)
 from mha2mla_vlm.config import AttentionSizes, ConversionConfig, MLAConfig
 from mha2mla_vlm.conversion import encode_split, findings, is_allotted, plan, print_losses, print_plan
 from mha2mla_vlm.data import Record
 from mha2mla_vlm.describe import conversion_summary
-from mha2mla_vlm.errors import InputError, first_line
+from mha2mla_vlm.errors import InputError
 from mha2mla_vlm.layerwise import LayerwiseConversion
 from mha2mla_vlm.measuring import LayerProfile
 from mha2mla_vlm.memory import peak_resident_bytes
@@ -35,7 +40,6 @@ from mha2mla_vlm.surgery import converted_config
 from mha2mla_vlm.utils.compat import tied_names
 from mha2mla_vlm.workfolder import WorkFolder, writing
 
-FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model")
 SHARD_BYTES = 1_000_000_000  # of what lies beside the layers, which have a shard each
 
 
@@ -256,17 +260,6 @@ def rest_shards(model: PreTrainedModel) -> list[list[str]]:
         shards[-1].append(key)
         size += bytes_of
     return shards
-
-
-def local_folder(name: str | Path) -> Path:
-    """The folder of a model that is local, from the zoo, or of the hub, downloaded if it is not there."""
-    source = Path(resolve(name))
-    if source.is_dir():
-        return source
-    try:
-        return Path(snapshot_download(str(name), allow_patterns=list(FILES)))
-    except (OSError, ValueError, HFValidationError) as error:
-        raise InputError(f"{name!r} is no folder, and cannot be downloaded: {first_line(error)}") from None
 
 
 def check_shards(folder: Path) -> None:
