@@ -5,6 +5,7 @@ import logging
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
@@ -37,7 +38,7 @@ from mha2mla_vlm.cli_options import (
 from mha2mla_vlm.cli_zoo import zoo_app
 from mha2mla_vlm.errors import InputError, Interrupted, need
 from mha2mla_vlm.training.config import FinetuneConfig, read_recipe
-from mha2mla_vlm.utils.folders import check_output
+from mha2mla_vlm.utils.folders import check_output, claimed
 
 app = typer.Typer(
     help="Convert vision-language models to multi-head latent attention.",
@@ -108,12 +109,11 @@ def convert(
     check_output(output)
     if evaluate is not None:
         need("matplotlib", "report", "--evaluate")
-    from mha2mla_vlm.adapters import merged
     from mha2mla_vlm.card import check_repository
     from mha2mla_vlm.checkpoint import load_config, pick_device
     from mha2mla_vlm.config import ConversionConfig
     from mha2mla_vlm.conversion import plan
-    from mha2mla_vlm.parallel import join_processes, process_index, shared_work
+    from mha2mla_vlm.parallel import claimed_by_first, join_processes, shared_work
     from mha2mla_vlm.sources import load_records
 
     sizes: dict[str, Any] = {"budget": budget, "rope_dim": rope_dim, "d_kv": d_kv, "samples": samples}
@@ -128,15 +128,15 @@ def convert(
         _foretell(model, records, config, dtype, target)
         return
     streamed = {"resume": resume, "spill": spill, "dtype": dtype.value, "device": target}
-    streamed["temporary"] = adapter is not None
     how: dict[str, Any] = {"dtype": dtype.value, "device": device}
-    with shared_work(), merged(model, adapter, output, resume=resume) as source:
-        result = _convert_streamed(source, records, output, config, **streamed)
-        if process_index() == 0:
-            with shared_work(False):
-                _finish_conversion(
-                    output, push_to_hub, result, lambda: _report(evaluate, source, output, how)
-                )
+    with shared_work(), claimed_by_first(output):
+        _convert(
+            (model, adapter, records, output, config),
+            streamed,
+            lambda source, result: _finish_conversion(
+                output, push_to_hub, result, lambda: _report(evaluate, source, output, how)
+            ),
+        )
 
 
 def _foretell(model: str, records: Any, config: Any, dtype: DType, device: Any) -> None:
@@ -147,10 +147,23 @@ def _foretell(model: str, records: Any, config: Any, dtype: DType, device: Any) 
     finish(prediction.to_dict())
 
 
-def _convert_streamed(model: str, records: Any, output: Path, config: Any, **options: Any) -> dict[str, Any]:
+def _convert(
+    given: tuple[str, str | None, Any, Path, Any],
+    options: dict[str, Any],
+    then: Callable[[str, dict[str, Any]], None],
+) -> None:
+    """Convert with an adapter merged in, if there is one; the first of several processes does the rest."""
+    from mha2mla_vlm.adapters import merged
+    from mha2mla_vlm.parallel import process_index, shared_work
     from mha2mla_vlm.streaming import convert_checkpoint
 
-    return convert_checkpoint(model, records, output, config, **options).to_dict()
+    model, adapter, records, output, config = given
+    with merged(model, adapter, output, resume=options["resume"]) as source:
+        temporary = adapter is not None
+        converted = convert_checkpoint(source, records, output, config, temporary=temporary, **options)
+        if process_index() == 0:
+            with shared_work(False):
+                then(source, converted.to_dict())
 
 
 def _report(data: str | None, model: str, output: Path, how: dict[str, Any]) -> dict[str, Any]:
@@ -166,7 +179,7 @@ def _report(data: str | None, model: str, output: Path, how: dict[str, Any]) -> 
 def _finish_conversion(
     output: Path, repository: str | None, result: dict[str, Any], report: Callable[[], dict[str, Any]]
 ) -> None:
-    """Report, and send the model where it is to go; the first of several processes does."""
+    """Report, and send the model where it is to go."""
     from mha2mla_vlm.card import push
 
     measured = report()
@@ -285,18 +298,19 @@ def bench(
 
     quantization = None if cache_bits is None else {"nbits": cache_bits}
     QuantizationConfig.from_dict(quantization or {})
-    (converted, _), (original, _) = (load_model(name, dtype, device) for name in (checkpoint, baseline))
-    result = bench_models(
-        original,
-        converted,
-        contexts=context or CONTEXTS,
-        batches=batch or BATCHES,
-        seconds=seconds,
-        quantization=quantization,
-    )
-    print_rows(result)
-    if output is not None:
-        write_report(result, output)
+    with nullcontext() if output is None else claimed(output):
+        (converted, _), (original, _) = (load_model(name, dtype, device) for name in (checkpoint, baseline))
+        result = bench_models(
+            original,
+            converted,
+            contexts=context or CONTEXTS,
+            batches=batch or BATCHES,
+            seconds=seconds,
+            quantization=quantization,
+        )
+        print_rows(result)
+        if output is not None:
+            write_report(result, output)
     finish(result)
 
 
@@ -318,9 +332,10 @@ def import_published(
     from mha2mla_vlm.interop.published import has_processor, import_published
 
     source = processor or (str(checkpoint) if has_processor(checkpoint) else None)
-    loaded = None if source is None else load_processor(source)
-    model = import_published(checkpoint, ranks)
-    save(model, loaded, output)
+    with claimed(output):
+        loaded = None if source is None else load_processor(source)
+        model = import_published(checkpoint, ranks)
+        save(model, loaded, output)
     mla = model.mla_config
     finish(
         {

@@ -18,6 +18,7 @@ from mha2mla_vlm.cli_options import (
 )
 from mha2mla_vlm.errors import InputError, need
 
+from mha2mla_vlm.utils.folders import check_file
 
 def generate(
     checkpoint: ModelArgument,
@@ -92,8 +93,8 @@ def report(
     from mha2mla_vlm.report.make import report_checkpoint
 
     target = output or Path(checkpoint) / "report.html"
-    if not target.parent.is_dir():
-        raise InputError(f"--output {target}: {target.parent} is no folder; give a file in one that is there")
+    if output is not None:
+        check_file(output)
     given: dict[str, Any] = {"data": data, "baseline": baseline, "limit": limit, "probed": probe}
     page = report_checkpoint(checkpoint, target, **given, dtype=dtype.value, device=device)
     finish({"report": str(target), **page.quality})

@@ -46,13 +46,17 @@ def zoo_build(
     seed: Annotated[int, typer.Option(help="Seed of weights and data.")] = 0,
 ) -> None:
     """Train a zoo model from nothing; goes on where an interrupted run with the same output stopped."""
-    from mha2mla_vlm.utils.folders import check_output, put_in_place
+    from mha2mla_vlm.progress import kept
+    from mha2mla_vlm.utils.folders import claimed, put_in_place, writing
     from mha2mla_vlm.zoo import check_name
-    from mha2mla_vlm.zoo.recipe import Recipe, build
+    from mha2mla_vlm.zoo.recipe import Recipe, build, check_begun
 
     bare = check_name(name)
-    check_output(output)
-    partial = output.with_name(output.name + ".partial")
-    accuracy = build(bare, partial, Recipe(seed=seed, minutes=minutes))
-    put_in_place(partial, output)
+    with claimed(output) as path:
+        partial = path.with_name(path.name + ".partial")
+        check_begun(partial)
+        on = "the same command goes on"
+        with kept(partial, on), writing(partial, kept=f"; what is done is kept, {on}"):
+            accuracy = build(bare, partial, Recipe(seed=seed, minutes=minutes))
+        put_in_place(partial, path)
     finish({"output": str(output), **accuracy})

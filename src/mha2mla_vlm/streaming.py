@@ -33,12 +33,12 @@ from mha2mla_vlm.measuring import LayerProfile
 from mha2mla_vlm.memory import peak_resident_bytes
 from mha2mla_vlm.modeling import layer_prefixes, write_findings
 from mha2mla_vlm.offload import disk_map, empty_model, read_weights, stored_names
-from mha2mla_vlm.parallel import process_count
+from mha2mla_vlm.parallel import claimed_by_first, process_count
 from mha2mla_vlm.profile import LayerwiseProfile, allotted
 from mha2mla_vlm.progress import Phases, kept
 from mha2mla_vlm.surgery import converted_config
 from mha2mla_vlm.utils.compat import tied_names
-from mha2mla_vlm.workfolder import WorkFolder, writing
+from mha2mla_vlm.workfolder import WorkFolder
 
 SHARD_BYTES = 1_000_000_000  # of what lies beside the layers, which have a shard each
 
@@ -83,24 +83,19 @@ def convert_checkpoint(
     processor = load_processor(folder)
     model = _on_disk(folder, model_config, dtype, target)
     if temporary or not Path(resolve(name)).is_dir():  # on the hub, wherever its files are now
-        mla = replace(mla, original=None if temporary else str(name))
+        known = getattr(model_config, "mla", None)
+        mla = replace(mla, original=None if temporary else known.get("original") if known else str(name))
     calibration, held_out = encode_split(model, processor, records, config)
     _check_shares(calibration, held_out)
     given = {"model": str(folder), "config": config.to_dict(), "dtype": str(model.dtype)}
     given["weights"] = weights_digest(folder)
     settings = given | {"processes": process_count(), "records": _digest([*calibration, *held_out])}
-    work = WorkFolder(Path(output), settings, resume=resume, spill=None if spill is None else Path(spill))
-    streaming = _Streaming(model, config, work, target)
-    with kept(work.folder, "go on with --resume"):
-        known = None
-        if is_allotted(model_config, config):
-            profile = streaming.measured(mla, calibration)
-            mla, known = allotted(mla, profile.losses(), profile.sizes, config), profile.layer
-        if work.main:
-            print_plan(model.config, mla)
-        mla = streaming.converted(mla, known, calibration, held_out, processor)
-    print_losses(mla.kl or {})
-    work.finish()
+    with claimed_by_first(output):
+        where = None if spill is None else Path(spill)
+        work = WorkFolder(Path(output), settings, resume=resume, spill=where)
+        streaming = _Streaming(model, config, work, target)
+        mla = streaming.run(mla, calibration, held_out, processor)
+        work.finish()
     return StreamedConversion(
         mla=mla,
         summary=conversion_summary(model_config, mla, model.dtype),
@@ -120,6 +115,25 @@ class _Streaming:
         self.before = 0  # steps before the first layer is converted
         self.seconds: Counter[str] = Counter()
 
+    def run(
+        self,
+        mla: MLAConfig,
+        calibration: Sequence[BatchFeature],
+        held_out: Sequence[BatchFeature],
+        processor: ProcessorMixin,
+    ) -> MLAConfig:
+        """Convert, from where an earlier run stopped; returns `mla` with sizes allotted and the losses."""
+        known = None
+        with kept(self.work.folder, "go on with --resume"):
+            if is_allotted(self.model.config, self.config):
+                profile = self.measured(mla, calibration)
+                mla, known = allotted(mla, profile.losses(), profile.sizes, self.config), profile.layer
+            if self.work.main:
+                print_plan(self.model.config, mla)
+            mla = self.converted(mla, known, calibration, held_out, processor)
+        print_losses(mla.kl or {})
+        return mla
+
     @contextlib.contextmanager
     def _phases(self, title: str, total: int, done: int) -> Iterator[Phases]:
         with Phases(title, total, done, shown=self.work.main) as phases:
@@ -132,7 +146,7 @@ class _Streaming:
         with self._phases("measuring layers", self.before, min(self.work.done, self.before)) as phases:
             given = (self.model, self.config, mla)
             profile = LayerwiseProfile(*given, device=self.device, phases=phases, work=self.work)
-            with writing("what is measured", self.work.folder):
+            with self.work.writing("what is measured"):
                 profile.run(calibration)
         return profile
 
@@ -156,11 +170,11 @@ class _Streaming:
                 states=work.states,
                 known=known,
             )
-            with writing("hidden states", work.folder):
+            with work.writing("hidden states"):
                 conversion.begin(calibration, held_out, again=done > 0)
             names, prefixes = shard_names(self.model), layer_prefixes(self.model)
             for index in range(done, self.layers):
-                with writing(f"layer {index}", work.folder):
+                with work.writing(f"layer {index}"):
                     made = conversion.layer(index)
                     with phases.phase("writing"):
                         work.write(names[index], _layer_tensors(self.model, prefixes[index], made.weights))
@@ -169,7 +183,7 @@ class _Streaming:
                 phases.advance()
             mla = replace(mla, kl=conversion.kl())
             if work.main:
-                with phases.phase("writing"), writing("the rest of the model", work.folder):
+                with phases.phase("writing"), work.writing("the rest of the model"):
                     _write_rest(self.model, processor, mla, work)
                     found = findings(self.config, len(calibration), work.notes["spectra"])
                     write_findings(found, work.result)
