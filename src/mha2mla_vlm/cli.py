@@ -8,12 +8,13 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
 
 from mha2mla_vlm.cli_looking import chat, generate, inspect, report, task
 from mha2mla_vlm.cli_options import (
+    LARGEST,
     AdapterOption,
     BudgetOption,
     CacheBitsOption,
@@ -36,7 +37,7 @@ from mha2mla_vlm.cli_options import (
     load_model,
 )
 from mha2mla_vlm.cli_zoo import zoo_app
-from mha2mla_vlm.errors import InputError, Interrupted, need
+from mha2mla_vlm.errors import InputError, Interrupted, first_line, need
 from mha2mla_vlm.training.config import FinetuneConfig, read_recipe
 from mha2mla_vlm.utils.folders import check_output, claimed
 
@@ -64,7 +65,9 @@ def options(
 @app.command()
 def demo(
     model: Annotated[str, typer.Option(help="Name of a zoo model.")] = "qwen2_5_vl",
-    pictures: Annotated[int, typer.Option(min=1, help="Held-out pictures to evaluate on.")] = 100,
+    pictures: Annotated[
+        int, typer.Option(min=1, max=LARGEST, help="Held-out pictures to evaluate on.")
+    ] = 100,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for the figures.")] = None,
     device: DeviceOption = "auto",
 ) -> None:
@@ -89,7 +92,9 @@ def convert(
     rope_selection: SelectionOption = "residual",
     fold: FoldOption = True,
     factorization: FactorizationOption = "output-weighted",
-    samples: Annotated[int, typer.Option(help="Chats to calibrate and measure on, at most.")] = 128,
+    samples: Annotated[
+        int, typer.Option(max=LARGEST, help="Chats to calibrate and measure on, at most.")
+    ] = 128,
     adapter: AdapterOption = None,
     dry_run: DryRunOption = False,
     resume: ResumeOption = False,
@@ -194,8 +199,10 @@ def evaluate(
     baseline: Annotated[
         str | None, typer.Option(help="Model to compare with, as folder, hub id or zoo:NAME.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Records to evaluate, at most.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1)] = 16,
+    limit: Annotated[
+        int | None, typer.Option(min=1, max=LARGEST, help="Records to evaluate, at most.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, max=LARGEST)] = 16,
     dtype: DTypeOption = DType.auto,
     device: DeviceOption = "auto",
 ) -> None:
@@ -221,8 +228,9 @@ def _mirrored(config_class: type) -> Callable[[Callable[..., None]], Callable[..
             if "help" not in field.metadata:
                 continue
             default = "" if field.default is None else f"  [default: {field.default}]"
-            option = typer.Option(help=field.metadata["help"] + default, show_default=False)
             kind = hints[field.name] if "None" in str(field.type) else hints[field.name] | None
+            most = LARGEST if int in get_args(kind) else None
+            option = typer.Option(help=field.metadata["help"] + default, show_default=False, max=most)
             parameters.append(
                 inspect_module.Parameter(
                     field.name,
@@ -276,10 +284,12 @@ def bench(
     checkpoint: ModelArgument,
     baseline: Annotated[str, typer.Option(help="The original model.", show_default=False)],
     context: Annotated[
-        list[int] | None, typer.Option(min=2, help="Tokens; repeat for several.  [default: 1k, 4k, 16k, 64k]")
+        list[int] | None,
+        typer.Option(min=2, max=LARGEST, help="Tokens; repeat for several.  [default: 1k, 4k, 16k, 64k]"),
     ] = None,
     batch: Annotated[
-        list[int] | None, typer.Option(min=1, help="Batch size; repeat for several.  [default: 1, 8]")
+        list[int] | None,
+        typer.Option(min=1, max=LARGEST, help="Batch size; repeat for several.  [default: 1, 8]"),
     ] = None,
     seconds: Annotated[float, typer.Option(min=0.0, help="Time for each comparison.")] = 2.0,
     output: Annotated[
@@ -349,6 +359,12 @@ def import_published(
     )
 
 
+def _is_of_the_system(error: Exception) -> bool:
+    """Whether an error is none of the program: PyTorch has a `RuntimeError` for memory that is lacking."""
+    lacking = ("out of memory", "can't allocate memory")
+    return not isinstance(error, RuntimeError) or any(words in str(error) for words in lacking)
+
+
 def main() -> None:
     """Entry point: quiet libraries, messages on stderr, bad input as one line and exit code 2."""
     from rich.logging import RichHandler
@@ -369,10 +385,10 @@ def main() -> None:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except OSError as error:  # what a user's disks, files and network can cause
-        if "--debug" in sys.argv:
+    except (OSError, MemoryError, RuntimeError) as error:  # what disks, files, network and memory can cause
+        if "--debug" in sys.argv or not _is_of_the_system(error):
             raise
-        print(f"error: {' '.join(str(error).split())}; --debug shows where", file=sys.stderr)
+        print(f"error: {first_line(error)}; --debug shows where", file=sys.stderr)
         sys.exit(2)
     except (KeyboardInterrupt, Interrupted) as interrupt:
         print(f"interrupted{f': {interrupt}' if interrupt.args else ''}", file=sys.stderr)
