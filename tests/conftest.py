@@ -24,3 +24,20 @@ def pytest_configure(config):
 def family(request):
     """Each supported family's model type in turn."""
     return request.param
+
+
+@pytest.fixture(scope="session")
+def forks(tmp_path_factory):
+    """A server of commands in forks of one process."""
+    from forks import Forks
+
+    with Forks(tmp_path_factory.mktemp("forks")) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def workspace_for_forks(tmp_path_factory):
+    """What commands in forks read; they write elsewhere."""
+    from forks import make_workspace
+
+    return make_workspace(tmp_path_factory.mktemp("workspace"))

@@ -2,7 +2,6 @@
 
 import contextlib
 import logging
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,8 @@ from typing import Any
 from mha2mla_vlm.checkpoint import load, load_processor, save
 from mha2mla_vlm.errors import InputError, first_line, need
 from mha2mla_vlm.parallel import process_index, wait_for_all
-from mha2mla_vlm.utils.folders import check_output
+from mha2mla_vlm.remote import away_from
+from mha2mla_vlm.utils.folders import check_output, discard
 
 logger = logging.getLogger(__name__)
 
@@ -25,14 +25,14 @@ def merged(name: str, adapter: str | None, output: Path, *, resume: bool) -> Ite
     if adapter is None:
         yield name
         return
-    path = check_output(output)
+    path = check_output(output)  # which is claimed
     folder = path.with_name(path.name + ".merged")
     if process_index() == 0 and not (resume and folder.exists()):
         save(merge(name, adapter), load_processor(name), folder)
     wait_for_all()
     yield str(folder)
     if process_index() == 0:
-        shutil.rmtree(folder)
+        discard(folder, path)
 
 
 def merge(name: str, adapter: str) -> Any:
@@ -41,6 +41,8 @@ def merge(name: str, adapter: str) -> Any:
     from peft import PeftModel, get_peft_model_state_dict, load_peft_weights
 
     logger.info("merging %s into %s", adapter, name)
+    if away := away_from(adapter):  # peft asks the hub even for what is in its cache
+        raise InputError(f"the adapter {adapter} is no folder here, and {away}")
     try:
         adapted = PeftModel.from_pretrained(load(name), adapter)
         given = load_peft_weights(adapter, device="cpu")

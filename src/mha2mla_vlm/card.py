@@ -4,12 +4,14 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, ModelCardData
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError
+from huggingface_hub.utils import validate_repo_id
 
 from mha2mla_vlm.cache import bytes_per_token
 from mha2mla_vlm.config import AttentionSizes, MLAConfig
 from mha2mla_vlm.errors import InputError, first_line
 from mha2mla_vlm.families import get_family
+from mha2mla_vlm.remote import HUB_ERRORS, unreachable
 
 CARD = """---
 {metadata}
@@ -49,7 +51,7 @@ def model_card(config: Any) -> str:
     mla, family = MLAConfig.from_dict(config.mla), get_family(config.model_type)
     base = mla.original if mla.original and not Path(mla.original).is_absolute() else None
     data = ModelCardData(
-        base_model=base if base and "/" in base else None,  # a zoo name is none of the hub's
+        base_model=base if base and "/" in base else None,  # else of the zoo, or of a folder
         library_name="transformers",
         pipeline_tag="image-text-to-text",
         tags=TAGS,
@@ -93,11 +95,14 @@ def check_repository(repository: str | None) -> None:
     if repository is None:
         return
     try:
+        validate_repo_id(repository)
+        if away := unreachable():
+            raise InputError(f"--push-to-hub {repository}: {away}; leave it out, and send the result later")
         HfApi().repo_exists(repository)
         HfApi().whoami()
     except HFValidationError as error:
         raise InputError(f"--push-to-hub {repository!r}: {error}") from None
-    except (HfHubHTTPError, LocalTokenNotFoundError, OSError) as error:
+    except (LocalTokenNotFoundError, *HUB_ERRORS) as error:
         reason = first_line(error)
         raise InputError(f"--push-to-hub {repository}: {reason}; log in with: hf auth login") from None
 
@@ -108,7 +113,7 @@ def push(folder: Path, repository: str) -> str:
     try:
         address = api.create_repo(repository, exist_ok=True)
         api.upload_folder(repo_id=repository, folder_path=folder)
-    except (HfHubHTTPError, OSError) as error:
+    except HUB_ERRORS as error:
         reason = first_line(error)
         raise InputError(
             f"the model is in {folder}, but cannot be sent to {repository}: {reason}; "

@@ -1,9 +1,12 @@
 """Folders of models: strict load, and a write that is whole or not there."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
@@ -17,9 +20,12 @@ from mha2mla_vlm.card import write_card
 from mha2mla_vlm.errors import InputError, reading, shown_path
 from mha2mla_vlm.model_files import check_files, check_weights
 from mha2mla_vlm.modeling import loading_errors, register
+from mha2mla_vlm.remote import HUB_ERRORS, away_from, why
 from mha2mla_vlm.soundness import check_config, check_stored
 from mha2mla_vlm.utils.folders import new_folder
 from mha2mla_vlm.zoo import ZOO_PREFIX, zoo_path
+
+FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model")  # of a model, for which none is code
 
 
 def resolve(name: str | Path) -> str:
@@ -39,9 +45,11 @@ def load_config(name: str | Path, **kwargs: Any) -> PreTrainedConfig:
         check_files(folder)
         if not (folder / "config.json").exists():
             raise InputError(f"{source} holds no config.json; give the folder of a model")
-    with reading(f"a model config from {shown_path(source)}"):
-        check_stored(PreTrainedConfig.get_config_dict(source, **kwargs)[0])
-        config = AutoConfig.from_pretrained(source, **{"trust_remote_code": False} | kwargs)
+    away = away_from(source)
+    options = _cached(away) | {"trust_remote_code": False} | kwargs
+    with reading(f"a model config from {shown_path(source)}", partial(why, away=away)):
+        check_stored(PreTrainedConfig.get_config_dict(source, **options)[0])
+        config = AutoConfig.from_pretrained(source, **options)
         check_config(config)
     return config
 
@@ -55,18 +63,38 @@ def load(name: str | Path, **kwargs: Any) -> PreTrainedModel:
     hub = ("token", "revision", "cache_dir", "local_files_only", "force_download", "subfolder")
     config = load_config(name, **{key: kwargs[key] for key in hub if key in kwargs})
     source = resolve(name)
-    options = {"dtype": "auto", "trust_remote_code": False, **kwargs, "output_loading_info": True}
+    away = away_from(source)
+    options = _cached(away) | {"dtype": "auto", "trust_remote_code": False} | kwargs
+    options["output_loading_info"] = True
     folder, converted = Path(source), getattr(config, "mla", None) is not None
     if not converted:
         options["ignore_mismatched_sizes"] = True  # refused below, by name, as converted models do themselves
     stored = converted or any(folder.glob("*.safetensors*"))
     if folder.is_dir() and stored and getattr(config, "quantization_config", None) is None:
         check_weights(folder)
-    with reading(f"the weights of {shown_path(source)}"):
+    with reading(f"the weights of {shown_path(source)}", partial(why, away=away)):
         model, info = AutoModelForImageTextToText.from_pretrained(source, **options)
     if found := loading_errors(info):
         raise InputError(f"the weights of {shown_path(source)} are not those of the config: {found}")
     return model.eval()
+
+
+def _cached(away: str | None) -> dict[str, Any]:
+    """The option to read what is in the cache alone, if the hub cannot be reached."""
+    return {} if away is None else {"local_files_only": True}
+
+
+def local_folder(name: str | Path) -> Path:
+    """The folder of a model that is local, from the zoo, or of the hub, downloaded if it is not there."""
+    source = Path(resolve(name))
+    if source.is_dir():
+        return source
+    away = away_from(str(name))
+    try:
+        return Path(snapshot_download(str(name), allow_patterns=list(FILES), **_cached(away)))
+    except (*HUB_ERRORS, ValueError, HFValidationError) as error:
+        reason = why(error, away)
+        raise InputError(f"{name!r} is no folder, and cannot be downloaded: {reason}") from None
 
 
 def pick_device(name: str) -> torch.device:
@@ -89,8 +117,9 @@ def load_processor(name: str | Path) -> ProcessorMixin:
     """Load the processor that belongs to a model; its padding is on the left, for generation."""
     register()
     source = resolve(name)
-    with reading(f"the processor of {shown_path(source)}"):
-        processor = AutoProcessor.from_pretrained(source, trust_remote_code=False)
+    away = away_from(source)
+    with reading(f"the processor of {shown_path(source)}", partial(why, away=away)):
+        processor = AutoProcessor.from_pretrained(source, trust_remote_code=False, **_cached(away))
         processor.tokenizer.padding_side = "left"
     return processor
 

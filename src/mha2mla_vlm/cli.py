@@ -5,14 +5,16 @@ import logging
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
 
 from mha2mla_vlm.cli_looking import chat, generate, inspect, report, task
 from mha2mla_vlm.cli_options import (
+    LARGEST,
     AdapterOption,
     BudgetOption,
     CacheBitsOption,
@@ -35,9 +37,9 @@ from mha2mla_vlm.cli_options import (
     load_model,
 )
 from mha2mla_vlm.cli_zoo import zoo_app
-from mha2mla_vlm.errors import InputError, Interrupted, need
+from mha2mla_vlm.errors import InputError, Interrupted, first_line, need
 from mha2mla_vlm.training.config import FinetuneConfig, read_recipe
-from mha2mla_vlm.utils.folders import check_output
+from mha2mla_vlm.utils.folders import check_output, claimed
 
 app = typer.Typer(
     help="Convert vision-language models to multi-head latent attention.",
@@ -63,7 +65,9 @@ def options(
 @app.command()
 def demo(
     model: Annotated[str, typer.Option(help="Name of a zoo model.")] = "qwen2_5_vl",
-    pictures: Annotated[int, typer.Option(min=1, help="Held-out pictures to evaluate on.")] = 100,
+    pictures: Annotated[
+        int, typer.Option(min=1, max=LARGEST, help="Held-out pictures to evaluate on.")
+    ] = 100,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for the figures.")] = None,
     device: DeviceOption = "auto",
 ) -> None:
@@ -88,7 +92,9 @@ def convert(
     rope_selection: SelectionOption = "residual",
     fold: FoldOption = True,
     factorization: FactorizationOption = "output-weighted",
-    samples: Annotated[int, typer.Option(help="Chats to calibrate and measure on, at most.")] = 128,
+    samples: Annotated[
+        int, typer.Option(max=LARGEST, help="Chats to calibrate and measure on, at most.")
+    ] = 128,
     adapter: AdapterOption = None,
     dry_run: DryRunOption = False,
     resume: ResumeOption = False,
@@ -108,12 +114,11 @@ def convert(
     check_output(output)
     if evaluate is not None:
         need("matplotlib", "report", "--evaluate")
-    from mha2mla_vlm.adapters import merged
     from mha2mla_vlm.card import check_repository
     from mha2mla_vlm.checkpoint import load_config, pick_device
     from mha2mla_vlm.config import ConversionConfig
     from mha2mla_vlm.conversion import plan
-    from mha2mla_vlm.parallel import join_processes, process_index, shared_work
+    from mha2mla_vlm.parallel import claimed_by_first, join_processes, shared_work
     from mha2mla_vlm.sources import load_records
 
     sizes: dict[str, Any] = {"budget": budget, "rope_dim": rope_dim, "d_kv": d_kv, "samples": samples}
@@ -128,15 +133,15 @@ def convert(
         _foretell(model, records, config, dtype, target)
         return
     streamed = {"resume": resume, "spill": spill, "dtype": dtype.value, "device": target}
-    streamed["temporary"] = adapter is not None
     how: dict[str, Any] = {"dtype": dtype.value, "device": device}
-    with shared_work(), merged(model, adapter, output, resume=resume) as source:
-        result = _convert_streamed(source, records, output, config, **streamed)
-        if process_index() == 0:
-            with shared_work(False):
-                _finish_conversion(
-                    output, push_to_hub, result, lambda: _report(evaluate, source, output, how)
-                )
+    with shared_work(), claimed_by_first(output):
+        _convert(
+            (model, adapter, records, output, config),
+            streamed,
+            lambda source, result: _finish_conversion(
+                output, push_to_hub, result, lambda: _report(evaluate, source, output, how)
+            ),
+        )
 
 
 def _foretell(model: str, records: Any, config: Any, dtype: DType, device: Any) -> None:
@@ -147,10 +152,23 @@ def _foretell(model: str, records: Any, config: Any, dtype: DType, device: Any) 
     finish(prediction.to_dict())
 
 
-def _convert_streamed(model: str, records: Any, output: Path, config: Any, **options: Any) -> dict[str, Any]:
+def _convert(
+    given: tuple[str, str | None, Any, Path, Any],
+    options: dict[str, Any],
+    then: Callable[[str, dict[str, Any]], None],
+) -> None:
+    """Convert with an adapter merged in, if there is one; the first of several processes does the rest."""
+    from mha2mla_vlm.adapters import merged
+    from mha2mla_vlm.parallel import process_index, shared_work
     from mha2mla_vlm.streaming import convert_checkpoint
 
-    return convert_checkpoint(model, records, output, config, **options).to_dict()
+    model, adapter, records, output, config = given
+    with merged(model, adapter, output, resume=options["resume"]) as source:
+        temporary = adapter is not None
+        converted = convert_checkpoint(source, records, output, config, temporary=temporary, **options)
+        if process_index() == 0:
+            with shared_work(False):
+                then(source, converted.to_dict())
 
 
 def _report(data: str | None, model: str, output: Path, how: dict[str, Any]) -> dict[str, Any]:
@@ -166,7 +184,7 @@ def _report(data: str | None, model: str, output: Path, how: dict[str, Any]) -> 
 def _finish_conversion(
     output: Path, repository: str | None, result: dict[str, Any], report: Callable[[], dict[str, Any]]
 ) -> None:
-    """Report, and send the model where it is to go; the first of several processes does."""
+    """Report, and send the model where it is to go."""
     from mha2mla_vlm.card import push
 
     measured = report()
@@ -181,8 +199,10 @@ def evaluate(
     baseline: Annotated[
         str | None, typer.Option(help="Model to compare with, as folder, hub id or zoo:NAME.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Records to evaluate, at most.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1)] = 16,
+    limit: Annotated[
+        int | None, typer.Option(min=1, max=LARGEST, help="Records to evaluate, at most.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, max=LARGEST)] = 16,
     dtype: DTypeOption = DType.auto,
     device: DeviceOption = "auto",
 ) -> None:
@@ -211,8 +231,9 @@ def _mirrored(config_class: type) -> Callable[[Callable[..., None]], Callable[..
             if "help" not in field.metadata:
                 continue
             default = "" if field.default is None else f"  [default: {field.default}]"
-            option = typer.Option(help=field.metadata["help"] + default, show_default=False)
             kind = hints[field.name] if "None" in str(field.type) else hints[field.name] | None
+            most = LARGEST if int in get_args(kind) else None
+            option = typer.Option(help=field.metadata["help"] + default, show_default=False, max=most)
             parameters.append(
                 inspect_module.Parameter(
                     field.name,
@@ -266,10 +287,12 @@ def bench(
     checkpoint: ModelArgument,
     baseline: Annotated[str, typer.Option(help="The original model.", show_default=False)],
     context: Annotated[
-        list[int] | None, typer.Option(min=2, help="Tokens; repeat for several.  [default: 1k, 4k, 16k, 64k]")
+        list[int] | None,
+        typer.Option(min=2, max=LARGEST, help="Tokens; repeat for several.  [default: 1k, 4k, 16k, 64k]"),
     ] = None,
     batch: Annotated[
-        list[int] | None, typer.Option(min=1, help="Batch size; repeat for several.  [default: 1, 8]")
+        list[int] | None,
+        typer.Option(min=1, max=LARGEST, help="Batch size; repeat for several.  [default: 1, 8]"),
     ] = None,
     seconds: Annotated[float, typer.Option(min=0.0, help="Time for each comparison.")] = 2.0,
     output: Annotated[
@@ -290,18 +313,19 @@ def bench(
     quantization = None if cache_bits is None else {"nbits": cache_bits}
     QuantizationConfig.from_dict(quantization or {})
     check_baseline(checkpoint, baseline)
-    (converted, _), (original, _) = (load_model(name, dtype, device) for name in (checkpoint, baseline))
-    result = bench_models(
-        original,
-        converted,
-        contexts=context or CONTEXTS,
-        batches=batch or BATCHES,
-        seconds=seconds,
-        quantization=quantization,
-    )
-    print_rows(result)
-    if output is not None:
-        write_report(result, output)
+    with nullcontext() if output is None else claimed(output):
+        (converted, _), (original, _) = (load_model(name, dtype, device) for name in (checkpoint, baseline))
+        result = bench_models(
+            original,
+            converted,
+            contexts=context or CONTEXTS,
+            batches=batch or BATCHES,
+            seconds=seconds,
+            quantization=quantization,
+        )
+        print_rows(result)
+        if output is not None:
+            write_report(result, output)
     finish(result)
 
 
@@ -323,9 +347,10 @@ def import_published(
     from mha2mla_vlm.interop.published import has_processor, import_published
 
     source = processor or (str(checkpoint) if has_processor(checkpoint) else None)
-    loaded = None if source is None else load_processor(source)
-    model = import_published(checkpoint, ranks)
-    save(model, loaded, output)
+    with claimed(output):
+        loaded = None if source is None else load_processor(source)
+        model = import_published(checkpoint, ranks)
+        save(model, loaded, output)
     mla = model.mla_config
     finish(
         {
@@ -337,6 +362,12 @@ def import_published(
             "processor": source,
         }
     )
+
+
+def _is_of_the_system(error: Exception) -> bool:
+    """Whether an error is none of the program: PyTorch has a `RuntimeError` for memory that is lacking."""
+    lacking = ("out of memory", "can't allocate memory")
+    return not isinstance(error, RuntimeError) or any(words in str(error) for words in lacking)
 
 
 def main() -> None:
@@ -357,11 +388,15 @@ def main() -> None:
         transformers_logging.disable_progress_bar()
         transformers_logging.set_verbosity_error()
         app()
-    except (InputError, OSError) as error:  # an OSError is what a user's disks, files and network can cause
+    except InputError as error:
         if "--debug" in sys.argv:
             raise
-        hint = "" if isinstance(error, InputError) else "; --debug shows where"
-        print(f"error: {' '.join(str(error).split())}{hint}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except (OSError, MemoryError, RuntimeError) as error:  # what disks, files, network and memory can cause
+        if "--debug" in sys.argv or not _is_of_the_system(error):
+            raise
+        print(f"error: {first_line(error)}; --debug shows where", file=sys.stderr)
         sys.exit(2)
     except (KeyboardInterrupt, Interrupted) as interrupt:
         print(f"interrupted{f': {interrupt}' if interrupt.args else ''}", file=sys.stderr)

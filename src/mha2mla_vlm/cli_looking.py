@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from mha2mla_vlm.cli_options import (
+    LARGEST,
     CacheBitsOption,
     DeviceOption,
     DType,
@@ -17,6 +18,7 @@ from mha2mla_vlm.cli_options import (
     load_model,
 )
 from mha2mla_vlm.errors import InputError, need
+from mha2mla_vlm.utils.folders import check_file
 
 
 def generate(
@@ -26,7 +28,7 @@ def generate(
     interactive: Annotated[
         bool, typer.Option("--interactive", help="Go on with questions from standard input, a line each.")
     ] = False,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    max_new_tokens: Annotated[int, typer.Option(min=1, max=LARGEST)] = 128,
     cache_bits: CacheBitsOption = None,
     dtype: DTypeOption = DType.auto,
     device: DeviceOption = "auto",
@@ -81,9 +83,9 @@ def report(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="The page.  [default: CHECKPOINT/report.html]")
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Chats, at most.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, max=LARGEST, help="Chats, at most.")] = None,
     probe: Annotated[
-        int, typer.Option(min=0, help="Chats to measure each layer alone on; 0 leaves that out.")
+        int, typer.Option(min=0, max=LARGEST, help="Chats to measure each layer alone on; 0 leaves that out.")
     ] = 16,
     dtype: DTypeOption = DType.auto,
     device: DeviceOption = "auto",
@@ -92,8 +94,8 @@ def report(
     from mha2mla_vlm.report.make import report_checkpoint
 
     target = output or Path(checkpoint) / "report.html"
-    if not target.parent.is_dir():
-        raise InputError(f"--output {target}: {target.parent} is no folder; give a file in one that is there")
+    if output is not None:
+        check_file(output)
     given: dict[str, Any] = {"data": data, "baseline": baseline, "limit": limit, "probed": probe}
     page = report_checkpoint(checkpoint, target, **given, dtype=dtype.value, device=device)
     finish({"report": str(target), **page.quality})
@@ -103,7 +105,9 @@ def task(
     data: Annotated[str, typer.Argument(help="Chats, as --data of the others.", show_default=False)],
     output: OutputOption,
     name: Annotated[str, typer.Option(help="Name of the task.", show_default=False)],
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of an answer, at most.")] = 32,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, max=LARGEST, help="Length of an answer, at most.")
+    ] = 32,
 ) -> None:
     """Make chats a task of lmms-eval: every answer a question, exact match the measure."""
     from mha2mla_vlm.harness.task import write_task
@@ -128,7 +132,7 @@ def chat(
         int | None, typer.Option(min=1, max=65535, help="[default: the first free from 7860]")
     ] = None,
     browser: Annotated[bool, typer.Option(help="Open the page in a browser.")] = True,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    max_new_tokens: Annotated[int, typer.Option(min=1, max=LARGEST)] = 128,
     dtype: DTypeOption = DType.auto,
     device: DeviceOption = "auto",
 ) -> None:

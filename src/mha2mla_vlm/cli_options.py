@@ -1,11 +1,17 @@
 """What the commands share: arguments, options, and how a result is printed."""
 
 import json
+import os
+import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from mha2mla_vlm.errors import InputError
+
+LARGEST = 2**31 - 1  # of whole numbers: beyond, one library or another fails
 
 
 class DType(StrEnum):
@@ -87,4 +93,9 @@ def load_model(name: str, dtype: DType, device: str) -> tuple[Any, Any]:
 
 def finish(result: dict[str, Any]) -> None:
     """Print a command's result, the last line on standard output."""
-    print(json.dumps(result))
+    try:
+        print(json.dumps(result), flush=True)
+    except OSError as error:
+        # what could not be written would be tried again, and fail, as Python ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise InputError(f"standard output cannot be written to: {error.strerror}") from None

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from mha2mla_vlm.cli_options import OutputOption, SplitName, finish
+from mha2mla_vlm.cli_options import LARGEST, OutputOption, SplitName, finish
 
 zoo_app = typer.Typer(
     help="The shipped small models, and their data.", no_args_is_help=True, rich_markup_mode=None
@@ -24,7 +24,7 @@ def zoo_data(
     name: Annotated[str, typer.Argument(help="Name of a zoo model.", show_default=False)],
     output: OutputOption,
     split: Annotated[SplitName, typer.Option(help="Scans to draw from.")] = SplitName.test,
-    count: Annotated[int, typer.Option(min=1, help="Chats to write.")] = 500,
+    count: Annotated[int, typer.Option(min=1, max=LARGEST, help="Chats to write.")] = 500,
     seed: Annotated[int, typer.Option(help="Equal arguments write equal bytes.")] = 0,
 ) -> None:
     """Write chats about pages of handwritten digits as JSONL and PNG files."""
@@ -43,16 +43,20 @@ def zoo_build(
     name: Annotated[str, typer.Argument(help="Name of a zoo model.", show_default=False)],
     output: OutputOption,
     minutes: Annotated[float | None, typer.Option(min=0.01, help="Time to train for, at most.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of weights and data.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST, help="Seed of weights and data.")] = 0,
 ) -> None:
     """Train a zoo model from nothing; goes on where an interrupted run with the same output stopped."""
-    from mha2mla_vlm.utils.folders import check_output, put_in_place
+    from mha2mla_vlm.progress import kept
+    from mha2mla_vlm.utils.folders import claimed, put_in_place, writing
     from mha2mla_vlm.zoo import check_name
-    from mha2mla_vlm.zoo.recipe import Recipe, build
+    from mha2mla_vlm.zoo.recipe import Recipe, build, check_begun
 
     bare = check_name(name)
-    check_output(output)
-    partial = output.with_name(output.name + ".partial")
-    accuracy = build(bare, partial, Recipe(seed=seed, minutes=minutes))
-    put_in_place(partial, output)
+    with claimed(output) as path:
+        partial = path.with_name(path.name + ".partial")
+        check_begun(partial)
+        on = "the same command goes on"
+        with kept(partial, on), writing(partial, kept=f"; what is done is kept, {on}"):
+            accuracy = build(bare, partial, Recipe(seed=seed, minutes=minutes))
+        put_in_place(partial, path)
     finish({"output": str(output), **accuracy})

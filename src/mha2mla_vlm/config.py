@@ -97,7 +97,8 @@ class MLAConfig(Strict):
     have a bias even if the original has none. `folded` tells that the mean rotation of dropped pairs
     is in the weights. `kl` holds what conversion measured after each transform, against the
     original, on held-out chats; `predicted_kl`, for each layer, what converting it alone costs.
-    `original` names the model that was converted, for fine-tuning to learn from.
+    `original` names the model that was converted, for fine-tuning to learn from: a hub id, `zoo:NAME`, or
+    the name of a folder.
     """
 
     qk_rope_head_dim: int | list[int]

@@ -5,7 +5,6 @@ Shapes: G KV heads, R rope dims kept, r latent dims.
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -31,11 +30,11 @@ from mha2mla_vlm.errors import InputError
 from mha2mla_vlm.families import get_family
 from mha2mla_vlm.layerwise import LayerwiseConversion
 from mha2mla_vlm.modeling import decoder_layers
+from mha2mla_vlm.origin import shared_name
 from mha2mla_vlm.profile import LayerwiseProfile, MemoryWork, Profile, allotted, budget_units
 from mha2mla_vlm.progress import Phases, console
 from mha2mla_vlm.surgery import converted_config, rebuild
 from mha2mla_vlm.utils.compat import is_plain_tensor
-from mha2mla_vlm.zoo import ZOO_FOLDER, ZOO_PREFIX
 
 
 def convert(
@@ -167,7 +166,7 @@ def plan(model_config: Any, config: ConversionConfig) -> MLAConfig:
         factorization=config.factorization,
         folded=config.fold,
         kv_bias=config.factorization in CENTERED,
-        original=_origin(model_config),
+        original=shared_name(model_config.name_or_path) if model_config.name_or_path else None,
     )
     mla.check(sizes)
     if config.share is not None:
@@ -218,14 +217,6 @@ def _plan_factors(model_config: Any, config: ConversionConfig) -> MLAConfig:
     )
     mla.check(sizes)
     return mla
-
-
-def _origin(model_config: Any) -> str | None:
-    """The name under which a model can be loaded again, from any folder."""
-    name = model_config.name_or_path
-    if Path(name).parent == ZOO_FOLDER:
-        return ZOO_PREFIX + Path(name).name
-    return str(Path(name).resolve()) if name and Path(name).is_dir() else name or None
 
 
 def _check_budget(sizes: AttentionSizes, config: ConversionConfig) -> None:

@@ -17,9 +17,9 @@ from mha2mla_vlm.errors import need
 from mha2mla_vlm.evaluation import Answered, by_kind, evaluate_answers, summary
 from mha2mla_vlm.generation import answer
 from mha2mla_vlm.progress import console
-from mha2mla_vlm.report.gather import gather
+from mha2mla_vlm.report.gather import Report, gather
 from mha2mla_vlm.report.page import write_report
-from mha2mla_vlm.utils.folders import new_folder
+from mha2mla_vlm.utils.folders import check_file, claimed, new_folder
 from mha2mla_vlm.zoo import check_name
 from mha2mla_vlm.zoo.chats import sample_chats
 from mha2mla_vlm.zoo.digits import Split
@@ -47,6 +47,21 @@ def run_demo(
     """
     name = check_name(name)
     need("matplotlib", "report", "the page of the demo")
+    if output is None:
+        page = Path(PAGE.format(name))
+        with claimed(page, check_file):
+            result, found = _compared(name, pictures, device)
+            write_report(found, page)
+        return {**result, "report": str(page)}
+    with new_folder(output) as folder:
+        result, found = _compared(name, pictures, device)
+        (folder / "demo.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        write_report(found, folder / "report.html")
+    return {**result, "report": str(output / "report.html")}
+
+
+def _compared(name: str, pictures: int, device: str) -> tuple[dict[str, Any], Report]:
+    """The rows of the table, and what the page about the smaller model tells."""
     model = load(f"zoo:{name}", dtype=torch.float32).to(pick_device(device))
     processor = load_processor(f"zoo:{name}")
     calibration = zoo_records(name, split="train", count=CALIBRATION_CHATS, seed=1)
@@ -68,14 +83,7 @@ def run_demo(
         "findings": small.findings,
     }
     given["commands"] = [f"mha2mla demo --model {name} --pictures {pictures}"]
-    page = gather(small, model, processor, held_out, **given, answers=answers)
-    if output is None:
-        write_report(page, Path(PAGE.format(name)))
-        return {**result, "report": PAGE.format(name)}
-    with new_folder(output) as folder:
-        (folder / "demo.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-        write_report(page, folder / "report.html")
-    return {**result, "report": str(output / "report.html")}
+    return result, gather(small, model, processor, held_out, **given, answers=answers)
 
 
 def _row(

@@ -2,7 +2,7 @@
 
 import contextlib
 import reprlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from typing import Any
 
@@ -29,17 +29,6 @@ def need(package: str, extra: str, purpose: str) -> None:
         raise InputError(f"{purpose} needs the package {package}: pip install 'mha2mla-vlm[{extra}]'")
 
 
-@contextlib.contextmanager
-def reading(what: str) -> Iterator[None]:
-    """Within, other libraries read what a user gave, and whatever they raise is about it: an `InputError`."""
-    try:
-        yield
-    except InputError:
-        raise
-    except Exception as error:
-        raise InputError(f"cannot read {what}: {first_line(error)}") from error
-
-
 def first_line(error: Exception) -> str:
     """What an error says, in one line that is not too long."""
     if isinstance(error, KeyError) and error.args:
@@ -49,6 +38,20 @@ def first_line(error: Exception) -> str:
         return type(error).__name__
     said = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
     return said if len(said) <= _LONGEST else said[:_LONGEST] + "..."
+
+
+@contextlib.contextmanager
+def reading(what: str, explain: Callable[[Exception], str] = first_line) -> Iterator[None]:
+    """Within, other libraries read what a user gave, and whatever they raise is about it: an `InputError`.
+
+    Lack of memory is not. `explain` says what an error means.
+    """
+    try:
+        yield
+    except (InputError, MemoryError):
+        raise
+    except Exception as error:
+        raise InputError(f"cannot read {what}: {explain(error)}") from error
 
 
 def shown(value: Any) -> str:

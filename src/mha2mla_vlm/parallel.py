@@ -6,11 +6,15 @@ They do so only within `shared_work`: a process group alone does not say that al
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextvars import ContextVar
+from pathlib import Path
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
+
+from mha2mla_vlm.errors import InputError
+from mha2mla_vlm.utils.folders import claimed
 
 T = TypeVar("T")
 _SHARED: ContextVar[bool] = ContextVar("shared_work", default=False)
@@ -55,6 +59,23 @@ def sum_over_processes(tensors: Iterable[torch.Tensor]) -> None:
     if process_count() > 1:
         for tensor in tensors:
             dist.all_reduce(tensor)
+
+
+@contextlib.contextmanager
+def claimed_by_first(output: str | Path) -> Iterator[None]:
+    """Within the context `output` is `claimed` by the first process; if it cannot, all are refused."""
+    with contextlib.ExitStack() as stack:
+        refused: list[str | None] = [None]
+        if process_index() == 0:
+            try:
+                stack.enter_context(claimed(output))
+            except InputError as error:
+                refused = [str(error)]
+        if process_count() > 1:
+            dist.broadcast_object_list(refused)
+        if refused[0] is not None:
+            raise InputError(refused[0])
+        yield
 
 
 def wait_for_all() -> None:

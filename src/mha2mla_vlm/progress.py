@@ -35,6 +35,8 @@ def kept(folder: Path, how: str) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
+        if not folder.is_dir():
+            raise
         raise Interrupted(f"what is done is kept in {folder}; {how}") from None
 
 

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+from huggingface_hub import is_offline_mode
 
 from mha2mla_vlm.config import OnBadRecord
 from mha2mla_vlm.data import Picture, Record
 from mha2mla_vlm.errors import InputError, first_line, need, reading, shown
+from mha2mla_vlm.remote import unreachable
 
 logger = logging.getLogger(__name__)
 
@@ -212,6 +214,9 @@ def _dataset(source: str | Path, path: Path, *, streaming: bool = True) -> Any:
             "parquet files, a datasets folder, or a dataset of the hub"
         )
     need("datasets", "data", f"reading {source}")
+    # it reads its cache by itself where the user says that there is no hub
+    if is_hub_id and not is_offline_mode() and (away := unreachable()):
+        raise InputError(f"data {source} does not exist here, and {away}; HF_HUB_OFFLINE=1 reads the cache")
     import datasets
 
     with reading(f"the dataset {source}"):

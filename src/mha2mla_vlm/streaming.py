@@ -11,32 +11,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError
 from safetensors import safe_open
 from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
 
 from mha2mla_vlm.card import write_card
-from mha2mla_vlm.checkpoint import load, load_config, load_processor, resolve
+from mha2mla_vlm.checkpoint import load, load_config, load_processor, local_folder, resolve
 from mha2mla_vlm.config import AttentionSizes, ConversionConfig, MLAConfig
 from mha2mla_vlm.conversion import encode_split, findings, is_allotted, plan, print_losses, print_plan
 from mha2mla_vlm.data import Record
 from mha2mla_vlm.describe import conversion_summary
-from mha2mla_vlm.errors import InputError, first_line, reading
+from mha2mla_vlm.errors import InputError, reading
 from mha2mla_vlm.layerwise import LayerwiseConversion
 from mha2mla_vlm.measuring import LayerProfile
 from mha2mla_vlm.memory import peak_resident_bytes
 from mha2mla_vlm.model_files import weights_digest, weights_files
 from mha2mla_vlm.modeling import layer_prefixes, write_findings
 from mha2mla_vlm.offload import check_shapes, disk_map, empty_model, read_weights, stored_names
-from mha2mla_vlm.parallel import process_count
+from mha2mla_vlm.parallel import claimed_by_first, process_count
 from mha2mla_vlm.profile import LayerwiseProfile, allotted
 from mha2mla_vlm.progress import Phases, kept
 from mha2mla_vlm.surgery import converted_config
 from mha2mla_vlm.utils.compat import tied_names
-from mha2mla_vlm.workfolder import WorkFolder, writing
+from mha2mla_vlm.workfolder import WorkFolder
 
-FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model")
 SHARD_BYTES = 1_000_000_000  # of what lies beside the layers, which have a shard each
 
 
@@ -80,24 +77,19 @@ def convert_checkpoint(
     processor = load_processor(folder)
     model = _on_disk(folder, model_config, dtype, target)
     if temporary or not Path(resolve(name)).is_dir():  # on the hub, wherever its files are now
-        mla = replace(mla, original=None if temporary else str(name))
+        known = getattr(model_config, "mla", None)
+        mla = replace(mla, original=None if temporary else known.get("original") if known else str(name))
     calibration, held_out = encode_split(model, processor, records, config)
     _check_shares(calibration, held_out)
     given = {"model": str(folder), "config": config.to_dict(), "dtype": str(model.dtype)}
     given["weights"] = weights_digest(folder)
     settings = given | {"processes": process_count(), "records": _digest([*calibration, *held_out])}
-    work = WorkFolder(Path(output), settings, resume=resume, spill=None if spill is None else Path(spill))
-    streaming = _Streaming(model, config, work, target)
-    with kept(work.folder, "go on with --resume"):
-        known = None
-        if is_allotted(model_config, config):
-            profile = streaming.measured(mla, calibration)
-            mla, known = allotted(mla, profile.losses(), profile.sizes, config), profile.layer
-        if work.main:
-            print_plan(model.config, mla)
-        mla = streaming.converted(mla, known, calibration, held_out, processor)
-    print_losses(mla.kl or {})
-    work.finish()
+    with claimed_by_first(output):
+        where = None if spill is None else Path(spill)
+        work = WorkFolder(Path(output), settings, resume=resume, spill=where)
+        streaming = _Streaming(model, config, work, target)
+        mla = streaming.run(mla, calibration, held_out, processor)
+        work.finish()
     return StreamedConversion(
         mla=mla,
         summary=conversion_summary(model_config, mla, model.dtype),
@@ -117,6 +109,25 @@ class _Streaming:
         self.before = 0  # steps before the first layer is converted
         self.seconds: Counter[str] = Counter()
 
+    def run(
+        self,
+        mla: MLAConfig,
+        calibration: Sequence[BatchFeature],
+        held_out: Sequence[BatchFeature],
+        processor: ProcessorMixin,
+    ) -> MLAConfig:
+        """Convert, from where an earlier run stopped; returns `mla` with sizes allotted and the losses."""
+        known = None
+        with kept(self.work.folder, "go on with --resume"):
+            if is_allotted(self.model.config, self.config):
+                profile = self.measured(mla, calibration)
+                mla, known = allotted(mla, profile.losses(), profile.sizes, self.config), profile.layer
+            if self.work.main:
+                print_plan(self.model.config, mla)
+            mla = self.converted(mla, known, calibration, held_out, processor)
+        print_losses(mla.kl or {})
+        return mla
+
     @contextlib.contextmanager
     def _phases(self, title: str, total: int, done: int) -> Iterator[Phases]:
         with Phases(title, total, done, shown=self.work.main) as phases:
@@ -129,7 +140,7 @@ class _Streaming:
         with self._phases("measuring layers", self.before, min(self.work.done, self.before)) as phases:
             given = (self.model, self.config, mla)
             profile = LayerwiseProfile(*given, device=self.device, phases=phases, work=self.work)
-            with writing("what is measured", self.work.folder):
+            with self.work.writing("what is measured"):
                 profile.run(calibration)
         return profile
 
@@ -153,11 +164,11 @@ class _Streaming:
                 states=work.states,
                 known=known,
             )
-            with writing("hidden states", work.folder):
+            with work.writing("hidden states"):
                 conversion.begin(calibration, held_out, again=done > 0)
             names, prefixes = shard_names(self.model), layer_prefixes(self.model)
             for index in range(done, self.layers):
-                with writing(f"layer {index}", work.folder):
+                with work.writing(f"layer {index}"):
                     made = conversion.layer(index)
                     with phases.phase("writing"):
                         work.write(names[index], _layer_tensors(self.model, prefixes[index], made.weights))
@@ -166,7 +177,7 @@ class _Streaming:
                 phases.advance()
             mla = replace(mla, kl=conversion.kl())
             if work.main:
-                with phases.phase("writing"), writing("the rest of the model", work.folder):
+                with phases.phase("writing"), work.writing("the rest of the model"):
                     _write_rest(self.model, processor, mla, work)
                     found = findings(self.config, len(calibration), work.notes["spectra"])
                     write_findings(found, work.result)
@@ -260,17 +271,6 @@ def rest_shards(model: PreTrainedModel) -> list[list[str]]:
         shards[-1].append(key)
         size += bytes_of
     return shards
-
-
-def local_folder(name: str | Path) -> Path:
-    """The folder of a model that is local, from the zoo, or of the hub, downloaded if it is not there."""
-    source = Path(resolve(name))
-    if source.is_dir():
-        return source
-    try:
-        return Path(snapshot_download(str(name), allow_patterns=list(FILES)))
-    except (OSError, ValueError, HFValidationError) as error:
-        raise InputError(f"{name!r} is no folder, and cannot be downloaded: {first_line(error)}") from None
 
 
 def _digest(batches: Sequence[BatchFeature]) -> str:

@@ -1,27 +1,23 @@
 """Where a conversion layer by layer keeps what is done, so that it can go on after any end."""
 
 import contextlib
-import errno
 import hashlib
 import json
-import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from mha2mla_vlm.errors import InputError, shown_path
 from mha2mla_vlm.parallel import process_index, wait_for_all
 from mha2mla_vlm.streams import Key, States
-from mha2mla_vlm.utils.folders import check_output, put_in_place
+from mha2mla_vlm.utils.folders import check_output, put_in_place, writing
 
 PROGRESS = "progress.json"
 MARK = ".mha2mla"  # in a folder for hidden states: for which output it was made
-WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EACCES, errno.EROFS)
 
 
 class FolderStates:
@@ -70,9 +66,10 @@ class WorkFolder:
         self.states_folder = self.folder / "states" if spill is None else self._spilled(spill, resume)
         self.states: States = FolderStates(self.states_folder / str(process_index()))
         wait_for_all()  # all have read how far it is
-        if self.main:
-            self.result.mkdir(parents=True, exist_ok=True)
-        self._write_progress()
+        with self.writing("progress"):
+            if self.main:
+                self.result.mkdir(parents=True, exist_ok=True)
+            self._write_progress()
 
     def _spilled(self, spill: Path, resume: bool) -> Path:
         """The folder in `spill` that is this output's alone, marked as made for it."""
@@ -105,9 +102,10 @@ class WorkFolder:
         begun = self.folder.is_dir() and {each.name for each in self.folder.iterdir()} <= {
             "result",
             "states",
+            "kept",
             "progress.tmp",
         }
-        if begun and not path.exists():  # it ended before anything was done
+        if begun and not path.exists():  # it ended before anything was done, or as it was tidied up
             return 0, {}
         try:
             progress = json.loads(path.read_text(encoding="utf-8"))
@@ -125,7 +123,8 @@ class WorkFolder:
             raise InputError(
                 f"{self.folder} was begun with another {', '.join(other)}; give the same, or remove it"
             )
-        return done, notes
+        # without it, it ended as it was tidied up, and what it made was moved away since
+        return (done, notes) if self.result.is_dir() else (0, {})
 
     def _write_progress(self) -> None:
         if not self.main:
@@ -169,11 +168,15 @@ class WorkFolder:
         if not self.main:
             return
         put_in_place(self.result, self.output)
+        (self.folder / PROGRESS).unlink()
         for folder in (self.states_folder, self.folder / "kept"):
             shutil.rmtree(folder, ignore_errors=True)
-        (self.folder / PROGRESS).unlink()
         if not any(self.folder.iterdir()):  # else there is something that is not ours
             self.folder.rmdir()
+
+    def writing(self, what: str) -> contextlib.AbstractContextManager[None]:
+        """Within the context, a full disk is said in one line, and that what was done before is kept."""
+        return writing(self.folder, f"{what}: ", "; what is done is kept, go on with --resume")
 
 
 def _exists(path: Path) -> bool:
@@ -188,20 +191,3 @@ def _write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, temporary, metadata={"format": "pt"})
     temporary.rename(path)
-
-
-@contextlib.contextmanager
-def writing(what: str, folder: Path) -> Iterator[None]:
-    """Say in one line what could not be written, and that what was done before is kept."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in WRITE_ERRORS:
-            raise
-        raise InputError(_failed(what, folder, os.strerror(error.errno))) from error
-    except SafetensorError as error:
-        raise InputError(_failed(what, folder, str(error))) from error
-
-
-def _failed(what: str, folder: Path, reason: str) -> str:
-    return f"{what}: cannot write in {folder}: {reason}; what is done is kept, go on with --resume"

@@ -53,9 +53,12 @@ def bench_models(
     rows = []
     for context, batch in track(cases, "measuring"):
         if reason := _too_large(original, converted, context, batch):
-            logger.warning("left out %d tokens in a batch of %d: %s", context, batch, reason)
+            if len(cases) > 1:
+                logger.warning("left out %d tokens in a batch of %d: %s", context, batch, reason)
             continue
         rows.append(bench_row(original, converted, context, batch, seconds, quantization))
+    if not rows:
+        raise InputError(_nothing_fits(original, converted, min(batches)))
     device = next(converted.parameters()).device
     return {"rows": rows, "device": device_name(device), "dtype": str(converted.dtype).removeprefix("torch.")}
 
@@ -201,12 +204,28 @@ def _tokens(model: PreTrainedModel, length: int, batch: int, start: int = 0) -> 
 
 
 def _too_large(original: PreTrainedModel, converted: PreTrainedModel, context: int, batch: int) -> str | None:
-    itemsize = converted.dtype.itemsize
-    per_token = sum(bytes_per_token(m.config, itemsize=itemsize) for m in (original, original, converted))
-    wanted, free = context * batch * per_token, free_memory(next(converted.parameters()).device)
+    wanted = context * batch * _per_token(original, converted)
+    free = free_memory(next(converted.parameters()).device)
     if free is None or wanted <= ROOM * free:
         return None
-    return f"the caches take {wanted / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free"
+    return f"the caches take {wanted / 2**30:,.1f} GiB and {free / 2**30:.1f} GiB are free"
+
+
+def _per_token(original: PreTrainedModel, converted: PreTrainedModel) -> int:
+    """Bytes of the caches that are compared."""
+    itemsize = converted.dtype.itemsize
+    return sum(bytes_per_token(m.config, itemsize=itemsize) for m in (original, original, converted))
+
+
+def _nothing_fits(original: PreTrainedModel, converted: PreTrainedModel, batch: int) -> str:
+    """What would fit instead, and what the model is made for."""
+    free = free_memory(next(converted.parameters()).device) or 0
+    most = int(ROOM * free) // (batch * _per_token(original, converted))
+    made_for = converted.config.get_text_config(decoder=True).max_position_embeddings
+    return (
+        f"no context fits: the caches may take {ROOM * free / 2**30:,.1f} GiB, that is {most:,} tokens in a "
+        f"batch of {batch:,}; the model is made for up to {made_for:,} tokens"
+    )
 
 
 def free_memory(device: torch.device) -> int | None:

@@ -5,15 +5,16 @@ from pathlib import Path
 from typing import Any
 
 from mha2mla_vlm.checkpoint import load, load_config, load_processor, pick_device, resolve
-from mha2mla_vlm.config import MLAConfig
 from mha2mla_vlm.data import Record
 from mha2mla_vlm.demo import zoo_records
 from mha2mla_vlm.errors import InputError, need
 from mha2mla_vlm.evaluation import check_baseline
 from mha2mla_vlm.modeling import FINDINGS
+from mha2mla_vlm.origin import original_is_missing, original_of, shared_name
 from mha2mla_vlm.report.gather import Report, gather
 from mha2mla_vlm.report.page import write_report
 from mha2mla_vlm.sources import load_records
+from mha2mla_vlm.utils.folders import check_file, claimed
 from mha2mla_vlm.zoo import ZOO_PREFIX
 
 ZOO_CHATS = 100
@@ -39,25 +40,26 @@ def report_checkpoint(
     config = load_config(checkpoint)
     if getattr(config, "mla", None) is None:
         raise InputError(f"{checkpoint!r} is not a converted model; make one with: mha2mla convert")
-    original = baseline or MLAConfig.from_dict(config.mla).original
+    check_file(target)
+    original = baseline or original_of(checkpoint)
     if original is None:
-        raise InputError("the checkpoint does not say what it was converted from; give --baseline MODEL")
+        raise original_is_missing(checkpoint, "--baseline MODEL")
     check_baseline(checkpoint, original)
     records = _records(data, original, limit)
-    where, processor = pick_device(device), load_processor(checkpoint)
-    model, other = (load(name, dtype=dtype).to(where) for name in (checkpoint, original))
-    name = Path(resolve(checkpoint)).name
-    found = gather(
-        model,
-        other,
-        processor,
-        records,
-        name=name,
-        findings=read_findings(checkpoint),
-        commands=_commands(checkpoint, original, data, read_findings(checkpoint)),
-        probed=probed,
-    )
-    write_report(found, target)
+    with claimed(target, check_file):
+        where, processor = pick_device(device), load_processor(checkpoint)
+        model, other = (load(name, dtype=dtype).to(where) for name in (checkpoint, original))
+        found = gather(
+            model,
+            other,
+            processor,
+            records,
+            name=Path(resolve(checkpoint)).name,
+            findings=read_findings(checkpoint),
+            commands=_commands(checkpoint, original, data, read_findings(checkpoint)),
+            probed=probed,
+        )
+        write_report(found, target)
     return found
 
 
@@ -90,6 +92,7 @@ def _commands(checkpoint: str, original: str, data: str | None, findings: dict[s
         if settings
     ]
     how += ["--no-fold"] if settings.get("fold") is False else []
-    convert = " ".join(["mha2mla convert", original, "--data CHATS -o", checkpoint, *sizes, *how])
-    report = " ".join(["mha2mla report", checkpoint, *([f"--data {data}"] if data else [])])
+    name = shared_name(checkpoint)
+    convert = " ".join(["mha2mla convert", shared_name(original), "--data CHATS -o", name, *sizes, *how])
+    report = " ".join(["mha2mla report", name, *([f"--data {shared_name(data)}"] if data else [])])
     return [convert, report] if settings else [report]

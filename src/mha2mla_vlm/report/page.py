@@ -10,6 +10,7 @@ from PIL import Image
 
 from mha2mla_vlm.report.gather import Report
 from mha2mla_vlm.report.plots import cache_plot, losses_plot, pairs_plot, spectra_plot
+from mha2mla_vlm.utils.folders import new_file
 
 LARGEST_SIDE = 384  # pixels of a picture that is shown
 SHOWN_TOKENS = 32_768  # of the caches that the head of the page compares
@@ -42,9 +43,8 @@ def render(report: Report) -> str:
 def write_report(report: Report, path: Path) -> None:
     """Write the page, whole or not at all."""
     text = render(report)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.rename(path)
+    with new_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def _facts(report: Report) -> dict[str, str]:

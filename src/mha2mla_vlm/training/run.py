@@ -1,5 +1,6 @@
 """Fine-tuning of a converted model, from a folder to a folder."""
 
+import contextlib
 import json
 import resource
 import shutil
@@ -24,6 +25,8 @@ from mha2mla_vlm.errors import InputError, reading, shown
 from mha2mla_vlm.evaluation import check_comparable
 from mha2mla_vlm.families import get_family
 from mha2mla_vlm.model_files import weights_digest
+from mha2mla_vlm.origin import original_is_missing, original_of, shared_name
+from mha2mla_vlm.parallel import claimed_by_first, shared_work
 from mha2mla_vlm.progress import kept
 from mha2mla_vlm.sources import StoredRecords
 from mha2mla_vlm.training.config import FinetuneConfig
@@ -31,9 +34,10 @@ from mha2mla_vlm.training.freezing import set_trained, with_lora
 from mha2mla_vlm.training.records import Chats, Chosen, Collator, choose
 from mha2mla_vlm.training.trainer import RecoveryTrainer
 from mha2mla_vlm.utils.compat import enable_checkpointing
-from mha2mla_vlm.utils.folders import check_output, put_in_place
+from mha2mla_vlm.utils.folders import check_output, discard, put_in_place, writing
 
 SETTINGS = "finetune.json"  # in the output: how it was trained, and the result
+RESULT = "result"  # in the folder of an unfinished run: what becomes the output
 _STATE = "state.json"  # in the folder of an unfinished run: what it was started with, and measured first
 MEASURES = ("exact_match", "kl", "cross_entropy")
 Source = str | Path | Sequence[Record]
@@ -58,10 +62,26 @@ def finetune(
     path = check_output(output)
     teacher = teacher or original_of(checkpoint)
     if teacher is None and config.needs_teacher:
-        raise InputError(
-            f"{checkpoint} does not say what it was converted from; give --teacher, "
-            "or train on labels alone with --distillation 0"
+        raise original_is_missing(
+            checkpoint, "--teacher MODEL, or train on labels alone with --distillation 0"
         )
+    _processes()  # which meet, if there are several
+    with contextlib.ExitStack() as claim:
+        with shared_work():
+            claim.enter_context(claimed_by_first(path))
+        result = _finetune(checkpoint, data, path, config, eval_data, teacher)
+    return {"output": str(output), **result}
+
+
+def _finetune(
+    checkpoint: str | Path,
+    data: Source,
+    path: Path,
+    config: FinetuneConfig,
+    eval_data: Source | None,
+    teacher: str | Path | None,
+) -> dict[str, Any]:
+    """What `finetune` does once no other run may write to `path`."""
     records, eval_records = _records(data), None if eval_data is None else _records(eval_data)
     sources = {"checkpoint": checkpoint, "data": data, "eval_data": eval_data, "teacher": teacher}
     settings = {key: _name(source) for key, source in sources.items()} | asdict(config)
@@ -78,19 +98,24 @@ def finetune(
     dtype = stored if config.dtype == "auto" else model.dtype
     model = prepare(model, config)
     _arguments(config, folder, examples=1, hidden=AttentionSizes.of(model.config).hidden)
-    with _processes().main_process_first():
-        chosen = _chosen(folder, settings, records, eval_records, processor, config)
-    held_out = Chats(records if eval_records is None else eval_records, chosen.held_out)
-    trainer = make_trainer(model, processor, Chats(records, chosen.train), held_out, config, folder, original)
-    with kept(folder, "the same command goes on"):
-        result = _train(trainer, folder)
-    result |= {"too_long": chosen.too_long, "unreadable": chosen.unreadable}
-    write_model(trainer, folder, dtype)
+    on = "the same command goes on"
+    with kept(folder, on), writing(folder, kept=f"; what is done is kept, {on}"):
+        with _processes().main_process_first():
+            chosen = _chosen(folder, settings, records, eval_records, processor, config)
+        chats = Chats(records, chosen.train)
+        held_out = Chats(records if eval_records is None else eval_records, chosen.held_out)
+        trainer = make_trainer(model, processor, chats, held_out, config, folder, original)
+        result = _train(trainer, folder) | {"too_long": chosen.too_long, "unreadable": chosen.unreadable}
+        write_model(trainer, folder / RESULT, dtype)
+        if trainer.is_world_process_zero():
+            processor.save_pretrained(folder / RESULT)
+            shown = {key: shared_name(settings[key]) if settings[key] else None for key in sources}
+            _write_rest(folder, settings | shown | {"result": result})
     if trainer.is_world_process_zero():
-        processor.save_pretrained(folder)
-        _finish(folder, path, settings | {"result": result})
+        put_in_place(folder / RESULT, path)
+        discard(folder, path)
     trainer.accelerator.wait_for_everyone()
-    return {"output": str(output), **result}
+    return result
 
 
 def _processes() -> PartialState:
@@ -101,12 +126,6 @@ def _processes() -> PartialState:
 def is_main_process() -> bool:
     """Whether this process is the one that reports."""
     return _processes().is_main_process
-
-
-def original_of(checkpoint: str | Path) -> str | None:
-    """What a converted checkpoint was converted from, if it says so; of an original, itself."""
-    mla = getattr(load_config(checkpoint), "mla", None)
-    return str(checkpoint) if mla is None else mla.get("original")
 
 
 def prepare(model: PreTrainedModel, config: FinetuneConfig) -> Any:
@@ -291,6 +310,7 @@ def write_model(trainer: RecoveryTrainer, folder: Path, dtype: torch.dtype) -> N
     else:
         state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     if trainer.is_world_process_zero():
+        shutil.rmtree(folder, ignore_errors=True)  # of a run that ended as it was written
         state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()}
         model.save_pretrained(folder, state_dict=state)
         model.config.dtype = dtype  # which saving sets to that of the model, not of the state
@@ -307,7 +327,8 @@ def _check_folder(folder: Path) -> None:
     """Raise `InputError` if the work folder holds anything but an unfinished run."""
     if not folder.exists():
         return
-    if not folder.is_dir() or (any(folder.iterdir()) and not _is_state(folder / _STATE)):
+    begun = folder.is_dir() and {path.name for path in folder.iterdir()} <= {"state.tmp"}
+    if not begun and not _is_state(folder / _STATE):
         raise InputError(f"{folder} is there and holds no unfinished run; choose another output, or move it")
 
 
@@ -362,10 +383,14 @@ def _write(path: Path, value: Any) -> None:
     temporary.replace(path)
 
 
-def _finish(folder: Path, output: Path, settings: dict[str, Any]) -> None:
-    """Leave model, settings and logs, and give the folder its name."""
-    for path in folder.glob("checkpoint-*"):
-        shutil.rmtree(path)
-    (folder / _STATE).unlink()
-    (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    put_in_place(folder, output)
+def _write_rest(folder: Path, settings: dict[str, Any]) -> None:
+    """Write settings and logs beside the model. Nothing is moved: until the end a run may go on from here."""
+    result = folder / RESULT
+    (result / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    for path in folder.iterdir():
+        if path.name in (RESULT, _STATE) or path.name.startswith("checkpoint-") or path.suffix == ".tmp":
+            continue
+        if path.is_dir():  # tensorboard's
+            shutil.copytree(path, result / path.name)
+        else:
+            shutil.copy(path, result)

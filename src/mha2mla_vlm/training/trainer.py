@@ -4,6 +4,7 @@ Shapes: B batch, T tokens, K columns that predict answers, V vocabulary.
 """
 
 import contextlib
+import itertools
 import json
 import time
 from pathlib import Path
@@ -180,6 +181,15 @@ def metrics(prediction: Any) -> dict[str, float]:
     return {"cross_entropy": loss / tokens, "kl": max(kl / tokens, 0.0), "exact_match": right / answers}
 
 
+def _is_before(line: str, step: int) -> bool:
+    """Whether a line of the log is whole, and of a step up to this one but not of the end of training."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return False
+    return row["step"] <= step and "train_runtime" not in row
+
+
 class ProgressBar(TrainerCallback):
     """A bar on standard error, and each report of the trainer as a line of a file, from one process."""
 
@@ -193,6 +203,7 @@ class ProgressBar(TrainerCallback):
         """Start the bar."""
         if not state.is_world_process_zero:
             return
+        self._cut_log(-1 if args.eval_on_start else state.global_step)
         columns = (
             TextColumn("training"),
             BarColumn(),
@@ -202,6 +213,17 @@ class ProgressBar(TrainerCallback):
         )
         self.bar = self.stack.enter_context(Progress(*columns, console=console()))
         self.task = self.bar.add_task("training", total=state.max_steps, completed=state.global_step, loss="")
+
+    def _cut_log(self, step: int) -> None:
+        """Leave out what a run that was killed wrote after the checkpoint from which this one goes on."""
+        if not self.path.exists():
+            return
+        lines = self.path.read_text(encoding="utf-8").splitlines()
+        kept = list(itertools.takewhile(lambda line: _is_before(line, step), lines))
+        if len(kept) < len(lines):
+            temporary = self.path.with_suffix(".tmp")
+            temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+            temporary.replace(self.path)
 
     @property
     def seconds_per_step(self) -> float:

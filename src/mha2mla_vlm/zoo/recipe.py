@@ -24,6 +24,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from mha2mla_vlm.checkpoint import pick_device
 from mha2mla_vlm.data import Record, encode_with_labels
+from mha2mla_vlm.errors import InputError
 from mha2mla_vlm.evaluation import answer_log_probs, answers_right
 from mha2mla_vlm.families import get_family
 from mha2mla_vlm.progress import console
@@ -32,6 +33,7 @@ from mha2mla_vlm.zoo.chats import MAX_SIDE, PAGE_MULTIPLE, Chat, Page, make_chat
 from mha2mla_vlm.zoo.digits import CELL, Split
 from mha2mla_vlm.zoo.guides import answer_sources, token_targets
 
+LOG = "training_log.jsonl"
 SAVE_EVERY = 120.0  # seconds between resumable states
 
 
@@ -116,6 +118,13 @@ def build(name: str, output: Path, recipe: Recipe) -> dict[str, Any]:
     return {"parameters": model.num_parameters(), **accuracy}
 
 
+def check_begun(folder: Path) -> None:
+    """Raise `InputError` if there is anything but a training that was interrupted."""
+    begun = folder.is_dir() and {path.name for path in folder.iterdir()} <= {LOG, "state.tmp"}
+    if folder.exists() and not begun and not (folder / "state.pt").is_file():
+        raise InputError(f"{folder} is there and holds no unfinished run; choose another output, or move it")
+
+
 class _Run:
     """The phases of one training: optimiser, log, and a state to resume from."""
 
@@ -196,7 +205,7 @@ class _Run:
         (self.output / "state.tmp").replace(self.output / "state.pt")
 
     def _log(self, row: dict[str, Any]) -> None:
-        with (self.output / "training_log.jsonl").open("a", encoding="utf-8") as file:
+        with (self.output / LOG).open("a", encoding="utf-8") as file:
             file.write(
                 json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}) + "\n"
             )
