@@ -1,6 +1,7 @@
 """The commands that look at a model: what it holds, what it answers, what its conversion gained and lost."""
 
 import sys
+import threading
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -138,13 +139,24 @@ def chat(
 ) -> None:
     """Serve a page to ask a model about pictures, beside its original."""
     need("gradio", "chat", "the page")
+    from mha2mla_vlm.chat.address import find_port
     from mha2mla_vlm.chat.examples import zoo_examples
-    from mha2mla_vlm.chat.page import Side, build_page, serve
+    from mha2mla_vlm.chat.question import check_answer_length
+    from mha2mla_vlm.chat.uploads import uploads_folder
+    from mha2mla_vlm.checkpoint import load_config
+    from mha2mla_vlm.evaluation import check_baseline
 
+    port, ended = find_port(host, port), threading.Event()
+    check_answer_length(load_config(checkpoint), max_new_tokens)
+    if baseline is not None:
+        check_baseline(checkpoint, baseline)
     names = [name for name in (baseline, checkpoint) if name is not None]
     loaded = [load_model(name, dtype, device) for name in names]
-    sides = [Side(name=name, model=model) for name, (model, _) in zip(names, loaded, strict=True)]
-    with zoo_examples(loaded[-1][0].config, checkpoint) as examples:
-        page = build_page(sides, loaded[-1][1], examples=examples, max_new_tokens=max_new_tokens)
-        serve(page, host=host, port=port, open_browser=browser)
+    with uploads_folder(), zoo_examples(loaded[-1][0].config, checkpoint) as examples:
+        from mha2mla_vlm.chat.page import Side, build_page, serve  # gradio looks for the folder when imported
+
+        sides = [Side(name=name, model=model) for name, (model, _) in zip(names, loaded, strict=True)]
+        given: dict[str, Any] = {"examples": examples, "max_new_tokens": max_new_tokens}
+        page = build_page(sides, loaded[-1][1], **given, ended=ended)
+        serve(page, host=host, port=port, open_browser=browser, ended=ended)
     finish({"models": names})

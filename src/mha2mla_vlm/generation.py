@@ -59,12 +59,13 @@ class Finite(LogitsProcessor):
         return scores
 
 
-def prompt_record(prompt: str, images: Sequence[Path | Image.Image] = ()) -> Record:
-    """A chat of one question about pictures."""
+def prompt_record(
+    prompt: str, images: Sequence[Path | Image.Image] = (), *, source: str = "record"
+) -> Record:
+    """A chat of one question about pictures; errors name `source`."""
     content: list[dict[str, str]] = [{"type": "image"}] * len(images)
-    return Record(
-        messages=[{"role": "user", "content": [*content, {"type": "text", "text": prompt}]}], images=images
-    )
+    messages = [{"role": "user", "content": [*content, {"type": "text", "text": prompt}]}]
+    return Record(messages=messages, images=images, source=source)
 
 
 @torch.no_grad()

@@ -4,7 +4,8 @@ import subprocess
 import sys
 
 import pytest
-from helpers import free_port, wait_for
+from chat_client import Server
+from helpers import free_port, original, wait_for
 
 from mha2mla_vlm.checkpoint import load, load_processor, save
 from mha2mla_vlm.config import ConversionConfig
@@ -53,6 +54,23 @@ def serve(tmp_path_factory):
     for process in running:
         process.terminate()
         process.wait()
+
+
+@pytest.fixture(scope="session")
+def endless(tmp_path_factory):
+    """Folder of a random model whose answers do not end by themselves."""
+    model, processor = original("llava")
+    model.generation_config.eos_token_id = None
+    return save(model, processor, tmp_path_factory.mktemp("endless") / "model")
+
+
+@pytest.fixture(scope="session")
+def server(endless, tmp_path_factory):
+    """A page about the model that goes on and on."""
+    server = Server(endless, tmp_path_factory.mktemp("server") / "tmp", "--max-new-tokens", 1500)
+    yield server
+    server.process.kill()
+    server.process.wait()
 
 
 @pytest.fixture

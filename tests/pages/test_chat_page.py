@@ -2,12 +2,15 @@
 
 import re
 import socket
+import time
 
 import pytest
+from chat_client import Client, crowd
 from PIL import Image
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
 
+from mha2mla_vlm.chat.page import MAX_WAITING
 from mha2mla_vlm.checkpoint import load, load_processor
 from mha2mla_vlm.data import message_text
 from mha2mla_vlm.generation import answer, prompt_record
@@ -66,14 +69,75 @@ def test_both_models_answer_and_the_bytes_are_those_of_their_caches(browser, pag
     assert not [line for line in browser.get_log("browser") if line["level"] == "SEVERE"]
 
 
-def test_what_is_no_picture_is_refused(browser, page, tmp_path):
+def shown(browser, text):
+    """Until the page says something."""
+    WebDriverWait(browser, 60).until(lambda b: text in b.find_element(By.TAG_NAME, "body").text)
+
+
+@pytest.mark.parametrize("name", ["notes.png", "many.png"])
+def test_a_picture_that_cannot_be_used_is_refused_with_the_reason(browser, page, pictures, tmp_path, name):
     (tmp_path / "notes.png").write_text("no picture")
+    Image.new("1", (13_000, 13_000)).save(tmp_path / "many.png")
+    says = {"notes.png": "it is none of PNG, JPEG", "many.png": "has 13000 x 13000 pixels"}[name]
     browser.get(page)
-    upload(browser, tmp_path / "notes.png")
-    WebDriverWait(browser, 60).until(lambda b: "is not a picture" in b.page_source)
+    upload(browser, load_records(pictures / "chats.jsonl")[0].images[0])
+    WebDriverWait(browser, 60).until(lambda b: b.find_elements(By.CSS_SELECTOR, "#preview img"))
+    browser.find_element(By.CSS_SELECTOR, "#picture button[aria-label='Clear']").click()
+    upload(browser, tmp_path / name)
+    shown(browser, says)
+    assert not browser.find_elements(By.CSS_SELECTOR, "#preview img")  # of the picture before
+    browser.refresh()
+    upload(browser, tmp_path / name)
     ask(browser, "What is this?")
-    WebDriverWait(browser, 60).until(lambda b: "is not a picture" in b.page_source)
+    shown(browser, says)
     assert value(browser, "answer-0") == ""
+
+
+def test_a_question_is_no_longer_than_it_may_be(browser, page):
+    browser.get(page)
+    WebDriverWait(browser, 60).until(lambda b: b.find_elements(By.CSS_SELECTOR, "#question textarea"))
+    shown(browser, "2,000 characters at most")
+    browser.find_element(By.CSS_SELECTOR, "#question textarea").send_keys("digits " * 300)
+    assert len(value(browser, "question")) == 2000
+
+
+def test_what_is_wrong_with_a_question_is_shown_as_it_was_written(browser, page):
+    browser.get(page)
+    WebDriverWait(browser, 60).until(lambda b: b.find_elements(By.CSS_SELECTOR, "#question textarea"))
+    ask(browser, "What is <|image_pad|>?")
+    shown(browser, "<|image_pad|>")
+
+
+def test_an_example_fills_picture_and_question(browser, page):
+    browser.get(page)
+    WebDriverWait(browser, 60).until(lambda b: b.find_elements(By.CSS_SELECTOR, "tbody tr.tr-body"))
+    browser.find_element(By.CSS_SELECTOR, "tbody tr.tr-body").click()
+    WebDriverWait(browser, 60).until(lambda b: b.find_elements(By.CSS_SELECTOR, "#preview img"))
+    assert value(browser, "question")
+    browser.find_element(By.CSS_SELECTOR, "#ask").click()
+    WebDriverWait(browser, 120).until(lambda b: "tokens a second" in value(b, "cache-1"))
+
+
+def test_an_answer_can_be_stopped(browser, server):
+    browser.get(server.address)
+    WebDriverWait(browser, 60).until(lambda b: b.find_elements(By.CSS_SELECTOR, "#question textarea"))
+    ask(browser, "Go on?")
+    WebDriverWait(browser, 60).until(lambda b: "tokens a second" in value(b, "cache-0"))
+    browser.find_element(By.CSS_SELECTOR, "#stop").click()
+    start = time.monotonic()
+    Client(server.address).begins("ask", None, "And now?")
+    assert time.monotonic() - start < 30  # the whole answer would have taken a minute
+    last = value(browser, "cache-0")
+    time.sleep(2)
+    assert value(browser, "cache-0") == last
+
+
+def test_the_page_says_when_too_many_wait(browser, server):
+    browser.get(server.address)
+    WebDriverWait(browser, 60).until(lambda b: b.find_elements(By.CSS_SELECTOR, "#question textarea"))
+    with crowd(server.address, MAX_WAITING + 4):
+        ask(browser, "Is there room?")
+        shown(browser, "busy")
 
 
 def test_a_file_that_is_too_large_is_refused(browser, page, tmp_path):

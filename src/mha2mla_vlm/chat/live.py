@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import (
     DynamicCache,
+    LogitsProcessorList,
     PreTrainedModel,
     ProcessorMixin,
     StoppingCriteria,
@@ -19,6 +20,7 @@ from transformers import (
 
 from mha2mla_vlm.cache import LatentCache, cache_bytes
 from mha2mla_vlm.data import Record, encode
+from mha2mla_vlm.generation import Finite
 from mha2mla_vlm.utils.compat import cache_argument
 
 
@@ -73,24 +75,32 @@ class _Watch(TextStreamer):
 
 
 class _Given(StoppingCriteria):
-    """Stops generation when it is told to."""
+    """Stops generation when it is told to, by either of two events."""
 
-    def __init__(self) -> None:
-        self.up = threading.Event()
+    def __init__(self, ended: threading.Event) -> None:
+        self.up, self.ended = threading.Event(), ended
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> Any:
-        return torch.full((len(input_ids),), self.up.is_set(), device=input_ids.device)
+        stop = self.up.is_set() or self.ended.is_set()
+        return torch.full((len(input_ids),), stop, device=input_ids.device)
 
 
 def live_answer(
-    model: PreTrainedModel, processor: ProcessorMixin, record: Record, *, max_new_tokens: int
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    record: Record,
+    *,
+    max_new_tokens: int,
+    ended: threading.Event,
 ) -> Iterator[Moment]:
-    """A greedy answer to a chat, after each of its tokens; who stops listening stops it."""
+    """A greedy answer to a chat, after each of its tokens, until nobody listens or `ended` is set."""
+    if ended.is_set():
+        return
     inputs = encode(processor, [record], generation_prompt=True).to(model.device)
     converted = getattr(model.config, "mla", None) is not None
     cache = LatentCache() if converted else DynamicCache(config=model.config.get_text_config(decoder=True))
     news: SimpleQueue[Moment | BaseException | None] = SimpleQueue()
-    watch, stop = _Watch(processor.tokenizer, cache, news.put), _Given()
+    watch, stop = _Watch(processor.tokenizer, cache, news.put), _Given(ended)
 
     @torch.no_grad()
     def run() -> None:
@@ -101,6 +111,7 @@ def live_answer(
                 max_new_tokens=max_new_tokens,
                 **cache_argument(cache),
                 streamer=watch,
+                logits_processor=LogitsProcessorList([Finite()]),
                 stopping_criteria=StoppingCriteriaList([stop]),
             )
             news.put(watch.moment())
@@ -108,7 +119,8 @@ def live_answer(
         except BaseException as error:  # goes on where the answer is read
             news.put(error)
 
-    thread = threading.Thread(target=run, daemon=True)
+    # at its end a process waits for this thread: one that is killed within PyTorch takes the process down
+    thread = threading.Thread(target=run, daemon=False)
     thread.start()
     try:
         while (moment := news.get()) is not None:
