@@ -294,7 +294,7 @@ def bench(
         list[int] | None,
         typer.Option(min=1, max=LARGEST, help="Batch size; repeat for several.  [default: 1, 8]"),
     ] = None,
-    seconds: Annotated[float, typer.Option(min=0.0, help="Time for each comparison.")] = 2.0,
+    seconds: Annotated[float, typer.Option(min=0.0, max=3600.0, help="Time for each comparison.")] = 2.0,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder for the rows and a plot; new or empty.")
     ] = None,

@@ -61,7 +61,6 @@ OPTIONS = {
     "an attention that there is not": (f"{FINETUNE} --attn-implementation best", "best"),
     "a bench without a baseline": ("bench small", "--baseline"),
     "a bench of one token": ("bench small --baseline model --context 1", "--context"),
-    "a bench beyond the model": ("bench small --baseline model --context 100000", "2048"),
     "a bench of a batch of 0": ("bench small --baseline model --batch 0", "--batch"),
     "a bench of seconds below 0": ("bench small --baseline model --seconds -1", "--seconds"),
     "a bench of seconds that are no number": ("bench small --baseline model --seconds nan", "seconds"),
