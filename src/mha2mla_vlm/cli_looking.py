@@ -9,6 +9,7 @@ import typer
 from mha2mla_vlm.cli_options import (
     LARGEST,
     CacheBitsOption,
+    DataOption,
     DeviceOption,
     DType,
     DTypeOption,
@@ -70,6 +71,29 @@ def inspect(checkpoint: ModelArgument) -> None:
     description = describe(checkpoint)
     print_layers(description)
     finish(description)
+
+
+def evaluate(
+    checkpoint: ModelArgument,
+    data: DataOption,
+    baseline: Annotated[
+        str | None, typer.Option(help="Model to compare with, as folder, hub id or zoo:NAME.")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, max=LARGEST, help="Records to evaluate, at most.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, max=LARGEST)] = 16,
+    dtype: DTypeOption = DType.auto,
+    device: DeviceOption = "auto",
+) -> None:
+    """Exact match of greedy answers, their cross-entropy, and the divergence from a baseline."""
+    from mha2mla_vlm.evaluation import evaluate as evaluate_model
+    from mha2mla_vlm.sources import load_records
+
+    records = load_records(data, limit=limit)
+    model, processor = load_model(checkpoint, dtype, device)
+    reference = load_model(baseline, dtype, device)[0] if baseline else None
+    finish(evaluate_model(model, processor, records, baseline=reference, batch_size=batch_size))
 
 
 def report(
