@@ -9,7 +9,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from helpers import original, random_mla
+from helpers import free_port, original, random_mla
 
 from mha2mla_vlm.checkpoint import save
 from mha2mla_vlm.zoo.chats import write_chats
@@ -74,18 +74,30 @@ class Ended:
 
 
 class Forks:
-    """A server of forks, as a context; with `disk`, in which that folder is a file system of 64 MB."""
+    """A server of forks, as a context.
 
-    def __init__(self, scratch, disk=None):
+    The folder `disk` is a small file system for it, which we see at `disk_seen`; it is None where the
+    system lets nobody mount.
+    """
+
+    def __init__(self, scratch):
         self.names = (str(scratch / f"{number}") for number in itertools.count())
         self.stopped = set()
-        program = [sys.executable, str(SERVER)]
-        if disk is not None:
-            mount = f'mount -t tmpfs -o size=64m none {disk} && exec "$@"'
-            program = ["unshare", "--map-root-user", "--mount", "sh", "-c", mount, "sh", *program]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        self.disk = scratch / "disk"
+        self.disk.mkdir()
+        mounted = ["unshare", "--mount", *(["--map-root-user"] if os.geteuid() else []), "sh", "-c"]
+        mounted += [f'mount -t tmpfs -o size=256m none {self.disk} && exec "$@"', "sh"]
+        if shutil.which("unshare") is None or subprocess.run([*mounted, "true"]).returncode:
+            self.disk, mounted = None, []
+        self.hub = f"http://127.0.0.1:{free_port()}"  # there is none
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_ENDPOINT": self.hub, "HF_HOME": str(scratch)}
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        program = [*mounted, sys.executable, str(SERVER)]
         self.process = subprocess.Popen(program, env=environment, **pipes)
+
+    @property
+    def disk_seen(self):
+        return Path(f"/proc/{self.process.pid}/root{self.disk}")
 
     def __enter__(self):
         return self
@@ -108,10 +120,11 @@ class Forks:
         """Run a command in a folder, to its end or to a signal.
 
         The signal comes at the n-th `event` of a file whose path has `below` in it, `after` one of a file
-        whose name ends so; or after some `seconds`. No file can grow beyond `largest` bytes.
+        whose name ends so; or after some `seconds`. No file can grow beyond `largest` bytes; as a `plain`
+        user, root may write no more than another.
         """
         request = {"arguments": list(map(str, arguments)), "folder": str(folder), "signal": signal}
-        request |= dict.fromkeys(("event", "seconds", "largest", "after"))
+        request |= dict.fromkeys(("event", "seconds", "largest", "after", "plain"))
         request |= {"below": str(folder)} | when
         files = {name: next(self.names) for name in ("out", "err", "count")}
         return self._ask(request, files | ({} if out is None else {"out": out}))

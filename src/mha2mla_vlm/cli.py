@@ -12,7 +12,7 @@ from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
 
-from mha2mla_vlm.cli_looking import chat, generate, inspect, report, task
+from mha2mla_vlm.cli_looking import chat, evaluate, generate, inspect, report, task
 from mha2mla_vlm.cli_options import (
     LARGEST,
     AdapterOption,
@@ -49,7 +49,7 @@ app = typer.Typer(
     add_completion=False,
 )
 app.add_typer(zoo_app, name="zoo")
-for _command in (generate, inspect, report, chat, task):
+for _command in (evaluate, generate, inspect, report, chat, task):
     app.command()(_command)
 
 
@@ -177,7 +177,11 @@ def _report(data: str | None, model: str, output: Path, how: dict[str, Any]) -> 
     from mha2mla_vlm.report.make import report_checkpoint
 
     path = output / "report.html"
-    made = report_checkpoint(str(output), path, data=data, baseline=model, **how)
+    try:
+        made = report_checkpoint(str(output), path, data=data, baseline=model, **how)
+    except InputError as error:
+        again = f"mha2mla report {output} --data {data} --baseline {model}"
+        raise InputError(f"the model is in {output}, without its report: {error}; try: {again}") from None
     return {"report": str(path), "quality": made.quality}
 
 
@@ -190,33 +194,6 @@ def _finish_conversion(
     measured = report()
     pushed = {} if repository is None else {"pushed": push(output, repository)}
     finish({"output": str(output), **result, **measured, **pushed})
-
-
-@app.command()
-def evaluate(
-    checkpoint: ModelArgument,
-    data: DataOption,
-    baseline: Annotated[
-        str | None, typer.Option(help="Model to compare with, as folder, hub id or zoo:NAME.")
-    ] = None,
-    limit: Annotated[
-        int | None, typer.Option(min=1, max=LARGEST, help="Records to evaluate, at most.")
-    ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, max=LARGEST)] = 16,
-    dtype: DTypeOption = DType.auto,
-    device: DeviceOption = "auto",
-) -> None:
-    """Exact match of greedy answers, their cross-entropy, and the divergence from a baseline."""
-    from mha2mla_vlm.evaluation import check_baseline
-    from mha2mla_vlm.evaluation import evaluate as evaluate_model
-    from mha2mla_vlm.sources import load_records
-
-    records = load_records(data, limit=limit)
-    if baseline is not None:
-        check_baseline(checkpoint, baseline)
-    model, processor = load_model(checkpoint, dtype, device)
-    reference = None if baseline is None else load_model(baseline, dtype, device)[0]
-    finish(evaluate_model(model, processor, records, baseline=reference, batch_size=batch_size))
 
 
 def _mirrored(config_class: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -370,9 +347,10 @@ def _is_of_the_system(error: Exception) -> bool:
     return not isinstance(error, RuntimeError) or any(words in str(error) for words in lacking)
 
 
-def main() -> None:
-    """Entry point: quiet libraries, messages on stderr, bad input as one line and exit code 2."""
+def _set_up_logging() -> None:
+    """Ours on standard error, without that of transformers."""
     from rich.logging import RichHandler
+    from transformers.utils import logging as transformers_logging
 
     from mha2mla_vlm.progress import console
 
@@ -381,12 +359,15 @@ def main() -> None:
     logging.getLogger("mha2mla_vlm").setLevel(logging.INFO)
     logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)  # what it raises is our line
     logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)  # it warns of what is on disk
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
-    try:
-        from transformers.utils import logging as transformers_logging
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
 
-        transformers_logging.disable_progress_bar()
-        transformers_logging.set_verbosity_error()
+
+def main() -> None:
+    """Entry point: quiet libraries, messages on stderr, bad input as one line and exit code 2."""
+    try:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
+        _set_up_logging()
         app()
     except InputError as error:
         if "--debug" in sys.argv:

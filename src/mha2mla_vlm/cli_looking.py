@@ -10,6 +10,7 @@ import typer
 from mha2mla_vlm.cli_options import (
     LARGEST,
     CacheBitsOption,
+    DataOption,
     DeviceOption,
     DType,
     DTypeOption,
@@ -71,6 +72,32 @@ def inspect(checkpoint: ModelArgument) -> None:
     description = describe(checkpoint)
     print_layers(description)
     finish(description)
+
+
+def evaluate(
+    checkpoint: ModelArgument,
+    data: DataOption,
+    baseline: Annotated[
+        str | None, typer.Option(help="Model to compare with, as folder, hub id or zoo:NAME.")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, max=LARGEST, help="Records to evaluate, at most.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, max=LARGEST)] = 16,
+    dtype: DTypeOption = DType.auto,
+    device: DeviceOption = "auto",
+) -> None:
+    """Exact match of greedy answers, their cross-entropy, and the divergence from a baseline."""
+    from mha2mla_vlm.evaluation import check_baseline
+    from mha2mla_vlm.evaluation import evaluate as evaluate_model
+    from mha2mla_vlm.sources import load_records
+
+    records = load_records(data, limit=limit)
+    if baseline is not None:
+        check_baseline(checkpoint, baseline)
+    model, processor = load_model(checkpoint, dtype, device)
+    reference = None if baseline is None else load_model(baseline, dtype, device)[0]
+    finish(evaluate_model(model, processor, records, baseline=reference, batch_size=batch_size))
 
 
 def report(

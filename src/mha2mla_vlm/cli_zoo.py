@@ -58,5 +58,5 @@ def zoo_build(
         on = "the same command goes on"
         with kept(partial, on), writing(partial, kept=f"; what is done is kept, {on}"):
             accuracy = build(bare, partial, Recipe(seed=seed, minutes=minutes))
-        put_in_place(partial, path)
+            put_in_place(partial, path)
     finish({"output": str(output), **accuracy})

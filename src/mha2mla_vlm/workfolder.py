@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from mha2mla_vlm.errors import InputError, shown_path
 from mha2mla_vlm.parallel import process_index, wait_for_all
+from mha2mla_vlm.progress import kept
 from mha2mla_vlm.streams import Key, States
 from mha2mla_vlm.utils.folders import check_output, put_in_place, writing
 
@@ -167,7 +168,8 @@ class WorkFolder:
         wait_for_all()
         if not self.main:
             return
-        put_in_place(self.result, self.output)
+        with kept(self.folder, "go on with --resume"):
+            put_in_place(self.result, self.output)
         (self.folder / PROGRESS).unlink()
         for folder in (self.states_folder, self.folder / "kept"):
             shutil.rmtree(folder, ignore_errors=True)

@@ -18,6 +18,7 @@ def kill_at_rename(event, arguments):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which is ignored in the background
     given = sys.argv.pop(1).split(":")
     place, count, name = given + ["", "1", "SIGKILL"][len(given) :]
     left = [None] * int(count)

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import resource
 import shutil
 import sys
@@ -36,6 +37,7 @@ from mha2mla_vlm.training.trainer import RecoveryTrainer
 from mha2mla_vlm.utils.compat import enable_checkpointing
 from mha2mla_vlm.utils.folders import check_output, discard, put_in_place, writing
 
+logger = logging.getLogger(__name__)
 SETTINGS = "finetune.json"  # in the output: how it was trained, and the result
 RESULT = "result"  # in the folder of an unfinished run: what becomes the output
 _STATE = "state.json"  # in the folder of an unfinished run: what it was started with, and measured first
@@ -65,6 +67,8 @@ def finetune(
         raise original_is_missing(
             checkpoint, "--teacher MODEL, or train on labels alone with --distillation 0"
         )
+    if teacher is None:
+        logger.warning("the original of %s is not known: no KL is measured without --teacher", checkpoint)
     _processes()  # which meet, if there are several
     with contextlib.ExitStack() as claim:
         with shared_work():
@@ -111,8 +115,8 @@ def _finetune(
             processor.save_pretrained(folder / RESULT)
             shown = {key: shared_name(settings[key]) if settings[key] else None for key in sources}
             _write_rest(folder, settings | shown | {"result": result})
+            put_in_place(folder / RESULT, path)
     if trainer.is_world_process_zero():
-        put_in_place(folder / RESULT, path)
         discard(folder, path)
     trainer.accelerator.wait_for_everyone()
     return result

@@ -244,8 +244,10 @@ class ProgressBar(TrainerCallback):
         """Write the report, and show its loss."""
         if not state.is_world_process_zero or not logs:
             return
+        row = {"step": state.global_step, **logs}
+        row.pop("train_loss", None)  # a sum over the steps since a resume, divided by the number of all
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+            file.write(json.dumps(row) + "\n")
         if "loss" in logs and self.bar is not None:
             self.bar.update(self.task, loss=f"loss {logs['loss']:.4f}")
 

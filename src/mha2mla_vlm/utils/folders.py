@@ -88,6 +88,7 @@ def claimed(output: str | Path, check: Callable[[str | Path], Path] = check_outp
             if not left:
                 file.write(LOCKED)
                 file.flush()
+        stack.callback(_make_room, temporary_of(path), True)  # if it was interrupted as it removed that
         _claims.add(path)
         stack.callback(_claims.discard, path)
         yield path

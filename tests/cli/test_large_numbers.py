@@ -1,0 +1,75 @@
+"""Numbers that no library takes are refused by the option's name, before anything is imported."""
+
+import pytest
+from helpers import run_command
+
+HUGE = 10**20
+CONVERT = ("convert", "zoo:llava", "--data", "no", "-o", "out")
+FINETUNE = ("finetune", "zoo:llava", "--data", "no", "-o", "out")
+COMMANDS = {
+    CONVERT: ("--samples",),
+    ("evaluate", "zoo:llava", "--data", "no"): ("--limit", "--batch-size"),
+    ("generate", "zoo:llava", "--prompt", "Which?"): ("--max-new-tokens",),
+    ("chat", "zoo:llava"): ("--max-new-tokens", "--port"),
+    ("report", "out"): ("--limit", "--probe"),
+    ("task", "no", "-o", "out", "--name", "asked"): ("--max-new-tokens",),
+    ("demo",): ("--pictures",),
+    ("bench", "zoo:llava", "--baseline", "zoo:llava"): ("--context", "--batch"),
+    ("zoo", "data", "llava", "-o", "out"): ("--count",),
+    ("zoo", "build", "llava", "-o", "out"): ("--seed",),
+    FINETUNE: (
+        "--seed",
+        "--batch-size",
+        "--gradient-accumulation",
+        "--max-steps",
+        "--max-length",
+        "--lora-rank",
+        "--eval-records",
+        "--evaluate-every",
+        "--save-every",
+        "--workers",
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("command", "option"), [(c, option) for c, names in COMMANDS.items() for option in names]
+)
+def test_a_huge_number(command, option, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run_command(monkeypatch, capsys, *command, option, HUGE)
+    assert (code, out) == (2, "")
+    assert f"Invalid value for '{option}': {HUGE} is not in the range" in " ".join(err.split())
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("option", "says"),
+    [("--rope-dim", "give an even number from 2 to the head dim 64"), ("--d-kv", "that is d_kv up to 64")],
+)
+def test_huge_sizes(option, says, monkeypatch, capsys, tmp_path):
+    """These have limits of the model's."""
+    monkeypatch.chdir(tmp_path)
+    code, _, err = run_command(monkeypatch, capsys, *CONVERT, option, HUGE)
+    assert code == 2
+    assert says in " ".join(err.split())
+    assert not list(tmp_path.iterdir())
+
+
+def test_bench_says_what_would_fit(monkeypatch, capsys, forks, workspace_for_forks, tmp_path):
+    models = (workspace_for_forks / "small", "--baseline", workspace_for_forks / "model")
+    command = ("bench", *models, "--context", 10**9, "--context", 2 * 10**9, "--batch", 1)
+    code, out, err = run_command(monkeypatch, capsys, *command, "-o", tmp_path / "out")
+    assert (code, out) == (2, "")
+    assert "error: no context fits: the caches may take" in err
+    assert "the model is made for up to 2,048 tokens" in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_memory_that_is_lacking_is_one_line(forks, workspace_for_forks, tmp_path):
+    command = ("finetune", "small", "--data", "data", "--teacher", "model", "-o", tmp_path / "out")
+    pytest.importorskip("peft")
+    ended = forks.run(*command, "--lora-rank", 2**31 - 1, folder=workspace_for_forks)
+    assert ended.code == 2
+    assert "allocate memory" in ended.said
+    assert "Traceback" not in ended.said
