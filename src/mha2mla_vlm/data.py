@@ -125,7 +125,8 @@ def open_image(image: Picture, source: str) -> Image.Image:
             f"{source}: image {name} cannot be read: it is none of {', '.join(IMAGE_FORMATS)}"
         ) from None
     except Exception as error:  # each decoder has its own
-        raise InputError(f"{source}: image {name} cannot be read: {first_line(error)}") from error
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise InputError(f"{source}: image {name} cannot be read: {reason}") from error
 
 
 def encode(

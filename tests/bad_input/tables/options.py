@@ -55,7 +55,7 @@ OPTIONS = {
     "a cache of 3 bits": (f"{GENERATE} --cache-bits 3", "3"),
     "a cache of 0 bits": (f"{GENERATE} --cache-bits 0", "0"),
     "a cache of bits below 0": (f"{GENERATE} --cache-bits -4", "-4"),
-    "training without end": (f"{FINETUNE} --max-steps {HUGE}", "max_steps"),
+    "training without end": (f"{FINETUNE} --max-steps {HUGE}", "--max-steps"),
     "a rate that is text": (f"{FINETUNE} --learning-rate fast", "--learning-rate"),
     "a rate that is no number": (f"{FINETUNE} --learning-rate nan", "learning_rate = nan"),
     "an attention that there is not": (f"{FINETUNE} --attn-implementation best", "best"),
