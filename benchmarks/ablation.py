@@ -20,14 +20,14 @@ import torch
 from torch import nn
 
 from mha2mla_vlm import ConversionConfig, convert, load, load_processor
-from mha2mla_vlm.cache import bytes_per_token
 from mha2mla_vlm.config import AttentionSizes
-from mha2mla_vlm.conversion import make_profile
-from mha2mla_vlm.data import encode_with_labels
-from mha2mla_vlm.demo import zoo_records
-from mha2mla_vlm.evaluation import answer_log_probs, answers_right, predicted
-from mha2mla_vlm.families import get_family
-from mha2mla_vlm.zoo import ZOO_NAMES
+from mha2mla_vlm.conversion.pipeline import make_profile
+from mha2mla_vlm.data.records import encode_with_labels
+from mha2mla_vlm.evaluation.answers import answer_log_probs, answers_right, predicted
+from mha2mla_vlm.model.cache.latent import bytes_per_token
+from mha2mla_vlm.model.families import get_family
+from mha2mla_vlm.model.shipped import ZOO_NAMES
+from mha2mla_vlm.zoo.chats import zoo_records
 
 DOCS = Path(__file__).parents[1] / "docs"
 MARK = "<!-- written by benchmarks/ablation.py -->"

@@ -25,9 +25,9 @@ from transformers import LlavaConfig, LlavaNextConfig, PreTrainedConfig, Qwen2_5
 from mha2mla_vlm.bench.layers import random_caches, time_attention, time_layers
 from mha2mla_vlm.bench.models import byte_counts, compared, device_name, prefill
 from mha2mla_vlm.bench.report import as_ratio, print_rows
-from mha2mla_vlm.families import get_family
-from mha2mla_vlm.modeling import mla_classes
-from mha2mla_vlm.quantization import BITS
+from mha2mla_vlm.model.cache.quantization import BITS
+from mha2mla_vlm.model.families import get_family
+from mha2mla_vlm.model.modeling import mla_classes
 
 OUT = Path(__file__).parents[1] / "docs" / "decode"
 SHAPES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {

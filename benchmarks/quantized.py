@@ -28,14 +28,14 @@ from mha2mla_vlm import ConversionConfig, convert, load, load_processor
 from mha2mla_vlm.bench.layers import modality_of, random_caches, rotary_tables
 from mha2mla_vlm.bench.models import device_name
 from mha2mla_vlm.bench.timing import peak_memory
-from mha2mla_vlm.cache import LatentCache, cache_bytes
-from mha2mla_vlm.data import IGNORE_INDEX, Record, encode, encode_with_labels
-from mha2mla_vlm.demo import zoo_records
-from mha2mla_vlm.modality import TokenModality
-from mha2mla_vlm.modeling import decoder_layers
-from mha2mla_vlm.quantized_cache import quantized_cache
+from mha2mla_vlm.data.records import IGNORE_INDEX, Record, encode, encode_with_labels
+from mha2mla_vlm.model.cache.latent import LatentCache, cache_bytes
+from mha2mla_vlm.model.cache.quantized import quantized_cache
+from mha2mla_vlm.model.modality import TokenModality
+from mha2mla_vlm.model.modeling import decoder_layers
+from mha2mla_vlm.model.shipped import ZOO_NAMES
 from mha2mla_vlm.utils.compat import cache_argument
-from mha2mla_vlm.zoo import ZOO_NAMES
+from mha2mla_vlm.zoo.chats import zoo_records
 
 OUT = Path(__file__).parents[1] / "docs" / "decode"
 BUDGET = 0.25

@@ -27,11 +27,11 @@ from transformers.utils import logging as transformers_logging
 
 from mha2mla_vlm import ConversionConfig, convert, load, load_processor, save
 from mha2mla_vlm.config import AttentionSizes
-from mha2mla_vlm.conversion import make_profile
-from mha2mla_vlm.demo import zoo_records
+from mha2mla_vlm.conversion.pipeline import make_profile
+from mha2mla_vlm.model.shipped import ZOO_NAMES
 from mha2mla_vlm.training.config import FinetuneConfig
 from mha2mla_vlm.training.run import finetune
-from mha2mla_vlm.zoo import ZOO_NAMES
+from mha2mla_vlm.zoo.chats import zoo_records
 
 DOCS = Path(__file__).parents[1] / "docs"
 MARK = "<!-- written by benchmarks/recovery.py -->"

@@ -30,8 +30,8 @@ from safetensors.torch import save_file
 from transformers import CLIPVisionConfig, PreTrainedConfig, ProcessorMixin
 
 from mha2mla_vlm.bench.models import device_name
-from mha2mla_vlm.data import Record, chat_length
-from mha2mla_vlm.families import get_family
+from mha2mla_vlm.data.records import Record, chat_length
+from mha2mla_vlm.model.families import get_family
 from mha2mla_vlm.zoo.architectures import new_model
 
 OUT = Path(__file__).parents[1] / "docs" / "scale"

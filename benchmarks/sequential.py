@@ -13,19 +13,19 @@ from torch import nn
 from transformers import BatchFeature
 
 from mha2mla_vlm import ConversionConfig, load, load_processor, make_profile
+from mha2mla_vlm.calibration.activations import MemoryStates, advance, attending, begin
+from mha2mla_vlm.calibration.layer_profile import LayerProfile, measure_layer
 from mha2mla_vlm.config import AttentionSizes, MLAConfig
-from mha2mla_vlm.conversion import plan
-from mha2mla_vlm.data import encode_with_labels
-from mha2mla_vlm.demo import zoo_records
-from mha2mla_vlm.families import get_family
-from mha2mla_vlm.layerwise import LayerwiseConversion
-from mha2mla_vlm.measuring import LayerProfile, measure_layer
-from mha2mla_vlm.modeling import decoder_layers
-from mha2mla_vlm.profile import Profile, allotted
-from mha2mla_vlm.progress import Phases
-from mha2mla_vlm.streams import MemoryStates, advance, attending, begin
-from mha2mla_vlm.surgery import converted_layer
-from mha2mla_vlm.zoo import ZOO_NAMES
+from mha2mla_vlm.conversion.layer import LayerwiseConversion
+from mha2mla_vlm.conversion.pipeline import plan
+from mha2mla_vlm.conversion.profile import Profile, allotted
+from mha2mla_vlm.conversion.weights import converted_layer
+from mha2mla_vlm.data.records import encode_with_labels
+from mha2mla_vlm.model.families import get_family
+from mha2mla_vlm.model.modeling import decoder_layers
+from mha2mla_vlm.model.shipped import ZOO_NAMES
+from mha2mla_vlm.utils.progress import Phases
+from mha2mla_vlm.zoo.chats import zoo_records
 
 BUDGETS = (0.375, 0.25, 0.1875)
 STREAM = "calibration"

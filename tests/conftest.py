@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mha2mla_vlm.families import FAMILIES
+from mha2mla_vlm.model.families import FAMILIES
 
 if not torch.cuda.is_available():  # read when Triton is first imported
     os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from helpers import free_port, original, random_mla
 
-from mha2mla_vlm.checkpoint import save
+from mha2mla_vlm.model.checkpoint import save
 from mha2mla_vlm.zoo.chats import write_chats
 
 SERVER = Path(__file__).parent / "processes" / "forkserver.py"

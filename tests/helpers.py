@@ -13,14 +13,14 @@ import pytest
 import torch
 from transformers import Cache
 
-from mha2mla_vlm.cli import main
+from mha2mla_vlm.calibration.activations import MemoryStates, begin
+from mha2mla_vlm.calibration.layer_profile import measure_moments
+from mha2mla_vlm.cli.main import main
 from mha2mla_vlm.config import SHARED
-from mha2mla_vlm.data import Record, encode
-from mha2mla_vlm.families import get_family
-from mha2mla_vlm.measuring import measure_moments
-from mha2mla_vlm.modeling import decoder_layers, mla_classes
-from mha2mla_vlm.streams import MemoryStates, begin
-from mha2mla_vlm.surgery import factored_weights, layer_factors, partial_rope_weights, rebuild
+from mha2mla_vlm.conversion.weights import factored_weights, layer_factors, partial_rope_weights, rebuild
+from mha2mla_vlm.data.records import Record, encode
+from mha2mla_vlm.model.families import get_family
+from mha2mla_vlm.model.modeling import decoder_layers, mla_classes
 from mha2mla_vlm.utils.compat import cache_argument
 from mha2mla_vlm.zoo.architectures import new_model
 from mha2mla_vlm.zoo.chats import PAGE_MULTIPLE, make_page

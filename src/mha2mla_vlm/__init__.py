@@ -7,38 +7,38 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mha2mla_vlm.cache import LatentCache, bytes_per_token, cache_bytes
-    from mha2mla_vlm.checkpoint import load, load_processor, save
     from mha2mla_vlm.config import ConversionConfig, MLAConfig
-    from mha2mla_vlm.conversion import convert, make_profile
-    from mha2mla_vlm.data import Record
+    from mha2mla_vlm.conversion.pipeline import convert, make_profile
+    from mha2mla_vlm.data.records import Record
+    from mha2mla_vlm.data.sources import load_records
     from mha2mla_vlm.errors import InputError
-    from mha2mla_vlm.evaluation import evaluate
-    from mha2mla_vlm.sources import load_records
+    from mha2mla_vlm.evaluation.answers import evaluate
+    from mha2mla_vlm.model.cache.latent import LatentCache, bytes_per_token, cache_bytes
+    from mha2mla_vlm.model.checkpoint import load, load_processor, save
+    from mha2mla_vlm.model.shipped import zoo_path
     from mha2mla_vlm.training.config import FinetuneConfig
     from mha2mla_vlm.training.run import finetune
-    from mha2mla_vlm.zoo import zoo_path
 
 __version__ = "0.1.0"
 
 _MODULES = {
-    "LatentCache": "cache",
-    "bytes_per_token": "cache",
-    "cache_bytes": "cache",
-    "load": "checkpoint",
-    "load_processor": "checkpoint",
-    "save": "checkpoint",
+    "LatentCache": "model.cache.latent",
+    "bytes_per_token": "model.cache.latent",
+    "cache_bytes": "model.cache.latent",
+    "load": "model.checkpoint",
+    "load_processor": "model.checkpoint",
+    "save": "model.checkpoint",
     "ConversionConfig": "config",
     "MLAConfig": "config",
-    "convert": "conversion",
-    "make_profile": "conversion",
-    "Record": "data",
-    "load_records": "sources",
+    "convert": "conversion.pipeline",
+    "make_profile": "conversion.pipeline",
+    "Record": "data.records",
+    "load_records": "data.sources",
     "InputError": "errors",
-    "evaluate": "evaluation",
+    "evaluate": "evaluation.answers",
     "FinetuneConfig": "training.config",
     "finetune": "training.run",
-    "zoo_path": "zoo",
+    "zoo_path": "model.shipped",
 }
 
 __all__ = [

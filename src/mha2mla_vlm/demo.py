@@ -8,31 +8,24 @@ import torch
 from rich.table import Table
 from transformers import PreTrainedModel, ProcessorMixin
 
-from mha2mla_vlm.cache import bytes_per_token
-from mha2mla_vlm.checkpoint import load, load_processor, pick_device
 from mha2mla_vlm.config import ConversionConfig
-from mha2mla_vlm.conversion import convert, make_profile
-from mha2mla_vlm.data import Record
+from mha2mla_vlm.conversion.pipeline import convert, make_profile
+from mha2mla_vlm.data.records import Record
 from mha2mla_vlm.errors import need
-from mha2mla_vlm.evaluation import Answered, by_kind, evaluate_answers, summary
-from mha2mla_vlm.generation import answer
-from mha2mla_vlm.progress import console
+from mha2mla_vlm.evaluation.answers import Answered, by_kind, evaluate_answers, summary
+from mha2mla_vlm.evaluation.generation import answer
+from mha2mla_vlm.model.cache.latent import bytes_per_token
+from mha2mla_vlm.model.checkpoint import load, load_processor, pick_device
+from mha2mla_vlm.model.shipped import check_name
 from mha2mla_vlm.report.gather import Report, gather
 from mha2mla_vlm.report.page import write_report
 from mha2mla_vlm.utils.folders import check_file, claimed, new_folder
-from mha2mla_vlm.zoo import check_name
-from mha2mla_vlm.zoo.chats import sample_chats
-from mha2mla_vlm.zoo.digits import Split
+from mha2mla_vlm.utils.progress import console
+from mha2mla_vlm.zoo.chats import zoo_records
 
 CALIBRATION_CHATS = 128
 BUDGETS = (0.375, 0.25)
 PAGE = "mha2mla-demo-{}.html"  # in the working folder, if none is given
-
-
-def zoo_records(name: str, *, split: Split, count: int, seed: int) -> list[Record]:
-    """Chats about pages of digits, as `mha2mla zoo data` writes them, without the files."""
-    chats = sample_chats(name, split=split, count=count, seed=seed)
-    return [Record(messages=chat.messages, images=chat.images) for chat in chats]
 
 
 def run_demo(

@@ -8,8 +8,8 @@ import pytest
 from helpers import original, random_mla, run_command
 from PIL import Image
 
-from mha2mla_vlm.checkpoint import save
-from mha2mla_vlm.evaluation import check_baseline
+from mha2mla_vlm.evaluation.answers import check_baseline
+from mha2mla_vlm.model.checkpoint import save
 from mha2mla_vlm.zoo.chats import write_chats
 
 

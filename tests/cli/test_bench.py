@@ -9,8 +9,8 @@ from helpers import original, random_mla, run_command
 from mha2mla_vlm.bench.dense import dense_ways
 from mha2mla_vlm.bench.layers import best_dense, random_caches, time_attention, time_layers
 from mha2mla_vlm.bench.timing import Timing, peak_memory, time_in_turn
-from mha2mla_vlm.cache import bytes_per_token
-from mha2mla_vlm.checkpoint import save
+from mha2mla_vlm.model.cache.latent import bytes_per_token
+from mha2mla_vlm.model.checkpoint import save
 
 CPU = torch.device("cpu")
 

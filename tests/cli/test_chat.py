@@ -9,12 +9,12 @@ import torch
 from helpers import original, random_mla
 from PIL import Image
 
-from mha2mla_vlm.chat.address import FIRST_PORT, LAST_PORT, find_port
-from mha2mla_vlm.chat.live import live_answer
-from mha2mla_vlm.chat.question import MAX_QUESTION, check_answer_length, open_upload, question_record
-from mha2mla_vlm.chat.uploads import FOLDER, uploads_folder
-from mha2mla_vlm.data import message_text
+from mha2mla_vlm.data.records import message_text
 from mha2mla_vlm.errors import InputError
+from mha2mla_vlm.serving.chat.address import FIRST_PORT, LAST_PORT, find_port
+from mha2mla_vlm.serving.chat.live import live_answer
+from mha2mla_vlm.serving.chat.question import MAX_QUESTION, check_answer_length, open_upload, question_record
+from mha2mla_vlm.serving.chat.uploads import FOLDER, uploads_folder
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import torch
 from helpers import original, run_command
 
 from mha2mla_vlm import load, load_processor, load_records
-from mha2mla_vlm.checkpoint import save
+from mha2mla_vlm.model.checkpoint import save
 from mha2mla_vlm.zoo.chats import write_chats
 
 
@@ -134,14 +134,14 @@ def test_zoo_data_and_list(monkeypatch, capsys, tmp_path, family):
 
 
 def test_the_installed_command_answers():
-    program = [sys.executable, "-c", "from mha2mla_vlm.cli import main; main()"]
+    program = [sys.executable, "-c", "from mha2mla_vlm.cli.main import main; main()"]
     shown = subprocess.run([*program, "--help"], capture_output=True, text=True, check=True)
     assert all(name in shown.stdout for name in ("demo", "convert", "evaluate", "generate", "inspect", "zoo"))
 
 
 def test_importing_does_nothing():
     code = (
-        "import sys, os; before = dict(os.environ); import mha2mla_vlm, mha2mla_vlm.cli; "
+        "import sys, os; before = dict(os.environ); import mha2mla_vlm, mha2mla_vlm.cli.main; "
         "assert dict(os.environ) == before; assert 'torch' not in sys.modules, 'heavy import'; print('ok')"
     )
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

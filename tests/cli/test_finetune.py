@@ -13,7 +13,7 @@ import torch
 from helpers import original, run_command
 
 from mha2mla_vlm import ConversionConfig, convert, load, load_processor, load_records
-from mha2mla_vlm.checkpoint import save
+from mha2mla_vlm.model.checkpoint import save
 from mha2mla_vlm.zoo.chats import write_chats
 
 SMALL = ("--no-bf16", "--batch-size", 2, "--gradient-accumulation", 2, "--eval-records", 2)

@@ -10,7 +10,7 @@ import pytest
 from helpers import original
 from huggingface_hub import ModelCard
 
-from mha2mla_vlm.checkpoint import save
+from mha2mla_vlm.model.checkpoint import save
 from mha2mla_vlm.zoo.chats import write_chats
 
 FAMILY = "llava"

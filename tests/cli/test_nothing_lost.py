@@ -17,9 +17,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from mha2mla_vlm import InputError, Record, load, load_processor, save
-from mha2mla_vlm.data import MAX_PIXELS
-from mha2mla_vlm.generation import answer, prompt_record
-from mha2mla_vlm.workfolder import WorkFolder
+from mha2mla_vlm.conversion.work_folder import WorkFolder
+from mha2mla_vlm.data.records import MAX_PIXELS
+from mha2mla_vlm.evaluation.generation import answer, prompt_record
 from mha2mla_vlm.zoo.chats import write_chats
 
 KILLED = Path(__file__).parents[1] / "processes" / "killed.py"

@@ -12,7 +12,7 @@ from forks import SIZES
 from helpers import original
 from test_hub import mha2mla
 
-from mha2mla_vlm.checkpoint import save
+from mha2mla_vlm.model.checkpoint import save
 
 CONVERT = ("convert", "model", "--data", "data", "-o", "out", *SIZES)
 RANKS = ("--ranks", "ranks.pth")

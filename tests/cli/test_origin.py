@@ -7,8 +7,8 @@ import pytest
 from forks import COMMANDS, contents
 
 from mha2mla_vlm import ConversionConfig, convert, load, load_processor, load_records
-from mha2mla_vlm.checkpoint import save
-from mha2mla_vlm.origin import original_of, shared_name
+from mha2mla_vlm.model.checkpoint import save
+from mha2mla_vlm.model.origin import original_of, shared_name
 
 
 @pytest.fixture

@@ -9,16 +9,16 @@ from html.parser import HTMLParser
 import pytest
 from helpers import answered, original, run_command
 
-from mha2mla_vlm.calibration import visual_mask
-from mha2mla_vlm.checkpoint import save
+from mha2mla_vlm.calibration.statistics import visual_mask
 from mha2mla_vlm.config import ConversionConfig
-from mha2mla_vlm.conversion import convert
-from mha2mla_vlm.data import encode_with_labels
+from mha2mla_vlm.conversion.pipeline import convert
+from mha2mla_vlm.data.records import encode_with_labels
 from mha2mla_vlm.errors import InputError
-from mha2mla_vlm.evaluation import answer_log_probs, evaluate, evaluate_answers, kl_sum, predicted
-from mha2mla_vlm.families import get_family
-from mha2mla_vlm.modality import TokenModality
-from mha2mla_vlm.modeling import decoder_layers
+from mha2mla_vlm.evaluation.answers import answer_log_probs, evaluate, evaluate_answers, kl_sum, predicted
+from mha2mla_vlm.model.checkpoint import save
+from mha2mla_vlm.model.families import get_family
+from mha2mla_vlm.model.modality import TokenModality
+from mha2mla_vlm.model.modeling import decoder_layers
 from mha2mla_vlm.report.gather import gather
 from mha2mla_vlm.report.page import render
 from mha2mla_vlm.zoo.chats import write_chats

@@ -71,7 +71,7 @@ TOGETHER = """
 import sys
 import torch.distributed as dist
 from mha2mla_vlm import InputError
-from mha2mla_vlm.parallel import claimed_by_first, shared_work, wait_for_all
+from mha2mla_vlm.utils.distributed import claimed_by_first, shared_work, wait_for_all
 dist.init_process_group("gloo")
 with shared_work():
     with claimed_by_first(sys.argv[1]):

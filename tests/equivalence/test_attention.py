@@ -19,11 +19,11 @@ from helpers import (
 from reference_attention import ReferenceAttention
 from transformers import DynamicCache
 
-from mha2mla_vlm.cache import LatentCache
 from mha2mla_vlm.config import ConversionConfig
-from mha2mla_vlm.conversion import convert
-from mha2mla_vlm.data import Record
-from mha2mla_vlm.modeling import decoder_layers
+from mha2mla_vlm.conversion.pipeline import convert
+from mha2mla_vlm.data.records import Record
+from mha2mla_vlm.model.cache.latent import LatentCache
+from mha2mla_vlm.model.modeling import decoder_layers
 from mha2mla_vlm.utils.compat import enable_checkpointing
 
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}
@@ -168,7 +168,7 @@ def test_layers_may_differ_in_size(family):
 
 def random_mla_by_layer(family, *, rope_dim, rank):
     """`random_mla` with sizes by layer; only the pairs are left in order."""
-    from mha2mla_vlm.modeling import mla_classes
+    from mha2mla_vlm.model.modeling import mla_classes
 
     base, processor = original(family)
     config_class, model_class = mla_classes(family)

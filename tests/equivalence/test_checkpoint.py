@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from mha2mla_vlm import InputError, load, load_processor, save
-from mha2mla_vlm.cache import LatentCache
+from mha2mla_vlm.model.cache.latent import LatentCache
 
 REMOTE = """
 import json, sys, torch

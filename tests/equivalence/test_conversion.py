@@ -6,12 +6,17 @@ import pytest
 import torch
 from helpers import answered, original, prompt_inputs, whole_logits
 
-from mha2mla_vlm.cache import bytes_per_token
-from mha2mla_vlm.checkpoint import load, save
 from mha2mla_vlm.config import AttentionSizes, ConversionConfig
-from mha2mla_vlm.conversion import convert, make_profile, plan
-from mha2mla_vlm.modeling import decoder_layers
-from mha2mla_vlm.surgery import converted_layer, factored_weights, layer_factors, partial_rope_weights
+from mha2mla_vlm.conversion.pipeline import convert, make_profile, plan
+from mha2mla_vlm.conversion.weights import (
+    converted_layer,
+    factored_weights,
+    layer_factors,
+    partial_rope_weights,
+)
+from mha2mla_vlm.model.cache.latent import bytes_per_token
+from mha2mla_vlm.model.checkpoint import load, save
+from mha2mla_vlm.model.modeling import decoder_layers
 
 
 @functools.cache

@@ -6,9 +6,9 @@ from helpers import original, prompt_inputs, random_mla, record, set_attention, 
 from transformers import DynamicCache, StaticCache, pipeline
 from transformers.utils import is_hqq_available, is_optimum_quanto_available
 
-from mha2mla_vlm.cache import LatentCache, LatentLayer, bytes_per_token, cache_bytes
-from mha2mla_vlm.data import encode
+from mha2mla_vlm.data.records import encode
 from mha2mla_vlm.errors import InputError
+from mha2mla_vlm.model.cache.latent import LatentCache, LatentLayer, bytes_per_token, cache_bytes
 from mha2mla_vlm.utils.compat import cache_argument, cache_of
 
 BATCH = ["image", "text", "two images"]

@@ -9,11 +9,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_published import FOLDER, distance, golden, golden_inputs, logits
 
-from mha2mla_vlm.checkpoint import load, save
+from mha2mla_vlm.conversion.import_published import import_published
 from mha2mla_vlm.errors import InputError
-from mha2mla_vlm.families import FAMILIES
-from mha2mla_vlm.interop.published import import_published
-from mha2mla_vlm.modeling import decoder_layers
+from mha2mla_vlm.model.checkpoint import load, save
+from mha2mla_vlm.model.families import FAMILIES
+from mha2mla_vlm.model.modeling import decoder_layers
 from mha2mla_vlm.utils.compat import cache_argument, cache_of
 
 STAGES = ("stage1", "stage2")

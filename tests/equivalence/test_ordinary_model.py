@@ -15,10 +15,10 @@ from torch import nn
 from transformers import AutoModel, DynamicCache
 
 from mha2mla_vlm import InputError, convert, save
-from mha2mla_vlm.cache import LatentCache
 from mha2mla_vlm.config import ConversionConfig
-from mha2mla_vlm.families import get_family
-from mha2mla_vlm.modeling import decoder_layers, mla_inner_class
+from mha2mla_vlm.model.cache.latent import LatentCache
+from mha2mla_vlm.model.families import get_family
+from mha2mla_vlm.model.modeling import decoder_layers, mla_inner_class
 from mha2mla_vlm.utils.compat import cache_argument, cache_of, is_plain, is_plain_tensor
 
 CLOSE = {"atol": 2e-4, "rtol": 2e-4}

@@ -6,15 +6,15 @@ import pytest
 import torch
 from helpers import answered, original
 
+from mha2mla_vlm.calibration.activations import MemoryStates, advance, answer_states, attending, begin
+from mha2mla_vlm.calibration.layer_profile import LayerProfile
+from mha2mla_vlm.calibration.sensitivity import begin_gradients, project_errors, sketch_directions
 from mha2mla_vlm.config import AttentionSizes, ConversionConfig, MLAConfig
-from mha2mla_vlm.conversion import encode_split
-from mha2mla_vlm.evaluation import kl_sum
-from mha2mla_vlm.families import get_family
-from mha2mla_vlm.measuring import LayerProfile
-from mha2mla_vlm.modeling import decoder_layers
-from mha2mla_vlm.sensitivity import begin_gradients, project_errors, sketch_directions
-from mha2mla_vlm.streams import MemoryStates, advance, answer_states, attending, begin
-from mha2mla_vlm.surgery import partial_layer
+from mha2mla_vlm.conversion.pipeline import encode_split
+from mha2mla_vlm.conversion.weights import partial_layer
+from mha2mla_vlm.evaluation.answers import kl_sum
+from mha2mla_vlm.model.families import get_family
+from mha2mla_vlm.model.modeling import decoder_layers
 
 SKETCHES = 128
 

@@ -13,13 +13,13 @@ import torch
 from helpers import original, prompt_inputs, run_command, whole_logits
 from safetensors.torch import load_file, save_file
 
-from mha2mla_vlm.checkpoint import load, load_processor, save
 from mha2mla_vlm.config import ConversionConfig
-from mha2mla_vlm.conversion import convert
+from mha2mla_vlm.conversion.estimate import predict
+from mha2mla_vlm.conversion.on_disk import convert_checkpoint
+from mha2mla_vlm.conversion.pipeline import convert
+from mha2mla_vlm.data.sources import load_records
 from mha2mla_vlm.errors import InputError
-from mha2mla_vlm.prediction import predict
-from mha2mla_vlm.sources import load_records
-from mha2mla_vlm.streaming import convert_checkpoint
+from mha2mla_vlm.model.checkpoint import load, load_processor, save
 from mha2mla_vlm.zoo.chats import write_chats
 
 KILLED = Path(__file__).parents[1] / "processes" / "killed.py"

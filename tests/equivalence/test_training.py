@@ -8,9 +8,9 @@ from helpers import original, random_mla
 from torch import nn
 
 from mha2mla_vlm import ConversionConfig, convert, evaluate
-from mha2mla_vlm.data import IGNORE_INDEX, Record, encode_with_labels
-from mha2mla_vlm.evaluation import answer_log_probs, answers_right, predicted
-from mha2mla_vlm.modeling import decoder_layers
+from mha2mla_vlm.data.records import IGNORE_INDEX, Record, encode_with_labels
+from mha2mla_vlm.evaluation.answers import answer_log_probs, answers_right, predicted
+from mha2mla_vlm.model.modeling import decoder_layers
 from mha2mla_vlm.training.config import FinetuneConfig
 from mha2mla_vlm.training.distillation import attention_outputs, share_frozen
 from mha2mla_vlm.training.freezing import set_trained

@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers import answered, random_mla, record
 
-from mha2mla_vlm.modeling import decoder_layers
+from mha2mla_vlm.model.modeling import decoder_layers
 
 datasets = pytest.importorskip("datasets")
 trl = pytest.importorskip("trl")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers import prompt_inputs, random_mla, real_tokens, whole_logits
 
-from mha2mla_vlm.cache import LatentCache
+from mha2mla_vlm.model.cache.latent import LatentCache
 from mha2mla_vlm.utils.compat import cache_of
 
 pytestmark = [

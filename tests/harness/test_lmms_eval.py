@@ -9,17 +9,16 @@ import torch
 from lmms_eval.models import get_model, list_available_models
 from PIL import Image
 
-from mha2mla_vlm.checkpoint import load, load_processor, save
 from mha2mla_vlm.config import ConversionConfig
-from mha2mla_vlm.conversion import convert
-from mha2mla_vlm.demo import zoo_records
+from mha2mla_vlm.conversion.pipeline import convert
+from mha2mla_vlm.data.sources import load_records
 from mha2mla_vlm.errors import InputError
-from mha2mla_vlm.evaluation import evaluate
-from mha2mla_vlm.harness.model import MHA2MLA, chat_record, generation_options, until
-from mha2mla_vlm.harness.task import messages
-from mha2mla_vlm.sources import load_records
-from mha2mla_vlm.zoo import ZOO_NAMES
-from mha2mla_vlm.zoo.chats import write_chats
+from mha2mla_vlm.evaluation.answers import evaluate
+from mha2mla_vlm.evaluation.lmms_eval.model import MHA2MLA, chat_record, generation_options, until
+from mha2mla_vlm.evaluation.lmms_eval.task import messages
+from mha2mla_vlm.model.checkpoint import load, load_processor, save
+from mha2mla_vlm.model.shipped import ZOO_NAMES
+from mha2mla_vlm.zoo.chats import write_chats, zoo_records
 
 pytestmark = pytest.mark.eval
 CHATS = 8

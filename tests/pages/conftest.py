@@ -7,11 +7,10 @@ import pytest
 from chat_client import Server
 from helpers import free_port, original, wait_for
 
-from mha2mla_vlm.checkpoint import load, load_processor, save
 from mha2mla_vlm.config import ConversionConfig
-from mha2mla_vlm.conversion import convert
-from mha2mla_vlm.demo import zoo_records
-from mha2mla_vlm.zoo.chats import write_chats
+from mha2mla_vlm.conversion.pipeline import convert
+from mha2mla_vlm.model.checkpoint import load, load_processor, save
+from mha2mla_vlm.zoo.chats import write_chats, zoo_records
 
 NAME = "qwen2_5_vl"
 

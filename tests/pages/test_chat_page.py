@@ -10,11 +10,11 @@ from PIL import Image
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
 
-from mha2mla_vlm.chat.page import MAX_WAITING
-from mha2mla_vlm.checkpoint import load, load_processor
-from mha2mla_vlm.data import message_text
-from mha2mla_vlm.generation import answer, prompt_record
-from mha2mla_vlm.sources import load_records
+from mha2mla_vlm.data.records import message_text
+from mha2mla_vlm.data.sources import load_records
+from mha2mla_vlm.evaluation.generation import answer, prompt_record
+from mha2mla_vlm.model.checkpoint import load, load_processor
+from mha2mla_vlm.serving.chat.page import MAX_WAITING
 
 pytestmark = pytest.mark.pages
 ORIGINAL = "zoo:qwen2_5_vl"

@@ -10,9 +10,9 @@ import pytest
 from chat_client import Client, Server, crowd, pictures_in, png
 from helpers import free_port, original, run_command
 
-from mha2mla_vlm.chat import page
-from mha2mla_vlm.chat.uploads import FOLDER
 from mha2mla_vlm.errors import InputError
+from mha2mla_vlm.serving.chat import page
+from mha2mla_vlm.serving.chat.uploads import FOLDER
 
 pytestmark = pytest.mark.pages
 

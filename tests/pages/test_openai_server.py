@@ -7,10 +7,10 @@ from helpers import free_port
 from openai import APIError, OpenAI
 from transformers.cli.serve import Serve
 
-from mha2mla_vlm.cache import LatentCache
-from mha2mla_vlm.checkpoint import load, load_processor
-from mha2mla_vlm.generation import answer, prompt_record
-from mha2mla_vlm.sources import load_records
+from mha2mla_vlm.data.sources import load_records
+from mha2mla_vlm.evaluation.generation import answer, prompt_record
+from mha2mla_vlm.model.cache.latent import LatentCache
+from mha2mla_vlm.model.checkpoint import load, load_processor
 from mha2mla_vlm.utils.compat import pop_cache
 
 pytestmark = pytest.mark.pages

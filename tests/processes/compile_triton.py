@@ -6,7 +6,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from mha2mla_vlm.kernels import triton_decode
+from mha2mla_vlm.model.kernels import triton_decode
 
 SHAPES = ((28, 4, 32, 256), (28, 4, 32, 128), (32, 8, 32, 512), (32, 32, 32, 1024), (32, 32, 32, 2048))
 POINTERS = (

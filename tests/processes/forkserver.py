@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 from transformers import AutoProcessor
 
-from mha2mla_vlm.cli import main
-from mha2mla_vlm.modeling import register
+from mha2mla_vlm.cli.main import main
+from mha2mla_vlm.model.modeling import register
 
 MODULES = ("streaming", "prediction", "training.run", "demo", "evaluation", "report.make", "harness.task")
 MODULES += ("bench.models", "bench.report", "interop.published", "adapters", "zoo.recipe", "sources")

@@ -16,9 +16,9 @@ from torch.distributed.tensor import DTensor
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from helpers import original, piecewise_logits, prompt_inputs, random_mla
 
-from mha2mla_vlm.cache import LatentCache
-from mha2mla_vlm.data import Record, encode_with_labels
-from mha2mla_vlm.modeling import decoder_layers
+from mha2mla_vlm.data.records import Record, encode_with_labels
+from mha2mla_vlm.model.cache.latent import LatentCache
+from mha2mla_vlm.model.modeling import decoder_layers
 from mha2mla_vlm.zoo.chats import sample_chats
 
 

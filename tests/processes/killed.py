@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 
-from mha2mla_vlm.cli import main
+from mha2mla_vlm.cli.main import main
 
 
 def kill_at_rename(event, arguments):

@@ -10,11 +10,11 @@ import torch
 from helpers import random_mla
 from safetensors.torch import load_file, save_file
 
-from mha2mla_vlm.checkpoint import load, load_processor, save
 from mha2mla_vlm.config import ConversionConfig
-from mha2mla_vlm.conversion import convert
-from mha2mla_vlm.demo import zoo_records
-from mha2mla_vlm.zoo import zoo_path
+from mha2mla_vlm.conversion.pipeline import convert
+from mha2mla_vlm.model.checkpoint import load, load_processor, save
+from mha2mla_vlm.model.shipped import zoo_path
+from mha2mla_vlm.zoo.chats import zoo_records
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")

@@ -6,17 +6,16 @@ from conftest import as_on_the_hub, engine
 from helpers import original, record, with_partial_rope
 from transformers.video_utils import VideoMetadata
 
-from mha2mla_vlm.cache import bytes_per_token
-from mha2mla_vlm.checkpoint import load, load_config, load_processor, save
+from mha2mla_vlm.algorithms.pair_selection import RopeSelection, fixed_pairs
 from mha2mla_vlm.config import MLAConfig
-from mha2mla_vlm.data import Record, encode, message_text
-from mha2mla_vlm.demo import zoo_records
+from mha2mla_vlm.data.records import Record, encode, message_text
 from mha2mla_vlm.errors import InputError
-from mha2mla_vlm.evaluation import evaluate
-from mha2mla_vlm.families import FAMILIES
-from mha2mla_vlm.modeling import decoder_layers
-from mha2mla_vlm.rope import fixed_pairs
-from mha2mla_vlm.surgery import RopeSelection
+from mha2mla_vlm.evaluation.answers import evaluate
+from mha2mla_vlm.model.cache.latent import bytes_per_token
+from mha2mla_vlm.model.checkpoint import load, load_config, load_processor, save
+from mha2mla_vlm.model.families import FAMILIES
+from mha2mla_vlm.model.modeling import decoder_layers
+from mha2mla_vlm.zoo.chats import zoo_records
 
 pytestmark = pytest.mark.vllm
 NEW = 8

@@ -12,8 +12,8 @@ import torch
 from helpers import free_port, record, wait_for
 from openai import APIStatusError, OpenAI
 
-from mha2mla_vlm.checkpoint import load, load_processor
-from mha2mla_vlm.generation import answer, prompt_record
+from mha2mla_vlm.evaluation.generation import answer, prompt_record
+from mha2mla_vlm.model.checkpoint import load, load_processor
 
 pytestmark = pytest.mark.vllm
 QUESTION = "Read all digits."

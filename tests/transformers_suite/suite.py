@@ -11,8 +11,8 @@ import unittest
 import pytest
 from transformers.models.auto import modeling_auto
 
-from mha2mla_vlm.families import get_family
-from mha2mla_vlm.modeling import mla_classes, mla_inner_class
+from mha2mla_vlm.model.families import get_family
+from mha2mla_vlm.model.modeling import mla_classes, mla_inner_class
 
 # 8, for a test quantises a cache in groups of 8
 MLA = {"qk_rope_head_dim": 4, "kv_lora_rank": 8, "modalities": ["text", "vision"]}

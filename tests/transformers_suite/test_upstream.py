@@ -6,7 +6,7 @@ import pytest
 from exceptions import EXCEPTIONS
 from suite import converted_case
 
-from mha2mla_vlm.families import FAMILIES
+from mha2mla_vlm.model.families import FAMILIES
 
 pytestmark = pytest.mark.upstream
 if "TRANSFORMERS_TESTS" not in os.environ:

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from mha2mla_vlm.allotment import allot, interpolate, unit_dims
+from mha2mla_vlm.algorithms.budget import allot, interpolate, unit_dims
 
 
 def curves(layers, seed, units=(1, 2, 3, 4)):

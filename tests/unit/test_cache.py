@@ -7,7 +7,11 @@ import torch
 from helpers import with_factors, with_partial_rope
 from transformers import DynamicCache
 
-from mha2mla_vlm.cache import (
+from mha2mla_vlm.algorithms.pair_selection import RopeSelection, fixed_pairs
+from mha2mla_vlm.calibration.statistics import LayerStats
+from mha2mla_vlm.config import MLAConfig
+from mha2mla_vlm.errors import InputError
+from mha2mla_vlm.model.cache.latent import (
     GROWTH,
     LatentCache,
     LatentLayer,
@@ -16,14 +20,9 @@ from mha2mla_vlm.cache import (
     hold_latents,
     track_modality,
 )
-from mha2mla_vlm.calibration import LayerStats
-from mha2mla_vlm.config import MLAConfig
-from mha2mla_vlm.errors import InputError
-from mha2mla_vlm.families import FAMILIES
-from mha2mla_vlm.modality import MAX_RUNS, Kind, TokenModality
-from mha2mla_vlm.modeling import decoder_layers
-from mha2mla_vlm.rope import fixed_pairs
-from mha2mla_vlm.surgery import RopeSelection
+from mha2mla_vlm.model.families import FAMILIES
+from mha2mla_vlm.model.modality import MAX_RUNS, Kind, TokenModality
+from mha2mla_vlm.model.modeling import decoder_layers
 from mha2mla_vlm.utils.compat import cache_of
 from mha2mla_vlm.zoo.architectures import new_model
 

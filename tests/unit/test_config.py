@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 
+from mha2mla_vlm.algorithms.factorization import block_factors
 from mha2mla_vlm.config import (
     DECOUPLED,
     FACTORIZATIONS,
@@ -16,11 +17,10 @@ from mha2mla_vlm.config import (
     ConversionConfig,
     MLAConfig,
 )
-from mha2mla_vlm.conversion import plan
+from mha2mla_vlm.conversion.pipeline import plan
 from mha2mla_vlm.errors import InputError
-from mha2mla_vlm.factorize import block_factors
-from mha2mla_vlm.families import FAMILIES
-from mha2mla_vlm.modeling import mla_classes
+from mha2mla_vlm.model.families import FAMILIES
+from mha2mla_vlm.model.modeling import mla_classes
 from mha2mla_vlm.zoo.architectures import new_model
 
 SIZES = AttentionSizes(layers=3, heads=4, kv_heads=2, head_dim=64, hidden=256)

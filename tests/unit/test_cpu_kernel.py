@@ -6,11 +6,11 @@ import pytest
 import torch
 from helpers import prompt_inputs, random_mla, set_attention
 
-from mha2mla_vlm.absorption import Up, absorb, attend, dense_mask, expand
-from mha2mla_vlm.kernels import cpu_decode, find_kernel
-from mha2mla_vlm.modality import TokenModality
-from mha2mla_vlm.quantization import dequantize
-from mha2mla_vlm.quantized_cache import quantized_cache
+from mha2mla_vlm.model.absorbed import Up, absorb, attend, dense_mask, expand
+from mha2mla_vlm.model.cache.quantization import dequantize
+from mha2mla_vlm.model.cache.quantized import quantized_cache
+from mha2mla_vlm.model.kernels import cpu_decode, find_kernel
+from mha2mla_vlm.model.modality import TokenModality
 
 pytestmark = pytest.mark.skipif(
     cpu_decode.library() is None, reason="needs a C++ compiler and AVX-512 BF16 (see the log)"

@@ -9,10 +9,10 @@ import torch
 from PIL import Image
 from tokenizers.processors import TemplateProcessing
 
-from mha2mla_vlm.data import IGNORE_INDEX, Record, encode, encode_with_labels, message_text
+from mha2mla_vlm.data.records import IGNORE_INDEX, Record, encode, encode_with_labels, message_text
+from mha2mla_vlm.data.sources import load_records
 from mha2mla_vlm.errors import InputError
-from mha2mla_vlm.families import FAMILIES, get_family
-from mha2mla_vlm.sources import load_records
+from mha2mla_vlm.model.families import FAMILIES, get_family
 from mha2mla_vlm.zoo.architectures import new_model
 
 IMAGE = {"type": "image"}

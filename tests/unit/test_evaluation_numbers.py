@@ -7,7 +7,7 @@ import torch
 from helpers import answered, original
 
 from mha2mla_vlm import InputError, evaluate
-from mha2mla_vlm.evaluation import as_kl
+from mha2mla_vlm.evaluation.answers import as_kl
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

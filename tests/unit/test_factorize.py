@@ -6,10 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mha2mla_vlm.calibration import LayerStats, TokenStats
+from mha2mla_vlm.algorithms.factorization import block_factors, pca_factors
+from mha2mla_vlm.calibration.statistics import LayerStats, TokenStats
 from mha2mla_vlm.config import DECOUPLED, SHARED, MLAConfig
-from mha2mla_vlm.factorize import block_factors, pca_factors
-from mha2mla_vlm.surgery import layer_factors
+from mha2mla_vlm.conversion.weights import layer_factors
 
 O, HIDDEN = 20, 12  # noqa: E741 - outputs of the weight, named as in the package
 HEAD_DIM = 4

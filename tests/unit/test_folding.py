@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from mha2mla_vlm.folding import drop_order, fold_coefficients, fold_keys, pair_covariance
-from mha2mla_vlm.rope import rotate
+from mha2mla_vlm.algorithms.folding import drop_order, fold_coefficients, fold_keys, pair_covariance
+from mha2mla_vlm.model.rope import rotate
 
 H, G, T, D, SCALING = 4, 2, 9, 12, 0.4
 P = D // 2

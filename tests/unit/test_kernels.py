@@ -10,8 +10,8 @@ import pytest
 import torch
 from helpers import prompt_inputs, random_mla, set_attention
 
-from mha2mla_vlm.absorption import Queries, attend, dense_mask
-from mha2mla_vlm.modality import TokenModality
+from mha2mla_vlm.model.absorbed import Queries, attend, dense_mask
+from mha2mla_vlm.model.modality import TokenModality
 
 triton = pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -47,7 +47,7 @@ def case(shape, *, batch=1, new=1, total=150, dtype=torch.float32, modalities=2,
 
 def both(queries, piece, visual, mask=None, filled=None):
     """Sums of the specification, in float32, and of the kernel."""
-    from mha2mla_vlm.kernels import triton_decode
+    from mha2mla_vlm.model.kernels import triton_decode
 
     modality = TokenModality.from_mask(
         torch.zeros(len(piece[0]), piece[0].shape[1], dtype=torch.bool) if visual is None else visual

@@ -14,7 +14,11 @@ SOURCE = ROOT / "src" / "mha2mla_vlm"
 VERSIONS = runpy.run_path(str(ROOT / "scripts" / "versions.py"))
 DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml"}
 UNDECLARED = {"triton", "flash_attn"}  # torch brings triton where it runs; flash_attn is timed if it is there
-EXTRA_OF = {"chat/page.py": "chat", "harness/model.py": "eval", "serving/vllm/compat.py": "vllm"}
+EXTRA_OF = {
+    "serving/chat/page.py": "chat",
+    "evaluation/lmms_eval/model.py": "eval",
+    "serving/vllm/compat.py": "vllm",
+}
 EXTRAS = ("all", "vllm")
 
 

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from mha2mla_vlm import paged
-from mha2mla_vlm.absorption import Up
-from mha2mla_vlm.kernels import cpu_decode
-from mha2mla_vlm.pages import Paged, is_visual, marked, store
+from mha2mla_vlm.model import paged
+from mha2mla_vlm.model.absorbed import Up
+from mha2mla_vlm.model.cache.pages import Paged, is_visual, marked, store
+from mha2mla_vlm.model.kernels import cpu_decode
 
 SCALING = 0.2
 HEADS, GROUPS, HEAD_DIM, ROPE, RANK = 6, 3, 16, 6, 20
@@ -113,7 +113,7 @@ def test_the_cpu_kernel_over_pages(size):
 
 @pytest.mark.parametrize("size", [16, 24])
 def test_the_triton_kernel_over_pages(size):
-    triton_decode = pytest.importorskip("mha2mla_vlm.kernels.triton_decode")
+    triton_decode = pytest.importorskip("mha2mla_vlm.model.kernels.triton_decode")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     exact = ups_of(2, torch.float32)
     ups = [Up(up.weight.to(device), up.bias.to(device), GROUPS, up.nope_dim) for up in exact]

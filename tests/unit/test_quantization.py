@@ -4,11 +4,11 @@ import pytest
 import torch
 from helpers import random_mla
 
-from mha2mla_vlm.cache import cache_bytes
 from mha2mla_vlm.config import AttentionSizes
 from mha2mla_vlm.errors import InputError
-from mha2mla_vlm.quantization import BITS, dequantize, quantize
-from mha2mla_vlm.quantized_cache import QuantizationConfig, quantized_bytes_per_token, quantized_cache
+from mha2mla_vlm.model.cache.latent import cache_bytes
+from mha2mla_vlm.model.cache.quantization import BITS, dequantize, quantize
+from mha2mla_vlm.model.cache.quantized import QuantizationConfig, quantized_bytes_per_token, quantized_cache
 
 
 def normal(*shape, dtype=torch.float32, seed=0):

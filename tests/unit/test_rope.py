@@ -4,7 +4,14 @@ import pytest
 import torch
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from mha2mla_vlm.rope import fixed_pairs, pair_kl_scores, rotate, split_dims, top_pairs, two_norm_scores
+from mha2mla_vlm.algorithms.pair_selection import (
+    fixed_pairs,
+    pair_kl_scores,
+    split_dims,
+    top_pairs,
+    two_norm_scores,
+)
+from mha2mla_vlm.model.rope import rotate
 
 G, M, T, D = 2, 3, 9, 8  # KV heads, query heads of each, tokens, head dim
 P = D // 2

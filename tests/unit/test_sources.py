@@ -5,9 +5,9 @@ import json
 import pytest
 from PIL import Image
 
-from mha2mla_vlm.data import message_text
+from mha2mla_vlm.data.records import message_text
+from mha2mla_vlm.data.sources import StoredRecords, load_records, stream_records
 from mha2mla_vlm.errors import InputError
-from mha2mla_vlm.sources import StoredRecords, load_records, stream_records
 
 QUESTION = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}
 ANSWER = {"role": "assistant", "content": [{"type": "text", "text": "Ten."}]}
@@ -127,7 +127,7 @@ def written(folder, form):
 @pytest.mark.parametrize("form", ["lines", "list", "parquet"])
 def test_stored_records_are_those_of_the_stream(folder, form, monkeypatch):
     """By number, in any order, also where a list is read in pieces that split its characters."""
-    monkeypatch.setattr("mha2mla_vlm.sources._CHUNK", 7)
+    monkeypatch.setattr("mha2mla_vlm.data.sources._CHUNK", 7)
     source = written(folder, form)
     streamed, stored = list(stream_records(source)), StoredRecords(source)
     assert len(stored) == len(streamed) == 3
@@ -150,8 +150,8 @@ def test_a_broken_line_is_told_when_it_is_asked_for(folder):
 
 def test_a_broken_list_is_not_read_to_its_end(folder, monkeypatch):
     """A record that is wrong, not unfinished, is told at once, however long the file goes on."""
-    monkeypatch.setattr("mha2mla_vlm.sources._CHUNK", 64)
-    monkeypatch.setattr("mha2mla_vlm.sources._LONGEST", 512)
+    monkeypatch.setattr("mha2mla_vlm.data.sources._CHUNK", 64)
+    monkeypatch.setattr("mha2mla_vlm.data.sources._LONGEST", 512)
     path = folder / "data.json"
     good = json.dumps({"conversations": turns("What?", "2")})
     path.write_bytes(f"[{good}, {{broken}}, {good}, ".encode() + b" " * 10_000 + b"\xff")

@@ -7,10 +7,10 @@ import torch
 from helpers import original
 from PIL import Image
 
-from mha2mla_vlm.data import IGNORE_INDEX, Record, chat_length, encode, encode_with_labels
+from mha2mla_vlm.data.records import IGNORE_INDEX, Record, chat_length, encode, encode_with_labels
+from mha2mla_vlm.data.sources import StoredRecords
 from mha2mla_vlm.errors import InputError
-from mha2mla_vlm.families import get_family
-from mha2mla_vlm.sources import StoredRecords
+from mha2mla_vlm.model.families import get_family
 from mha2mla_vlm.training.records import choose
 from mha2mla_vlm.zoo.chats import sample_chats
 

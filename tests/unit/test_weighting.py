@@ -2,7 +2,7 @@
 
 import torch
 
-from mha2mla_vlm.weighting import attention_usage
+from mha2mla_vlm.algorithms.error_metric import attention_usage
 
 H, G, T, D, C, SCALING = 4, 2, 7, 6, 10, 0.5
 

@@ -8,8 +8,8 @@ import re
 import numpy as np
 import pytest
 
-from mha2mla_vlm.data import message_text
-from mha2mla_vlm.sources import load_records
+from mha2mla_vlm.data.records import message_text
+from mha2mla_vlm.data.sources import load_records
 from mha2mla_vlm.zoo.architectures import new_model
 from mha2mla_vlm.zoo.chats import (
     KINDS,

@@ -19,7 +19,7 @@ def test_the_python_example_runs(tmp_path, monkeypatch, capsys):
 def test_every_command_of_the_readme_exists():
     from typer.main import get_command
 
-    from mha2mla_vlm.cli import app
+    from mha2mla_vlm.cli.main import app
 
     group = get_command(app)
     used = re.findall(r"^mha2mla ((?:zoo )?[a-z-]+)(.*)$", README.read_text(encoding="utf-8"), re.MULTILINE)

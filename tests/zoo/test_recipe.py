@@ -8,7 +8,7 @@ import torch
 from helpers import original
 
 from mha2mla_vlm import load
-from mha2mla_vlm.data import Record, encode, encode_with_labels
+from mha2mla_vlm.data.records import Record, encode, encode_with_labels
 from mha2mla_vlm.zoo import recipe as recipe_module
 from mha2mla_vlm.zoo.chats import PAGE_MULTIPLE, make_chat
 from mha2mla_vlm.zoo.guides import answer_sources, token_points, token_targets

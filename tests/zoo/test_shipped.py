@@ -11,9 +11,9 @@ from helpers import prompt_inputs, whole_logits
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from mha2mla_vlm import ConversionConfig, convert, evaluate, load, load_processor, zoo_path
-from mha2mla_vlm.cache import bytes_per_token
-from mha2mla_vlm.cli import main
-from mha2mla_vlm.demo import zoo_records
+from mha2mla_vlm.cli.main import main
+from mha2mla_vlm.model.cache.latent import bytes_per_token
+from mha2mla_vlm.zoo.chats import zoo_records
 
 DOCS = Path(__file__).parents[2] / "docs" / "zoo.md"
 

@@ -11,10 +11,10 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from mha2mla_vlm.bench.dense import Dense, dense_ways
 from mha2mla_vlm.bench.timing import Timing, time_in_turn
-from mha2mla_vlm.cache import LatentCache, remember_modality
-from mha2mla_vlm.modality import TokenModality
-from mha2mla_vlm.modeling import decoder_layers
-from mha2mla_vlm.quantized_cache import quantized_cache
+from mha2mla_vlm.model.cache.latent import LatentCache, remember_modality
+from mha2mla_vlm.model.cache.quantized import quantized_cache
+from mha2mla_vlm.model.modality import TokenModality
+from mha2mla_vlm.model.modeling import decoder_layers
 from mha2mla_vlm.utils.compat import attention_name, cache_argument, set_attention_name
 
 VISUAL = (0.05, 0.85)  # the span of a context that is visual

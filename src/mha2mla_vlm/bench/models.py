@@ -20,12 +20,12 @@ from mha2mla_vlm.bench.layers import (
     time_layers,
 )
 from mha2mla_vlm.bench.timing import Timing, peak_memory, time_in_turn
-from mha2mla_vlm.cache import LatentCache, bytes_per_token, cache_bytes
 from mha2mla_vlm.config import AttentionSizes
 from mha2mla_vlm.errors import InputError
-from mha2mla_vlm.modeling import decoder_layers
-from mha2mla_vlm.progress import track
+from mha2mla_vlm.model.cache.latent import LatentCache, bytes_per_token, cache_bytes
+from mha2mla_vlm.model.modeling import decoder_layers
 from mha2mla_vlm.utils.compat import cache_argument
+from mha2mla_vlm.utils.progress import track
 
 logger = logging.getLogger(__name__)
 CONTEXTS = (1024, 4096, 16384, 65536)

@@ -7,8 +7,8 @@ from typing import Any
 
 from rich.table import Table
 
-from mha2mla_vlm.progress import console
 from mha2mla_vlm.utils.folders import new_folder
+from mha2mla_vlm.utils.progress import console
 
 RATIOS = ("cache", "attention", "layer", "step", "prefill")
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from mha2mla_vlm.memory import forget_peak, peak_resident_bytes, resident_bytes
+from mha2mla_vlm.utils.memory import forget_peak, peak_resident_bytes, resident_bytes
 
 ROUNDS = (5, 200)  # least and most
 WARM_UP = 2

@@ -8,17 +8,17 @@ import torch
 from PIL import Image
 from transformers import PreTrainedModel, ProcessorMixin
 
-from mha2mla_vlm.cache import bytes_per_token
+from mha2mla_vlm.calibration.activations import Chat, MemoryStates, advance, answer_states, attending, begin
 from mha2mla_vlm.config import AttentionSizes, MLAConfig
-from mha2mla_vlm.data import Record, encode_with_labels, message_text
+from mha2mla_vlm.data.records import Record, encode_with_labels, message_text
 from mha2mla_vlm.errors import InputError
-from mha2mla_vlm.evaluation import Answered, as_kl, by_kind, evaluate_answers, kl_sum, summary
-from mha2mla_vlm.families import get_family
-from mha2mla_vlm.modeling import decoder_layers
-from mha2mla_vlm.offload import end_modules
-from mha2mla_vlm.progress import track
-from mha2mla_vlm.quantized_cache import QuantizationConfig, quantized_bytes_per_token
-from mha2mla_vlm.streams import Chat, MemoryStates, advance, answer_states, attending, begin
+from mha2mla_vlm.evaluation.answers import Answered, as_kl, by_kind, evaluate_answers, kl_sum, summary
+from mha2mla_vlm.model.cache.latent import bytes_per_token
+from mha2mla_vlm.model.cache.quantized import QuantizationConfig, quantized_bytes_per_token
+from mha2mla_vlm.model.families import get_family
+from mha2mla_vlm.model.modeling import decoder_layers
+from mha2mla_vlm.model.offload import end_modules
+from mha2mla_vlm.utils.progress import track
 
 EXAMPLES = 12
 ORIGINAL, CHANGED = "original", "changed"  # streams

@@ -4,18 +4,18 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mha2mla_vlm.checkpoint import load, load_config, load_processor, pick_device, resolve
-from mha2mla_vlm.data import Record
-from mha2mla_vlm.demo import zoo_records
+from mha2mla_vlm.data.records import Record
+from mha2mla_vlm.data.sources import load_records
 from mha2mla_vlm.errors import InputError, need
-from mha2mla_vlm.evaluation import check_baseline
-from mha2mla_vlm.modeling import FINDINGS
-from mha2mla_vlm.origin import original_is_missing, original_of, shared_name
+from mha2mla_vlm.evaluation.answers import check_baseline
+from mha2mla_vlm.model.checkpoint import load, load_config, load_processor, pick_device, resolve
+from mha2mla_vlm.model.modeling import FINDINGS
+from mha2mla_vlm.model.origin import original_is_missing, original_of, shared_name
+from mha2mla_vlm.model.shipped import ZOO_PREFIX
 from mha2mla_vlm.report.gather import Report, gather
 from mha2mla_vlm.report.page import write_report
-from mha2mla_vlm.sources import load_records
 from mha2mla_vlm.utils.folders import check_file, claimed
-from mha2mla_vlm.zoo import ZOO_PREFIX
+from mha2mla_vlm.zoo.chats import zoo_records
 
 ZOO_CHATS = 100
 

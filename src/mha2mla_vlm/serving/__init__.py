@@ -1,1 +1,1 @@
-"""Converted models inside serving engines."""
+"""Converted models at work: in vLLM, on a page, in a terminal."""

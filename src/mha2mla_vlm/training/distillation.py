@@ -14,8 +14,8 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from mha2mla_vlm.data import IGNORE_INDEX
-from mha2mla_vlm.modeling import decoder_layers
+from mha2mla_vlm.data.records import IGNORE_INDEX
+from mha2mla_vlm.model.modeling import decoder_layers
 
 _AFTER = ("lm_head.", "model.language_model.norm.")  # parameters behind the language model's layers
 

@@ -10,9 +10,9 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import BatchFeature, ProcessorMixin
 
 from mha2mla_vlm.config import OnBadRecord
-from mha2mla_vlm.data import Record, chat_length, encode_with_labels
+from mha2mla_vlm.data.records import Record, chat_length, encode_with_labels
 from mha2mla_vlm.errors import InputError
-from mha2mla_vlm.progress import track
+from mha2mla_vlm.utils.progress import track
 
 logger = logging.getLogger(__name__)
 

@@ -19,23 +19,23 @@ from transformers import PreTrainedModel, ProcessorMixin, TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_callback import TrainerCallback
 
-from mha2mla_vlm.checkpoint import load, load_config, load_processor, resolve
 from mha2mla_vlm.config import AttentionSizes
-from mha2mla_vlm.data import Record
+from mha2mla_vlm.data.records import Record
+from mha2mla_vlm.data.sources import StoredRecords
 from mha2mla_vlm.errors import InputError, reading, shown
-from mha2mla_vlm.evaluation import check_comparable
-from mha2mla_vlm.families import get_family
-from mha2mla_vlm.model_files import weights_digest
-from mha2mla_vlm.origin import original_is_missing, original_of, shared_name
-from mha2mla_vlm.parallel import claimed_by_first, shared_work
-from mha2mla_vlm.progress import kept
-from mha2mla_vlm.sources import StoredRecords
+from mha2mla_vlm.evaluation.answers import check_comparable
+from mha2mla_vlm.model.checkpoint import load, load_config, load_processor, resolve
+from mha2mla_vlm.model.families import get_family
+from mha2mla_vlm.model.files import weights_digest
+from mha2mla_vlm.model.origin import original_is_missing, original_of, shared_name
 from mha2mla_vlm.training.config import FinetuneConfig
 from mha2mla_vlm.training.freezing import set_trained, with_lora
 from mha2mla_vlm.training.records import Chats, Chosen, Collator, choose
 from mha2mla_vlm.training.trainer import RecoveryTrainer
 from mha2mla_vlm.utils.compat import enable_checkpointing
+from mha2mla_vlm.utils.distributed import claimed_by_first, shared_work
 from mha2mla_vlm.utils.folders import check_output, discard, put_in_place, writing
+from mha2mla_vlm.utils.progress import kept
 
 logger = logging.getLogger(__name__)
 SETTINGS = "finetune.json"  # in the output: how it was trained, and the result

@@ -16,9 +16,8 @@ from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
-from mha2mla_vlm.data import IGNORE_INDEX
-from mha2mla_vlm.evaluation import all_right
-from mha2mla_vlm.progress import console
+from mha2mla_vlm.data.records import IGNORE_INDEX
+from mha2mla_vlm.evaluation.answers import all_right
 from mha2mla_vlm.training.config import FinetuneConfig
 from mha2mla_vlm.training.distillation import (
     answer_columns,
@@ -33,6 +32,7 @@ from mha2mla_vlm.training.distillation import (
     share_frozen,
 )
 from mha2mla_vlm.utils.compat import prepare_inputs
+from mha2mla_vlm.utils.progress import console
 
 LOG = "training_log.jsonl"
 

@@ -1,8 +1,9 @@
 """All that we use of transformers, accelerate and torch beyond what they document, and names that changed.
 
 Each use says why, and in which versions it was seen: transformers 5.16 to 5.24, accelerate 1.10 to 1.15,
-torch 2.9 to 2.15 where nothing else is said. `serving/vllm/compat.py` does the same for vLLM. `cache.py`
-subclasses `DynamicLayer` and `StaticLayer`, whose `keys`, `values` and `is_initialized` subclasses share.
+torch 2.9 to 2.15 where nothing else is said. `serving/vllm/compat.py` does the same for vLLM.
+`model/cache/latent.py` subclasses `DynamicLayer` and `StaticLayer`, whose `keys`, `values` and
+`is_initialized` subclasses share.
 """
 
 import contextlib

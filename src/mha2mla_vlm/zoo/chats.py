@@ -9,6 +9,7 @@ from typing import Any
 
 from PIL import Image
 
+from mha2mla_vlm.data.records import Record
 from mha2mla_vlm.zoo.digits import CELL, Split, draw_page, scans_by_digit
 
 KINDS = ("place", "count", "largest", "read")
@@ -152,3 +153,9 @@ def write_chats(name: str, output: Path, *, split: Split, count: int, seed: int)
                 image.save(output / image_file, optimize=False)
             file.write(json.dumps({"messages": chat.messages, "images": files}) + "\n")
     return path
+
+
+def zoo_records(name: str, *, split: Split, count: int, seed: int) -> list[Record]:
+    """Chats about pages of digits, as `mha2mla zoo data` writes them, without the files."""
+    chats = sample_chats(name, split=split, count=count, seed=seed)
+    return [Record(messages=chat.messages, images=chat.images) for chat in chats]

@@ -22,12 +22,12 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import nn
 from transformers import PreTrainedModel, ProcessorMixin
 
-from mha2mla_vlm.checkpoint import pick_device
-from mha2mla_vlm.data import Record, encode_with_labels
+from mha2mla_vlm.data.records import Record, encode_with_labels
 from mha2mla_vlm.errors import InputError
-from mha2mla_vlm.evaluation import answer_log_probs, answers_right
-from mha2mla_vlm.families import get_family
-from mha2mla_vlm.progress import console
+from mha2mla_vlm.evaluation.answers import answer_log_probs, answers_right
+from mha2mla_vlm.model.checkpoint import pick_device
+from mha2mla_vlm.model.families import get_family
+from mha2mla_vlm.utils.progress import console
 from mha2mla_vlm.zoo.architectures import LAYERS, new_model
 from mha2mla_vlm.zoo.chats import MAX_SIDE, PAGE_MULTIPLE, Chat, Page, make_chat, make_page, sample_chats
 from mha2mla_vlm.zoo.digits import CELL, Split

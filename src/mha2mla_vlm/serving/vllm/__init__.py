@@ -6,9 +6,9 @@ def register() -> None:
 
     The classes themselves are made where vLLM first needs one, so that no device is touched here.
     """
-    from mha2mla_vlm.families import FAMILIES
-    from mha2mla_vlm.modeling import class_names
-    from mha2mla_vlm.modeling import register as register_configs
+    from mha2mla_vlm.model.families import FAMILIES
+    from mha2mla_vlm.model.modeling import class_names
+    from mha2mla_vlm.model.modeling import register as register_configs
     from mha2mla_vlm.serving.vllm.compat import ModelRegistry
 
     register_configs()

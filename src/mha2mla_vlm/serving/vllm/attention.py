@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from mha2mla_vlm.absorption import Up
 from mha2mla_vlm.config import DECOUPLED, MLAConfig
 from mha2mla_vlm.errors import InputError
-from mha2mla_vlm.rope import rotate
+from mha2mla_vlm.model.absorbed import Up
+from mha2mla_vlm.model.rope import rotate
 from mha2mla_vlm.serving.vllm.backend import LatentBackend, LatentImpl, LatentMetadata
 from mha2mla_vlm.serving.vllm.compat import (
     AttentionLayerBase,

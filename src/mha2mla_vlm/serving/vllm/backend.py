@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from mha2mla_vlm.paged import decode, prefill
-from mha2mla_vlm.pages import Paged, is_visual, store
+from mha2mla_vlm.model.cache.pages import Paged, is_visual, store
+from mha2mla_vlm.model.paged import decode, prefill
 from mha2mla_vlm.serving.vllm.compat import (
     AttentionBackend,
     AttentionImpl,

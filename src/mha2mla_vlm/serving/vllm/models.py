@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mha2mla_vlm.config import MLAConfig
-from mha2mla_vlm.families import FAMILIES, get_family
-from mha2mla_vlm.families.base import Family
-from mha2mla_vlm.modeling import class_names
+from mha2mla_vlm.model.families import FAMILIES, get_family
+from mha2mla_vlm.model.families.base import Family
+from mha2mla_vlm.model.modeling import class_names
 from mha2mla_vlm.serving.vllm.attention import LatentAttention, Modality
 from mha2mla_vlm.serving.vllm.compat import PPMissingLayer, VllmConfig, stock_class
 

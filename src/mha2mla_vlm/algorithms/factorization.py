@@ -1,0 +1,148 @@
+"""Low-rank factors of keys and values. Pure functions over tensors, accumulated in float64.
+
+Shapes: O = G * (N + D) outputs, per KV head N key rows and D value rows; r latent dims.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Self
+
+import torch
+
+from mha2mla_vlm.config import block_ranks
+
+RIDGE = 1e-6  # of the mean variance, added to every input direction
+METRIC_RIDGE = 1e-3  # of a direction's own and of the mean weight, added to every output direction
+
+
+@dataclass(frozen=True, kw_only=True)
+class Factors:
+    """`up @ down` stands for a weight: `down [r, hidden]`, `up [O, r]`.
+
+    Each latent dim has a row of `down` and a column of `up` of the same norm, as published: training
+    takes steps of one size in both, which spoil a factor that is much smaller than the other.
+    With the `mean [hidden]` input, and the outputs `[O]` that the weight gives for it, it stays exact.
+    `spectrum` holds what all directions carry of the squared outputs, the largest first.
+    """
+
+    down: torch.Tensor
+    up: torch.Tensor
+    mean: tuple[torch.Tensor, torch.Tensor] | None = None
+    spectrum: torch.Tensor | None = None
+
+    @property
+    def shift(self) -> torch.Tensor | None:
+        """What the mean input loses `[O]`, to be added to the outputs; None where no mean was taken out."""
+        if self.mean is None:
+            return None
+        inputs, outputs = self.mean
+        return outputs - self.up @ (self.down @ inputs)
+
+    def of_rank(self, rank: int) -> Self:
+        """Those of a smaller rank: of the PCA, the first directions."""
+        return replace(self, down=self.down[:rank], up=self.up[:, :rank])
+
+
+def damped(moment: torch.Tensor) -> torch.Tensor:
+    """A second moment with a small ridge, in float64.
+
+    Directions that calibration never saw get a little weight, so that rank left over goes to what
+    the weights would do with them instead of to noise.
+    """
+    moment = moment.double()
+    ridge = RIDGE * moment.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
+    return moment + ridge * torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
+
+
+def pca_factors(
+    weight: torch.Tensor, moment: torch.Tensor, rank: int, roots: Sequence[torch.Tensor] = ()
+) -> Factors:
+    """Best rank-`rank` factors of `weight [O, hidden]` for inputs of second moment `[hidden, hidden]`.
+
+    With P the top eigenvectors of `W S W^T`, `up = P` and `down = P^T W` minimise the squared error
+    of the outputs `W x` summed over inputs. This is the whitened SVD of the paper (arXiv 2601.11464,
+    section 3.2) without its inverse: any rank up to O works, whatever the rank of S.
+
+    Their scale is then split evenly.
+
+    Given the triangular `roots` of a metric, in blocks over outputs, an error e counts as the square of
+    `root^T e`: the same PCA of `root^T W`, taken back on the up side.
+    """
+    weight = weight.double()
+    seen = _by_block(roots, weight, lambda root, rows: root.T @ rows)
+    top, spectrum = _top_directions(seen, damped(moment), rank)
+    up = _by_block(roots, top, lambda root, rows: torch.linalg.solve_triangular(root.T, rows, upper=True))
+    down = top.T @ seen
+    norms, tiny = down.norm(dim=1), torch.finfo(torch.float32).tiny
+    scale = (up.norm(dim=0) / norms.clamp_min(max(1e-6 * float(norms.max()), tiny))).sqrt().clamp_min(tiny)
+    return Factors(down=down * scale[:, None], up=up / scale, spectrum=spectrum)
+
+
+def _top_directions(
+    weight: torch.Tensor, moment: torch.Tensor, rank: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Top eigenvectors of `W S W^T`, `[O, rank]`, by the smaller of the problems on outputs and on inputs;
+    and all eigenvalues that it has, the largest first.
+
+    With `S = L L^T` they are `W L v` for those v of `L^T W^T W L`, up to length.
+    """
+    outputs, inputs = weight.shape
+    if inputs < outputs and rank <= inputs:
+        root, failed = torch.linalg.cholesky_ex(moment)
+        if not failed:
+            return _by_inputs(weight, root, rank)
+    values, vectors = torch.linalg.eigh(weight @ moment @ weight.T)
+    return vectors[:, -rank:].flip(-1), values.flip(-1)
+
+
+def _by_inputs(weight: torch.Tensor, root: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    values, vectors = torch.linalg.eigh(root.T @ (weight.T @ weight) @ root)
+    lengths = values[-rank:].flip(-1).clamp_min(0).sqrt()
+    found = weight @ (root @ vectors[:, -rank:].flip(-1))
+    known = lengths > 1e-7 * lengths[0]  # what is below is rounding, and of no use
+    return torch.where(known, found / lengths.where(known, 1.0), 0.0), values.flip(-1)
+
+
+def _by_block(
+    roots: Sequence[torch.Tensor],
+    x: torch.Tensor,
+    function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+) -> torch.Tensor:
+    """`x` with `function` of each root and the rows that it is over; as it is where there are none."""
+    if not roots:
+        return x
+    return torch.cat(
+        [function(root, rows) for root, rows in zip(roots, x.split([*map(len, roots)]), strict=True)]
+    )
+
+
+def metric_roots(metric: torch.Tensor, others: torch.Tensor) -> list[torch.Tensor]:
+    """Lower triangular roots of a metric of errors, in blocks over outputs, damped so that no error is free.
+
+    `metric [2, G, D, D]` is of plain keys and of values (`error_metric.attention_usage`), `others
+    [G, N]` the key dims that are factorised.
+    """
+    heads = zip(metric[0], metric[1], others, strict=True)
+    blocks = [block for keys, values, dims in heads for block in (keys[dims][:, dims], values)]
+    scale = torch.cat([block.diagonal() for block in blocks]).mean()
+    ridges = (METRIC_RIDGE * (block.diagonal() + scale) for block in blocks)
+    pairs = zip(blocks, ridges, strict=True)
+    return [torch.linalg.cholesky(block + torch.diag(ridge)) for block, ridge in pairs]
+
+
+def block_factors(weight: torch.Tensor, is_key: torch.Tensor, rank: int, method: str) -> Factors:
+    """Factors of keys and values apart, by the SVD of the weights: `split`, `only-key`, `only-value`.
+
+    `is_key [O]` marks key rows; `config.block_ranks` says which rank each gets.
+    """
+    key_rank, value_rank = block_ranks(method, rank, int(is_key.sum()), int((~is_key).sum()))
+    identity = torch.eye(weight.shape[1], dtype=torch.float64, device=weight.device)
+    blocks = [(is_key, key_rank), (~is_key, value_rank)]
+    down, up = [], torch.zeros(len(weight), rank, dtype=torch.float64, device=weight.device)
+    start = 0
+    for rows, part in blocks:
+        factors = pca_factors(weight[rows], identity, part)
+        up[rows, start : start + part] = factors.up
+        down.append(factors.down)
+        start += part
+    return Factors(down=torch.cat(down), up=up)

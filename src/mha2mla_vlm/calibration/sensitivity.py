@@ -1,0 +1,103 @@
+"""What errors of a layer's attention do to the answers, foretold by gradients.
+
+To second order an answer token diverges by `d^T (diag(p) - p p^T) d / 2`, d the change of its logits and p
+its probabilities. Random signs e sketch that metric: with `u = sqrt(p) * e - p (sqrt(p) . e)` the mean of
+`(u . d)^2` is `d^T (diag(p) - p p^T) d`. So the gradient of `u . logits` at the output of a layer's
+attention tells in one number what an error there does, however many layers lie above.
+
+Shapes: S sketches, A answer tokens, V vocabulary, T tokens, C hidden.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from mha2mla_vlm.calibration.activations import Chat, States, answer_states, calls_of
+from mha2mla_vlm.model.attention import MLAAttention
+from mha2mla_vlm.model.modeling import decoder_layers
+from mha2mla_vlm.model.offload import end_modules, resident
+from mha2mla_vlm.utils.distributed import process_count, process_index
+
+GRADIENT = "gradient"  # a stream of `[S, T, C]`
+
+
+def sketch_directions(logits: torch.Tensor, signs: torch.Tensor) -> torch.Tensor:
+    """The u `[S, A, V]` for `logits [A, V]` and `signs [S, A, V]` of 1 and -1."""
+    probabilities = logits.softmax(-1)
+    signed = probabilities.sqrt() * signs
+    return signed - probabilities * signed.sum(-1, keepdim=True)
+
+
+def begin_gradients(
+    model: PreTrainedModel,
+    chats: Sequence[Chat],
+    states: States,
+    stream: str,
+    *,
+    sketches: int,
+) -> None:
+    """From the end of a stream of an original model, begin that of gradients, which goes down.
+
+    Signs are seeded by chat, so that they are the same however chats are shared by processes.
+    """
+    norm, head = end_modules(model)
+    last = len(decoder_layers(model))
+    device = chats[0].visual.device
+    with resident((norm, head), device):
+        for number, chat in enumerate(chats):
+            hidden = states[stream, last, number].to(device).detach().requires_grad_()
+            generator = torch.Generator().manual_seed(process_index() + number * process_count())
+            with torch.enable_grad():
+                logits = head(answer_states(chat, hidden, norm)).float()
+            signs = torch.randint(2, (sketches, *logits.shape), generator=generator).to(device) * 2.0 - 1.0
+            directions = sketch_directions(logits.detach(), signs)
+            found = [torch.autograd.grad(logits, hidden, u, retain_graph=True)[0] for u in directions]
+            states[GRADIENT, last, number] = torch.cat(found)
+
+
+def project_errors(
+    layer: Any,
+    index: int,
+    chats: Sequence[Chat],
+    states: States,
+    stream: str,
+    candidates: Sequence[MLAAttention],
+) -> torch.Tensor:
+    """What errors do that converted `candidates` make in an original layer, `[candidates, chats, S]`.
+
+    The stream of gradients is taken down through the layer.
+    """
+    found = []
+    for number, chat in enumerate(chats):
+        hidden = states[stream, index, number].to(chat.visual.device).detach().requires_grad_()
+        with calls_of(layer.self_attn) as calls, torch.enable_grad():
+            output = layer(hidden, **chat.given)
+        args, kwargs, (attended, *_) = calls[0]
+        gradients = states[GRADIENT, index + 1, number].to(hidden.device)
+        both = [
+            torch.autograd.grad(output, (attended, hidden), one[None], retain_graph=True) for one in gradients
+        ]
+        here, below = (torch.cat(found) for found in zip(*both, strict=True))
+        states[GRADIENT, index, number] = below
+        found.append(_projected(candidates, here, attended.detach(), chat, args, kwargs))
+    return torch.stack(found, dim=1)
+
+
+@torch.no_grad()
+def _projected(
+    candidates: Sequence[nn.Module],
+    gradients: torch.Tensor,
+    attended: torch.Tensor,
+    chat: Chat,
+    args: Any,
+    kwargs: Any,
+) -> torch.Tensor:
+    """Products of `gradients [S, T, C]` with the errors of each candidate, `[candidates, S]`."""
+    rows = []
+    for module in candidates:
+        error = module(*args, **kwargs, token_modality=chat.modality)[0] - attended
+        rows.append(torch.einsum("stc,tc->s", gradients.double(), error[0].double()))
+    return torch.stack(rows)

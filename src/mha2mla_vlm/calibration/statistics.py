@@ -1,0 +1,176 @@
+"""What a calibration chat tells about one layer's attention.
+
+Shapes: T tokens, H query heads, G KV heads, D head dim,
+P = D / 2 pairs.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
+
+import torch
+from transformers import BatchFeature
+
+from mha2mla_vlm.algorithms.error_metric import attention_usage
+from mha2mla_vlm.config import DECOUPLED
+from mha2mla_vlm.data.records import IGNORE_INDEX
+from mha2mla_vlm.model.rope import one_table, rotate
+from mha2mla_vlm.utils.distributed import sum_over_processes
+
+ANSWER_WEIGHT = 8.0  # of a query whose output is an answer's token, against other text
+VISION_WEIGHT = 0.1
+MAX_QUERIES = 64  # of a chat, whose attention pairs are measured on
+
+
+@dataclass
+class TokenStats:
+    """Sums over the tokens x of one modality that go into a layer's attention, each of weight w.
+
+    `moment [hidden, hidden]` is the sum of w x x^T, `total [hidden]` of w x, `mass` of w, all in
+    float64; `metric [2, G, D, D]`, if there is one, that of `error_metric.attention_usage`.
+    """
+
+    count: int
+    mass: float
+    moment: torch.Tensor
+    total: torch.Tensor
+    metric: torch.Tensor | None = None
+
+    @classmethod
+    def of(
+        cls, inputs: torch.Tensor, weights: torch.Tensor | None = None, metric: torch.Tensor | None = None
+    ) -> Self:
+        """Of inputs `[tokens, hidden]` with `weights [tokens]`, by default 1.
+
+        In float64: what few tokens leave out must come out as nothing, not as the rounding of what they do.
+        """
+        inputs = inputs.double()
+        weighted = inputs if weights is None else inputs * weights[:, None]
+        mass = float(len(inputs) if weights is None else weights.sum())
+        return cls(len(inputs), mass, weighted.T @ inputs, weighted.sum(0), metric)
+
+    def __add__(self, other: "TokenStats") -> "TokenStats":
+        """Of the tokens of both."""
+        metric = None if self.metric is None or other.metric is None else self.metric + other.metric
+        return TokenStats(
+            self.count + other.count,
+            self.mass + other.mass,
+            self.moment + other.moment,
+            self.total + other.total,
+            metric,
+        )
+
+    def tensors(self) -> dict[str, torch.Tensor | None]:
+        """All of it, by name."""
+        sums = self.moment.new_tensor([self.count, self.mass])
+        return {"sums": sums, "moment": self.moment, "total": self.total, "metric": self.metric}
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, torch.Tensor]) -> Self:
+        """From `tensors`."""
+        count, mass = tensors["sums"].tolist()
+        return cls(int(count), mass, tensors["moment"], tensors["total"], tensors.get("metric"))
+
+    def centered(self) -> "TokenStats":
+        """With the moment about the mean."""
+        mean = self.total / max(self.mass, torch.finfo(torch.float32).tiny)
+        return replace(self, moment=self.moment - self.mass * mean[:, None] * mean)
+
+
+@dataclass
+class LayerStats:
+    """What goes into one layer's attention, by modality."""
+
+    tokens: dict[str, TokenStats] = field(default_factory=dict)
+
+    def add(self, modality: str, new: TokenStats) -> None:
+        """Add tokens of a modality."""
+        self.tokens[modality] = self.tokens[modality] + new if modality in self.tokens else new
+
+    def sum_over_processes(self) -> None:
+        """Let these be the tokens of all processes."""
+        for name in sorted(self.tokens):
+            one = self.tokens[name]
+            counts = one.moment.new_tensor([one.count, one.mass])
+            metric = [] if one.metric is None else [one.metric]
+            sum_over_processes([counts, one.moment, one.total, *metric])
+            one.count, one.mass = int(counts[0]), float(counts[1])
+
+    def pooled(self) -> TokenStats:
+        """Of all modalities."""
+        first, *others = self.tokens.values()
+        return sum(others, start=first)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Heads:
+    """One chat in an original layer: queries `[H, T, D]`, keys and values `[G, T, D]`, in float32.
+
+    `cos, sin [T, P]` are the rotary table's first half; the other half is the same.
+    """
+
+    queries: torch.Tensor
+    keys: torch.Tensor
+    values: torch.Tensor
+    cos: torch.Tensor
+    sin: torch.Tensor
+
+    @classmethod
+    def of(cls, module: Any, hidden: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor]) -> Self:
+        """From the input `[1, T, hidden]` of an attention module of transformers."""
+        q, k, v = (
+            projection(hidden)[0].float().unflatten(-1, (-1, module.head_dim)).transpose(0, 1)
+            for projection in (module.q_proj, module.k_proj, module.v_proj)
+        )
+        half = module.head_dim // 2
+        cos, sin = (one_table(table, module.config)[0, :, :half].float() for table in tables)
+        return cls(queries=q, keys=k, values=v, cos=cos, sin=sin)
+
+    def rotated(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Queries and keys as attention compares them."""
+        return rotate(self.queries, self.cos, self.sin), rotate(self.keys, self.cos, self.sin)
+
+
+def visual_mask(batch: BatchFeature, visual_token_ids: Sequence[int]) -> torch.Tensor:
+    """Which tokens of a batch of one chat are visual, `[T]`."""
+    ids = batch["input_ids"][0]
+    return torch.isin(ids, torch.tensor(list(visual_token_ids), device=ids.device))
+
+
+def query_weights(batch: BatchFeature, visual: torch.Tensor) -> torch.Tensor:
+    """How much the attention of each token as a query counts, `[T]`: most where answers are given."""
+    weights = torch.where(visual.bool(), VISION_WEIGHT, 1.0)
+    if "labels" in batch:
+        answers = batch["labels"][0, 1:] != IGNORE_INDEX
+        weights[:-1][answers] = ANSWER_WEIGHT
+    return weights
+
+
+def layer_usage(
+    module: Any,
+    heads: Heads,
+    hidden: torch.Tensor,
+    modality: torch.Tensor,
+    weights: torch.Tensor,
+) -> dict[str, TokenStats]:
+    """Tokens of one chat in an original layer, weighted by the squared attention that they receive, and
+    metrics of the errors of their keys and values (`error_metric.attention_usage`).
+
+    `hidden [1, T, hidden]` goes into attention, `modality [T]` numbers `DECOUPLED`, `weights [T]` are
+    `query_weights`.
+    """
+    received, metric = attention_usage(
+        *heads.rotated(),
+        heads.values,
+        heads.queries,
+        module.o_proj.weight.unflatten(1, (-1, module.head_dim)),
+        modality,
+        weights,
+        modalities=len(DECOUPLED),
+        scaling=module.scaling,
+    )
+    masks = [modality == number for number in range(len(DECOUPLED))]
+    return {
+        name: TokenStats.of(hidden[0][mask], received[mask], metric[number])
+        for number, (name, mask) in enumerate(zip(DECOUPLED, masks, strict=True))
+    }

@@ -1,0 +1,55 @@
+"""Adapters of an original model (peft), merged into its weights before it is converted."""
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from mha2mla_vlm.errors import InputError, first_line, need
+from mha2mla_vlm.model.checkpoint import load, load_processor, save
+from mha2mla_vlm.utils.distributed import process_index, wait_for_all
+from mha2mla_vlm.utils.folders import check_output, discard
+from mha2mla_vlm.utils.remote import away_from
+
+logger = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def merged(name: str, adapter: str | None, output: Path, *, resume: bool) -> Iterator[str]:
+    """Within the context, where the model with its adapter merged in lies: `OUTPUT.merged`.
+
+    It is removed at the end, but kept if anything fails, for `resume`. Without an adapter it is `name`
+    itself. Merging holds the whole model in memory. Raises `InputError` if the adapter does not fit.
+    """
+    if adapter is None:
+        yield name
+        return
+    path = check_output(output)  # which is claimed
+    folder = path.with_name(path.name + ".merged")
+    if process_index() == 0 and not (resume and folder.exists()):
+        save(merge(name, adapter), load_processor(name), folder)
+    wait_for_all()
+    yield str(folder)
+    if process_index() == 0:
+        discard(folder, path)
+
+
+def merge(name: str, adapter: str) -> Any:
+    """A model with an adapter's changes in its weights; raises `InputError` if the adapter does not fit."""
+    need("peft", "train", "merging an adapter")
+    from peft import PeftModel, get_peft_model_state_dict, load_peft_weights
+
+    logger.info("merging %s into %s", adapter, name)
+    if away := away_from(adapter):  # peft asks the hub even for what is in its cache
+        raise InputError(f"the adapter {adapter} is no folder here, and {away}")
+    try:
+        adapted = PeftModel.from_pretrained(load(name), adapter)
+        given = load_peft_weights(adapter, device="cpu")
+    except InputError:
+        raise
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
+        raise InputError(f"cannot merge the adapter {adapter} into {name}: {first_line(error)}") from None
+    if wrong := sorted(given.keys() ^ get_peft_model_state_dict(adapted).keys()):
+        raise InputError(f"the adapter {adapter} is not one of {name}; they differ in {', '.join(wrong[:3])}")
+    return adapted.merge_and_unload(safe_merge=True)

@@ -1,0 +1,101 @@
+"""What a converted checkpoint holds: sizes, kept pairs and bytes, read without loading the model."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+from safetensors import safe_open
+
+from mha2mla_vlm.config import MLAConfig
+from mha2mla_vlm.conversion.weights import converted_config
+from mha2mla_vlm.errors import InputError
+from mha2mla_vlm.model.cache.latent import bytes_per_token
+from mha2mla_vlm.model.checkpoint import load_config, resolve
+from mha2mla_vlm.model.files import check_weights, weights_files
+from mha2mla_vlm.utils.progress import console
+from mha2mla_vlm.utils.remote import remote_tensors
+
+
+def describe(name: str) -> dict[str, Any]:
+    """Layers, sizes, kept pairs and bytes per token (16 bits an element) of a converted checkpoint.
+
+    `pairs` lists, for each layer and KV head, the frequency pairs that stay rotated; of a checkpoint on the
+    hub they alone are read. `predicted_kl` is, for each layer, what converting it alone was
+    foretold to cost, by which sizes were allotted.
+    """
+    config = load_config(name)
+    if getattr(config, "mla", None) is None:
+        raise InputError(f"{name!r} is not a converted model; make one with: mha2mla convert")
+    mla = MLAConfig.from_dict(config.mla)
+    layers = config.get_text_config(decoder=True).num_hidden_layers
+    return {
+        "family": config.model_type.removesuffix("_mla"),
+        "layers": layers,
+        "qk_rope_head_dim": mla.qk_rope_head_dim,
+        "kv_lora_rank": mla.kv_lora_rank,
+        "modalities": list(mla.modalities),
+        "bytes_per_token": bytes_per_token(config),
+        "bytes_per_token_original": bytes_per_token(config, original=True),
+        "rope_selection": mla.rope_selection,
+        "factorization": mla.factorization,
+        "folded": mla.folded,
+        "kl": mla.kl,
+        "predicted_kl": mla.predicted_kl,
+        "pairs": _pairs(resolve(name)),
+    }
+
+
+def conversion_summary(original: Any, mla: MLAConfig, dtype: torch.dtype) -> dict[str, Any]:
+    """What a conversion made of a model with the config `original`; bytes in its number format."""
+    converted = converted_config(original, mla)
+    return {
+        "family": original.model_type.removesuffix("_mla"),
+        "qk_rope_head_dim": mla.qk_rope_head_dim,
+        "kv_lora_rank": mla.kv_lora_rank,
+        "bytes_per_token": bytes_per_token(converted, itemsize=dtype.itemsize),
+        "bytes_per_token_original": bytes_per_token(original, itemsize=dtype.itemsize),
+        "kl": None if not mla.kl else list(mla.kl.values())[-1],
+        "kl_by_step": mla.kl,
+        "predicted_kl": mla.predicted_kl,
+    }
+
+
+def _pairs(source: str) -> list[list[list[int]]]:
+    tensors = _local_pairs(Path(source)) if Path(source).is_dir() else remote_tensors(source, _holds_pairs)
+    found = {int(key.split(".layers.")[1].split(".")[0]): pairs.tolist() for key, pairs in tensors}
+    return [found[layer] for layer in sorted(found)]
+
+
+def _holds_pairs(key: str) -> bool:
+    return key.endswith("self_attn.rope_pairs")
+
+
+def _local_pairs(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    check_weights(folder)
+    for path in weights_files(folder):
+        with safe_open(path, framework="pt") as file:
+            for key in filter(_holds_pairs, file.keys()):
+                yield key, file.get_tensor(key)
+
+
+def print_layers(description: dict[str, Any]) -> None:
+    """A table of the layers, on standard error."""
+    ratio = description["bytes_per_token"] / description["bytes_per_token_original"]
+    size = description["bytes_per_token"]
+    title = f"{description['family']}: {size} cache bytes per token, {ratio:.1%} of the original"
+    table = Table(title=title)
+    for column in ("layer", "R", "r", "KL alone", "pairs that stay rotated, by KV head"):
+        table.add_column(column)
+    alone = description["predicted_kl"] or []
+    mla = MLAConfig(
+        qk_rope_head_dim=description["qk_rope_head_dim"], kv_lora_rank=description["kv_lora_rank"]
+    )
+    for layer in range(description["layers"]):
+        rope, rank = mla.layer(layer)
+        pairs = description["pairs"][layer] if description["pairs"] else []
+        shown = "\n".join(" ".join(map(str, head)) for head in pairs)
+        cost = f"{alone[layer]:.4f}" if alone else "-"
+        table.add_row(str(layer), str(rope), "-" if rank is None else str(rank), cost, shown)
+    console().print(table)

@@ -1,0 +1,239 @@
+"""What a conversion layer by layer will take, before it starts: from the config, the headers of the shards
+and one layer of random numbers that is converted on this machine.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.filesize import decimal
+from rich.table import Table
+from safetensors import safe_open
+from transformers import AutoModelForImageTextToText, BatchFeature, PreTrainedModel
+
+from mha2mla_vlm.algorithms.budget import unit_dims
+from mha2mla_vlm.calibration.activations import advance
+from mha2mla_vlm.config import AttentionSizes, ConversionConfig, MLAConfig
+from mha2mla_vlm.conversion.layer import LayerwiseConversion
+from mha2mla_vlm.conversion.on_disk import rest_shards
+from mha2mla_vlm.conversion.pipeline import encode_split, is_allotted, plan
+from mha2mla_vlm.conversion.profile import SKETCHES, LayerwiseProfile, MemoryWork, budget_units
+from mha2mla_vlm.conversion.weights import converted_config
+from mha2mla_vlm.data.records import Record
+from mha2mla_vlm.errors import InputError
+from mha2mla_vlm.model.cache.latent import bytes_per_token
+from mha2mla_vlm.model.checkpoint import load_config, load_processor, resolve
+from mha2mla_vlm.model.files import check_weights
+from mha2mla_vlm.model.modeling import decoder_layers, layer_prefixes
+from mha2mla_vlm.model.offload import empty_model, front_modules, stored_names
+from mha2mla_vlm.utils.memory import forget_peak, peak_resident_bytes, resident_bytes
+from mha2mla_vlm.utils.progress import Phases, console
+from mha2mla_vlm.utils.remote import DTYPES, remote_headers
+
+WRITE_RATE = 500e6  # bytes a second, of an ordinary disk
+FIRST_LAYER = ".layers.0."
+SMALL_VOCABULARY = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """Bytes a token takes in the cache before and after (in the model's number format), bytes of the
+    result and of what is on disk meanwhile, the most memory (None where Linux does not tell), and seconds.
+    """
+
+    bytes_per_token: int
+    bytes_per_token_original: int
+    output_bytes: int
+    states_bytes: int
+    peak_bytes: int | None
+    seconds: float
+    phases: dict[str, float]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values, for JSON."""
+        return asdict(self)
+
+
+def predict(
+    name: str | Path,
+    records: Sequence[Record],
+    config: ConversionConfig = ConversionConfig(),
+    *,
+    dtype: str = "auto",
+    device: torch.device | str = "cpu",
+) -> Prediction:
+    """Foretell `on_disk.convert_checkpoint`; raises `InputError` for what it would refuse."""
+    source = resolve(name)
+    model_config = load_config(name)
+    mla = plan(model_config, config)
+    if getattr(model_config, "mla", None) is not None:
+        raise InputError(f"{str(name)!r} has partial RoPE already; what originals take can be foretold")
+    allots = is_allotted(model_config, config)
+    if allots:
+        mla = _evenly(mla, AttentionSizes.of(model_config), config)
+    if Path(source).is_dir():
+        check_weights(Path(source))
+    number = _stored_dtype(source) if dtype == "auto" else getattr(torch, dtype)
+    original, converted = empty_model(model_config), empty_model(converted_config(model_config, mla))
+    calibration, held_out = encode_split(original, load_processor(name), records, config)
+    target = torch.device(device)
+    base = resident_bytes() or 0
+    phases, peak, kept = _one_layer(model_config, config, mla, calibration[0], number, target, allots=allots)
+    output_bytes = _bytes(converted, stored_names(converted), number)
+    layers = AttentionSizes.of(model_config).layers
+    counts = {"calibration": len(calibration) * layers, "held-out loss": len(held_out) * layers}
+    counts["sensitivity"] = counts["calibration"]
+    counts["vision and embeddings"] = (len(calibration) + len(held_out)) * _vision_depth(model_config)
+    seconds = {phase: taken * counts.get(phase, layers) for phase, taken in phases.items()}
+    seconds["writing"] = (output_bytes + layers * kept) / WRITE_RATE
+    tokens, others = (sum(x["input_ids"].shape[1] for x in chats) for chats in (calibration, held_out))
+    # all layers' states stay until their gradients have come down; else those of two layers are there
+    hidden = (layers + 2 * SKETCHES) * tokens if allots else 2 * (tokens + 3 * others)
+    return Prediction(
+        bytes_per_token=bytes_per_token(converted.config, itemsize=number.itemsize),
+        bytes_per_token_original=bytes_per_token(model_config, itemsize=number.itemsize),
+        output_bytes=output_bytes,
+        states_bytes=hidden * AttentionSizes.of(model_config).hidden * number.itemsize + layers * kept,
+        peak_bytes=None if peak is None else max(peak, base + _front_and_shards(original, number)),
+        seconds=sum(seconds.values()),
+        phases=seconds,
+    )
+
+
+def _stored_dtype(source: str) -> torch.dtype:
+    """The number format of the first decoder layer, from the headers of the shards."""
+    for header in _headers(source):
+        for key, dtype in header:
+            if FIRST_LAYER in key and key.endswith("q_proj.weight"):
+                return DTYPES[dtype]
+    raise InputError(f"{source} holds no decoder layer")
+
+
+def _headers(source: str) -> Iterator[list[tuple[str, str]]]:
+    """Names and number formats in each shard, of a folder or on the hub."""
+    if not Path(source).is_dir():
+        for _, _, header in remote_headers(source):
+            yield [(key, entry["dtype"]) for key, entry in header.items() if "dtype" in entry]
+        return
+    for path in sorted(Path(source).glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            yield [(key, file.get_slice(key).get_dtype()) for key in file.keys()]  # noqa: SIM118 (not a dict)
+
+
+def _bytes(model: PreTrainedModel, names: Sequence[str], number: torch.dtype) -> int:
+    state = model.state_dict()
+    kinds = {name: number if state[name].is_floating_point() else state[name].dtype for name in names}
+    return sum(state[name].numel() * kind.itemsize for name, kind in kinds.items())
+
+
+def _front_and_shards(model: PreTrainedModel, number: torch.dtype) -> int:
+    """The most that is in memory before the first layer, or while a shard is written."""
+    own = {id(m): name for name, m in model.named_modules()}
+    embeddings = id(model.get_input_embeddings())
+    prefixes = tuple(own[id(m)] + "." for m in front_modules(model) if id(m) != embeddings and own[id(m)])
+    direct = [name for name in stored_names(model) if name.rpartition(".")[0] + "." in prefixes]
+    shards = [_bytes(model, names, number) for names in rest_shards(model)]
+    layer = layer_prefixes(model)[0]
+    shards.append(_bytes(model, [name for name in stored_names(model) if name.startswith(layer)], number))
+    return max(_bytes(model, direct, number), *shards)
+
+
+def _vision_depth(config: Any) -> int:
+    vision = config.vision_config
+    return int(getattr(vision, "depth", None) or vision.num_hidden_layers)
+
+
+def _one_layer(
+    model_config: Any,
+    config: ConversionConfig,
+    mla: MLAConfig,
+    batch: BatchFeature,
+    number: torch.dtype,
+    device: torch.device,
+    *,
+    allots: bool,
+) -> tuple[dict[str, float], int | None, int]:
+    """Seconds of each phase for one chat and one layer, of vision too, the most memory, and the bytes of
+    what is kept of a layer to allot sizes.
+    """
+    known = forget_peak()
+    model = AutoModelForImageTextToText.from_config(_small(model_config), dtype=number).to(device).eval()
+    phases = Phases("timing one layer", 1)
+    chat, work, given = _renamed(batch, model_config), MemoryWork(), {"device": device, "phases": phases}
+    with phases:
+        timed = LayerwiseConversion(model, config, mla, **given, warn=False)
+        timed.begin([chat], [chat])
+        phases.seconds.clear()
+        advance(decoder_layers(model)[0], 0, timed.held_out, timed.states, "original")  # the first is slow
+        if allots:
+            profile = LayerwiseProfile(model, config, mla, **given, work=work)
+            profile.run([chat])
+            timed.known = profile.layer
+        timed.begin([chat], [chat])
+        timed.layer(0)
+    phases.seconds["vision and embeddings"] /= 2  # chats
+    kept = sum(x.numel() * x.element_size() for x in work.kept("layer 0").values()) if allots else 0
+    return phases.seconds, peak_resident_bytes() if known else None, kept
+
+
+def _evenly(mla: MLAConfig, sizes: AttentionSizes, config: ConversionConfig) -> MLAConfig:
+    """Sizes as a budget may give them, the same in every layer: two of three dims for RoPE."""
+    unit = unit_dims(sizes.head_dim)
+    units = budget_units(sizes, config) // sizes.layers
+    rope = (config.rope_dim or 0) // unit or units - ((config.d_kv or 0) // unit or max(1, units // 3))
+    rope = min(rope, sizes.head_dim // unit)
+    return replace(mla, qk_rope_head_dim=rope * unit, kv_lora_rank=(units - rope) * unit * sizes.kv_heads)
+
+
+def _small(config: Any) -> Any:
+    """The config with one layer and one of vision, and hardly a vocabulary."""
+    values = config.to_dict()
+    text, vision = values["text_config"], values["vision_config"]
+    text |= {"num_hidden_layers": 1, "vocab_size": SMALL_VOCABULARY, "bos_token_id": None}
+    text |= {"eos_token_id": None, "pad_token_id": None}
+    text.pop("layer_types", None)
+    depth = "depth" if "depth" in vision else "num_hidden_layers"
+    vision[depth] = 1
+    for number, name in enumerate(_token_names(values)):
+        values[name] = 2 + number
+    return type(config)(**values)
+
+
+def _token_names(values: dict[str, Any]) -> list[str]:
+    """Fields of a config that hold the ids of special tokens."""
+    ends = ("_token_id", "_token_index")
+    return [name for name, value in values.items() if name.endswith(ends) and type(value) is int]
+
+
+def _renamed(batch: BatchFeature, config: Any) -> BatchFeature:
+    """A chat in the tokens of `_small`, of which 1 is any other."""
+    values = config.to_dict()
+    ids = torch.ones_like(batch["input_ids"])
+    for number, name in enumerate(_token_names(values)):
+        ids[batch["input_ids"] == values[name]] = 2 + number
+    return BatchFeature({**batch, "input_ids": ids})
+
+
+def print_prediction(prediction: Prediction) -> None:
+    """The figures as a table, on standard error."""
+    table = Table(title="what it will take", show_header=False)
+    share = prediction.bytes_per_token / prediction.bytes_per_token_original
+    cache = f"{prediction.bytes_per_token_original:,} to {prediction.bytes_per_token:,} ({share:.1%})"
+    rows = {
+        "cache bytes per token": cache,
+        "result": decimal(prediction.output_bytes),
+        "disk meanwhile": decimal(prediction.states_bytes),
+        "memory": "unknown" if prediction.peak_bytes is None else decimal(prediction.peak_bytes),
+        "time": _time(prediction.seconds),
+    }
+    for name, value in rows.items():
+        table.add_row(name, value)
+    for phase, seconds in prediction.phases.items():
+        table.add_row(f"  {phase}", _time(seconds))
+    console().print(table)
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.1f} seconds" if seconds < 100 else f"{seconds / 60:.0f} minutes"

@@ -1,0 +1,289 @@
+"""Conversion of a checkpoint that stays on disk: a layer at a time is read, converted and written."""
+
+import contextlib
+import hashlib
+import json
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
+
+from mha2mla_vlm.calibration.layer_profile import LayerProfile
+from mha2mla_vlm.config import AttentionSizes, ConversionConfig, MLAConfig
+from mha2mla_vlm.conversion.describe import conversion_summary
+from mha2mla_vlm.conversion.layer import LayerwiseConversion
+from mha2mla_vlm.conversion.pipeline import (
+    encode_split,
+    findings,
+    is_allotted,
+    plan,
+    print_losses,
+    print_plan,
+)
+from mha2mla_vlm.conversion.profile import LayerwiseProfile, allotted
+from mha2mla_vlm.conversion.weights import converted_config
+from mha2mla_vlm.conversion.work_folder import WorkFolder
+from mha2mla_vlm.data.records import Record
+from mha2mla_vlm.errors import InputError, reading
+from mha2mla_vlm.model.card import write_card
+from mha2mla_vlm.model.checkpoint import load, load_config, load_processor, local_folder, resolve
+from mha2mla_vlm.model.files import weights_digest, weights_files
+from mha2mla_vlm.model.modeling import layer_prefixes, write_findings
+from mha2mla_vlm.model.offload import check_shapes, disk_map, empty_model, read_weights, stored_names
+from mha2mla_vlm.utils.compat import tied_names
+from mha2mla_vlm.utils.distributed import claimed_by_first, process_count
+from mha2mla_vlm.utils.memory import peak_resident_bytes
+from mha2mla_vlm.utils.progress import Phases, kept
+
+SHARD_BYTES = 1_000_000_000  # of what lies beside the layers, which have a shard each
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamedConversion:
+    """What was made, the seconds that each phase took, and the most memory that the process held."""
+
+    mla: MLAConfig
+    summary: dict[str, Any]
+    seconds: dict[str, float]
+    peak_bytes: int | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values, for JSON."""
+        return {**self.summary, "seconds": self.seconds, "peak_bytes": self.peak_bytes}
+
+
+def convert_checkpoint(
+    name: str | Path,
+    records: Sequence[Record],
+    output: str | Path,
+    config: ConversionConfig = ConversionConfig(),
+    *,
+    resume: bool = False,
+    spill: str | Path | None = None,
+    dtype: str = "auto",
+    device: torch.device | str = "cpu",
+    temporary: bool = False,
+) -> StreamedConversion:
+    """Convert a model folder or hub id to `output`, with one decoder layer in memory at a time.
+
+    What `convert` and `save` would give. A budget takes two more passes over the layers, before they are
+    converted, to find what each needs. It works in `OUTPUT.partial`; interrupted at any moment, it goes
+    on there with `resume`. Hidden states of the chats lie there too, or in `spill`. A `temporary` folder is
+    not named in the result as what it was made of. Raises `InputError`
+    for what cannot be converted, and for disks and shards that fail, with the work so far kept.
+    """
+    folder, target = local_folder(name), torch.device(device)
+    mla = plan(model_config := load_config(folder), config)
+    weights_files(folder)
+    processor = load_processor(folder)
+    model = _on_disk(folder, model_config, dtype, target)
+    if temporary or not Path(resolve(name)).is_dir():  # on the hub, wherever its files are now
+        known = getattr(model_config, "mla", None)
+        mla = replace(mla, original=None if temporary else known.get("original") if known else str(name))
+    calibration, held_out = encode_split(model, processor, records, config)
+    _check_shares(calibration, held_out)
+    given = {"model": str(folder), "config": config.to_dict(), "dtype": str(model.dtype)}
+    given["weights"] = weights_digest(folder)
+    settings = given | {"processes": process_count(), "records": _digest([*calibration, *held_out])}
+    with claimed_by_first(output):
+        where = None if spill is None else Path(spill)
+        work = WorkFolder(Path(output), settings, resume=resume, spill=where)
+        streaming = _Streaming(model, config, work, target)
+        mla = streaming.run(mla, calibration, held_out, processor)
+        work.finish()
+    return StreamedConversion(
+        mla=mla,
+        summary=conversion_summary(model_config, mla, model.dtype),
+        seconds=dict(streaming.seconds),
+        peak_bytes=peak_resident_bytes(),
+    )
+
+
+class _Streaming:
+    """A conversion under way, in one sweep or in three, and the seconds that each phase took."""
+
+    def __init__(
+        self, model: PreTrainedModel, config: ConversionConfig, work: WorkFolder, device: torch.device
+    ) -> None:
+        self.model, self.config, self.work, self.device = model, config, work, device
+        self.layers = AttentionSizes.of(model.config).layers
+        self.before = 0  # steps before the first layer is converted
+        self.seconds: Counter[str] = Counter()
+
+    def run(
+        self,
+        mla: MLAConfig,
+        calibration: Sequence[BatchFeature],
+        held_out: Sequence[BatchFeature],
+        processor: ProcessorMixin,
+    ) -> MLAConfig:
+        """Convert, from where an earlier run stopped; returns `mla` with sizes allotted and the losses."""
+        known = None
+        with kept(self.work.folder, "go on with --resume"):
+            if is_allotted(self.model.config, self.config):
+                profile = self.measured(mla, calibration)
+                mla, known = allotted(mla, profile.losses(), profile.sizes, self.config), profile.layer
+            if self.work.main:
+                print_plan(self.model.config, mla)
+            mla = self.converted(mla, known, calibration, held_out, processor)
+        print_losses(mla.kl or {})
+        return mla
+
+    @contextlib.contextmanager
+    def _phases(self, title: str, total: int, done: int) -> Iterator[Phases]:
+        with Phases(title, total, done, shown=self.work.main) as phases:
+            yield phases
+        self.seconds.update(phases.seconds)
+
+    def measured(self, mla: MLAConfig, calibration: Sequence[BatchFeature]) -> LayerwiseProfile:
+        """What calibration tells about all layers: up through them and down again."""
+        self.before = 2 * self.layers
+        with self._phases("measuring layers", self.before, min(self.work.done, self.before)) as phases:
+            given = (self.model, self.config, mla)
+            profile = LayerwiseProfile(*given, device=self.device, phases=phases, work=self.work)
+            with self.work.writing("what is measured"):
+                profile.run(calibration)
+        return profile
+
+    def converted(
+        self,
+        mla: MLAConfig,
+        known: Callable[[int], LayerProfile] | None,
+        calibration: Sequence[BatchFeature],
+        held_out: Sequence[BatchFeature],
+        processor: ProcessorMixin,
+    ) -> MLAConfig:
+        """Convert and write the layers that are not done, then the rest; returns `mla` with the losses."""
+        work, done = self.work, self.work.done - self.before
+        with self._phases("converting layers", self.layers, done) as phases:
+            conversion = LayerwiseConversion(
+                self.model,
+                self.config,
+                mla,
+                device=self.device,
+                phases=phases,
+                states=work.states,
+                known=known,
+            )
+            with work.writing("hidden states"):
+                conversion.begin(calibration, held_out, again=done > 0)
+            names, prefixes = shard_names(self.model), layer_prefixes(self.model)
+            for index in range(done, self.layers):
+                with work.writing(f"layer {index}"):
+                    made = conversion.layer(index)
+                    with phases.phase("writing"):
+                        work.write(names[index], _layer_tensors(self.model, prefixes[index], made.weights))
+                        work.notes["spectra"] = [*work.notes.get("spectra", []), made.spectra]
+                        work.finished_step(drop=index)
+                phases.advance()
+            mla = replace(mla, kl=conversion.kl())
+            if work.main:
+                with phases.phase("writing"), work.writing("the rest of the model"):
+                    _write_rest(self.model, processor, mla, work)
+                    found = findings(self.config, len(calibration), work.notes["spectra"])
+                    write_findings(found, work.result)
+        return mla
+
+
+def _on_disk(folder: Path, config: Any, dtype: str, device: torch.device) -> PreTrainedModel:
+    """The model, whose weights are read as they are needed."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The following device_map keys")  # of parameters
+        with reading(f"the model in {folder}"):
+            model = load(folder, dtype=dtype, device_map=disk_map(config, device))
+            check_shapes(model)
+    return model
+
+
+def _check_shares(calibration: Sequence[Any], held_out: Sequence[Any]) -> None:
+    """Raise `InputError` if a process would have no chats."""
+    if min(len(calibration), len(held_out)) < process_count():
+        raise InputError(
+            f"{len(calibration)} chats to calibrate on and {len(held_out)} held out are too few for "
+            f"{process_count()} processes; give each one of both"
+        )
+
+
+def _layer_tensors(
+    model: PreTrainedModel, prefix: str, made: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """What a shard holds: a layer's converted attention, and all else in the layer as it was."""
+    attention = prefix + "self_attn."
+    kept = [
+        name
+        for name in stored_names(model)
+        if name.startswith(prefix)
+        and (name.startswith(attention + "o_proj.") or not name.startswith(attention))
+    ]
+    return {attention + key: value for key, value in made.items()} | read_weights(model, kept)
+
+
+def _write_rest(model: PreTrainedModel, processor: ProcessorMixin, mla: MLAConfig, work: WorkFolder) -> None:
+    """What the decoder layers are not, the index of all shards, and all that is not weights."""
+    names = shard_names(model)
+    for shard, keys in zip(names[AttentionSizes.of(model.config).layers :], rest_shards(model), strict=True):
+        work.write(shard, read_weights(model, keys))
+    skeleton = empty_model(converted_config(model.config, mla))
+    _write_index(skeleton, work.result, names)
+    config = skeleton.config
+    config.architectures, config.dtype = [type(skeleton).__name__], model.dtype
+    config.save_pretrained(work.result)
+    if model.generation_config is not None:
+        model.generation_config.save_pretrained(work.result)
+    skeleton.save_remote_code(work.result)
+    write_card(config, work.result)
+    processor.save_pretrained(work.result)
+
+
+def _write_index(skeleton: Any, folder: Path, names: Sequence[str]) -> None:
+    """The index of the shards; that they are the whole model, in the right shapes, is checked."""
+    found, where, size = {}, {}, 0
+    for name in names:
+        with safe_open(folder / name, framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118 (not a dict)
+                found[key], where[key] = tuple(file.get_slice(key).get_shape()), name
+        size += (folder / name).stat().st_size
+    tied = tied_names(skeleton)
+    expected = {k: tuple(v.shape) for k, v in skeleton.state_dict().items() if k not in tied}
+    assert found == expected, sorted(found.items() ^ expected.items())[:4]
+    index = {"metadata": {"total_size": size}, "weight_map": where}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+
+
+def shard_names(model: PreTrainedModel) -> list[str]:
+    """Files of the result: one for each decoder layer, then those of the rest."""
+    count = AttentionSizes.of(model.config).layers + len(rest_shards(model))
+    return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+
+
+def rest_shards(model: PreTrainedModel) -> list[list[str]]:
+    """Names of what lies beside the decoder layers, in shards of at most `SHARD_BYTES` or one tensor."""
+    prefixes = tuple(layer_prefixes(model))
+    shards: list[list[str]] = [[]]
+    size = 0
+    state = model.state_dict()
+    for key in stored_names(model):
+        if key.startswith(prefixes):
+            continue
+        bytes_of = state[key].numel() * state[key].element_size()
+        if shards[-1] and size + bytes_of > SHARD_BYTES:
+            shards.append([])
+            size = 0
+        shards[-1].append(key)
+        size += bytes_of
+    return shards
+
+
+def _digest(batches: Sequence[BatchFeature]) -> str:
+    """What the chats are, in short."""
+    found = hashlib.sha256()
+    for batch in batches:
+        for key, value in sorted(batch.items()):
+            found.update(key.encode() + value.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()

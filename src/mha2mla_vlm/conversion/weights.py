@@ -1,0 +1,188 @@
+"""A converted model made of an original one: parameters of its attention layers, all else as it was.
+
+Shapes: H query heads, G KV heads, D head dim, P = D / 2 pairs, R rope dims kept, N = D - R,
+O = G * (N + D), r latent dims.
+"""
+
+import copy
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from mha2mla_vlm.algorithms.factorization import Factors, block_factors, metric_roots, pca_factors
+from mha2mla_vlm.algorithms.folding import fold_keys
+from mha2mla_vlm.algorithms.pair_selection import RopeSelection, split_dims
+from mha2mla_vlm.calibration.statistics import LayerStats, TokenStats
+from mha2mla_vlm.config import BLOCKS, CENTERED, OUTPUT_WEIGHTED, SHARED, MLAConfig
+from mha2mla_vlm.model.attention import MLAAttention
+from mha2mla_vlm.model.modeling import layer_prefixes, mla_classes
+from mha2mla_vlm.utils.compat import attention_name, set_attention_name
+
+logger = logging.getLogger(__name__)
+REPLACED = ("k_proj.weight", "v_proj.weight")  # of `attention.Replaced`
+
+
+def table_scale(model: PreTrainedModel) -> float:
+    """What the rotary tables multiply logits by (longer-context variants of RoPE)."""
+    return float(getattr(model.model.language_model.rotary_emb, "attention_scaling", 1.0)) ** 2
+
+
+def partial_rope_weights(
+    attention: Any, selection: RopeSelection, scale: float = 1.0
+) -> dict[str, torch.Tensor]:
+    """Parameters of `MLAAttention` for one layer: rows of q, k and v regrouped, dropped keys folded.
+
+    `scale` is `table_scale`; logits of pairs that are not rotated any more get it through the query,
+    unless a fold, fitted to logits that have it, brings it.
+    """
+    pairs = selection.pairs.to(attention.k_proj.weight.device)
+    rope, others = split_dims(pairs, attention.head_dim)
+    kv_heads, rope_dim = rope.shape
+    order = torch.cat([rope, others], dim=1)
+    weights = {"rope_pairs": selection.pairs}
+    for kind in ("weight", "bias"):
+        q, k, v = (getattr(getattr(attention, f"{x}_proj"), kind) for x in "qkv")
+        if q is not None:
+            q = q.detach().unflatten(0, (kv_heads, -1, attention.head_dim))
+            q = torch.stack([head[:, rows] for head, rows in zip(q, order, strict=True)])
+            factor = torch.ones(attention.head_dim, dtype=q.dtype, device=q.device)
+            factor[rope_dim:] = scale if selection.fold is None else 1.0
+            weights[f"q_proj.{kind}"] = (q * factor.view(-1, *[1] * (q.ndim - 3))).flatten(0, 2)
+        if k is not None:
+            k, v = (x.detach().unflatten(0, (kv_heads, attention.head_dim)) for x in (k, v))
+            weights[f"k_rope_proj.{kind}"] = torch.cat(
+                [head[rows] for head, rows in zip(k, rope, strict=True)]
+            )
+            if selection.fold is not None:
+                k = fold_keys(k, selection.fold.to(pairs.device))
+            both = [torch.cat([kh[rows], vh]) for kh, vh, rows in zip(k, v, others, strict=True)]
+            weights[f"kv_a_proj.shared.{kind}"] = torch.cat(both)
+    return weights
+
+
+def factored_weights(
+    whole: dict[str, torch.Tensor], factors: Mapping[str, Factors]
+) -> dict[str, torch.Tensor]:
+    """Parameters of one layer with factors by modality, from those after partial RoPE; without `o_proj`,
+    which stays.
+    """
+    source, bias = whole["kv_a_proj.shared.weight"], whole.get("kv_a_proj.shared.bias")
+    made = {k: v for k, v in whole.items() if not k.startswith(("kv_a_proj.", "o_proj."))}
+    for modality, factor in factors.items():
+        made[f"kv_a_proj.{modality}.weight"] = factor.down.to(source.dtype)
+        made[f"kv_b_proj.{modality}.weight"] = factor.up.to(source.dtype)
+        found = [x.to(source.dtype) for x in (factor.shift, bias) if x is not None]
+        if found:
+            made[f"kv_b_proj.{modality}.bias"] = sum(found[1:], start=found[0].clone())
+    return made
+
+
+def layer_factors(
+    whole: dict[str, torch.Tensor],
+    stats: LayerStats,
+    mla: MLAConfig,
+    layer: int,
+    head_dim: int,
+    *,
+    warn: bool = True,
+) -> dict[str, Factors]:
+    """Factors of one layer's keys and values by modality, from its parameters after partial RoPE.
+
+    A modality with fewer calibration tokens than input dims has no moment of full rank of its own:
+    it gets the pooled one, with a warning unless told not to `warn`.
+    """
+    _, others = split_dims(whole["rope_pairs"], head_dim)
+    weight = whole["kv_a_proj.shared.weight"]  # [O, hidden], of them N key dims a head `others`
+    rank, method = cast(int, mla.layer(layer)[1]), cast(str, mla.factorization)
+    if method in BLOCKS:
+        per_head = len(weight) // len(others)
+        is_key = torch.arange(len(weight), device=weight.device) % per_head < others.shape[1]
+        return {"shared": block_factors(weight, is_key, rank, method)}
+    if mla.modalities == SHARED:
+        unseen = torch.eye(weight.shape[1], device=weight.device)
+        moment = unseen if method == "weight-svd" else stats.pooled().moment
+        return {"shared": pca_factors(weight, moment, rank)}
+    factors = {}
+    for modality in mla.modalities:
+        tokens = stats.tokens.get(modality)
+        count, hidden = 0 if tokens is None else tokens.count, weight.shape[1]
+        if tokens is None or count < hidden:
+            logger.log(
+                logging.WARNING if warn else logging.DEBUG,
+                "layer %d: %d %s tokens in calibration for %d input dims; using the statistics of all tokens",
+                layer, count, modality, hidden,
+            )  # fmt: skip
+            tokens = stats.pooled()
+        factors[modality] = _token_factors(weight, others, tokens, rank, method)
+    return factors
+
+
+def _token_factors(
+    weight: torch.Tensor, others: torch.Tensor, tokens: TokenStats, rank: int, method: str
+) -> Factors:
+    """Factors of `weight [O, hidden]` for the tokens of one modality."""
+    weighted = method in OUTPUT_WEIGHTED
+    roots = metric_roots(cast(torch.Tensor, tokens.metric), others) if weighted else []
+    if method not in CENTERED:
+        return pca_factors(weight, tokens.moment, rank, roots)
+    factors = pca_factors(weight, tokens.centered().moment, rank, roots)
+    mean = tokens.total / tokens.mass
+    return replace(factors, mean=(mean, weight.double() @ mean))
+
+
+def partial_layer(
+    source: nn.Module, selection: RopeSelection, mla: MLAConfig, layer: int, scale: float
+) -> MLAAttention:
+    """One layer's attention with partial RoPE alone; `scale` is `table_scale`."""
+    mla = replace(mla, kv_lora_rank=None, kv_bias=False, modalities=SHARED)
+    return converted_layer(source, partial_rope_weights(source, selection, scale), mla, layer)
+
+
+def converted_layer(
+    source: nn.Module, weights: dict[str, torch.Tensor], mla: MLAConfig, layer: int
+) -> MLAAttention:
+    """One layer's converted attention alone, in the place of `source`."""
+    rope_dim, rank = mla.layer(layer)
+    module = MLAAttention(
+        source, rope_dim=rope_dim, rank=rank, modalities=mla.modalities, kv_bias=mla.kv_bias
+    )
+    missing, unexpected = module.load_state_dict(weights, strict=False, assign=True)
+    assert not unexpected, unexpected
+    assert all(key.startswith(("o_proj.", *REPLACED)) for key in missing), missing
+    return module.eval()
+
+
+def converted_config(config: Any, mla: MLAConfig) -> Any:
+    """Config of the converted model, from that of an original or a converted one."""
+    config_class = mla_classes(config.model_type)[0]
+    values = config.to_dict() | {"model_type": config_class.model_type, "mla": mla.to_dict()}
+    made = config_class(**values)
+    set_attention_name(made, attention_name(config))
+    return made
+
+
+def rebuild(
+    model: PreTrainedModel, mla: MLAConfig, weights: Sequence[dict[str, torch.Tensor]]
+) -> PreTrainedModel:
+    """A converted model with `weights` in its attention layers and copies of all else in `model`."""
+    config = converted_config(model.config, mla)
+    prefixes = [prefix + "self_attn." for prefix in layer_prefixes(model)]
+    replaced = tuple(prefixes)
+    kept = tuple(prefix + "o_proj." for prefix in prefixes)
+    state = {
+        key: value.clone()
+        for key, value in model.state_dict().items()
+        if key.startswith(kept) or not key.startswith(replaced)
+    }
+    for prefix, made in zip(prefixes, weights, strict=True):
+        state |= {prefix + key: torch.zeros(1) for key in REPLACED}
+        state |= {prefix + key: value for key, value in made.items()}
+    model_class = mla_classes(model.config.model_type)[1]
+    made_model = model_class.from_pretrained(None, config=config, state_dict=state, dtype=model.dtype)
+    made_model.generation_config = copy.deepcopy(model.generation_config)
+    return made_model.to(model.device).eval()

@@ -1,0 +1,1 @@
+"""Chats: what a record is, and where records come from."""

@@ -1,0 +1,1 @@
+"""Converted models: attention over latents, its cache and kernels, classes, checkpoints."""

@@ -1,0 +1,309 @@
+"""Multi-head latent attention over partial RoPE, with factors per modality.
+
+Shapes: B batch, T new tokens, S all tokens, H query heads, G KV heads, M = H / G query heads per KV
+head, D head dim, R rope dims kept per head, N = D - R, r latent dims (`kv_lora_rank`).
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+from transformers import Cache
+
+from mha2mla_vlm.config import SHARED
+from mha2mla_vlm.errors import InputError
+from mha2mla_vlm.model.absorbed import (
+    Piece,
+    Up,
+    absorb,
+    attend,
+    attend_pieces,
+    dense_mask,
+    expand,
+)
+from mha2mla_vlm.model.cache.latent import Pieces, filled_length
+from mha2mla_vlm.model.chunked import attend_chunks
+from mha2mla_vlm.model.kernels import DecodeBackend, find_kernel
+from mha2mla_vlm.model.modality import Kind, Run, TokenModality
+from mha2mla_vlm.model.rope import one_table, rotate
+from mha2mla_vlm.utils.compat import (
+    attention_backend,
+    is_plain,
+    pop_cache,
+    record_attentions,
+    records_attentions,
+)
+
+EXPAND_CHUNK = 1024  # cached tokens expanded at a time when many new ones meet four times as many
+
+
+class Replaced(nn.Module):
+    """Where the original's `k_proj` or `v_proj` was, so that what is meant for it fails instead of vanishing.
+
+    transformers makes up weights where a family's own class finds none in a converted folder, but refuses
+    those of another shape; peft leaves out an adapter's modules that are not there, but refuses those that
+    are not layers it knows.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.zeros(1, device=device))
+
+
+class MLAAttention(nn.Module):
+    """Takes the place of a decoder layer's `self_attn`; caches `G * R + r` numbers a token.
+
+    `source` is the attention module that it replaces, original or converted; it gives sizes and biases,
+    and its `o_proj` is kept. `rank` None leaves keys and values unfactorised: `kv_a_proj` then computes
+    them and `kv_b_proj` is the identity. With `kv_bias` the up projections have a bias in any case.
+
+    Two paths give the same result. The expanded one builds keys and values of all tokens from their
+    latents and calls the model's attention backend. The absorbed one moves the up projections to
+    the queries and outputs and attends over the latents themselves.
+    """
+
+    def __init__(
+        self,
+        source: nn.Module,
+        *,
+        rope_dim: int,
+        rank: int | None,
+        modalities: tuple[str, ...],
+        kv_bias: bool = False,
+    ) -> None:
+        super().__init__()
+        self.config = source.config
+        self.layer_idx = source.layer_idx
+        self.head_dim, self.rope_dim, self.nope_dim = source.head_dim, rope_dim, source.head_dim - rope_dim
+        self.heads, self.kv_heads = self.config.num_attention_heads, self.config.num_key_value_heads
+        self.num_key_value_groups = self.heads // self.kv_heads  # the name attention backends look for
+        self.scaling = source.scaling
+        self.attention_dropout = source.attention_dropout
+        self.is_causal = True
+        self.modalities = modalities
+        self.expand_chunk = EXPAND_CHUNK
+        self.decode_backend: DecodeBackend = "auto"
+        # the rule below which absorbed arithmetic is less: T * 2 * H * r against r * G * (N + D)
+        self.absorb_limit = self.kv_heads * (self.nope_dim + self.head_dim) // (2 * self.heads)
+        hidden, outputs = source.q_proj.in_features, self.kv_heads * (self.nope_dim + self.head_dim)
+        keys: Any = source.get_submodule("k_rope_proj" if isinstance(source, MLAAttention) else "k_proj")
+        bias = keys.bias is not None
+        new: dict[str, Any] = {"device": source.q_proj.weight.device, "dtype": source.q_proj.weight.dtype}
+        self.q_proj = nn.Linear(
+            hidden, self.heads * self.head_dim, bias=source.q_proj.bias is not None, **new
+        )
+        self.k_rope_proj = nn.Linear(hidden, self.kv_heads * rope_dim, bias=bias, **new)
+        self.kv_a_proj = nn.ModuleDict(
+            {m: nn.Linear(hidden, rank or outputs, bias=bias and rank is None, **new) for m in modalities}
+        )
+        self.kv_b_proj = nn.ModuleDict(
+            {
+                m: nn.Linear(rank, outputs, bias=bias or kv_bias, **new) if rank else nn.Identity()
+                for m in modalities
+            }
+        )
+        self.o_proj = source.o_proj
+        self.k_proj, self.v_proj = Replaced(new["device"]), Replaced(new["device"])
+        pairs = torch.empty(self.kv_heads, rope_dim // 2, dtype=torch.long, device=new["device"])
+        self.register_buffer("rope_pairs", pairs)
+        self.reset_buffers()
+
+    def reset_buffers(self, keep: Callable[[torch.Tensor], bool] = lambda _: False) -> None:
+        """Fill the buffers as without a checkpoint, the first pairs rotated, but those to `keep`."""
+        if not keep(self.rope_pairs):
+            self.rope_pairs.copy_(torch.arange(self.rope_dim // 2))
+        for module in (self.k_proj, self.v_proj):
+            if not keep(module.weight):
+                module.weight.zero_()
+
+    def check_pairs(self) -> None:
+        """Raise `InputError` unless `rope_pairs` are different pairs of each KV head."""
+        pairs = self.rope_pairs
+        if pairs.is_meta:
+            return
+        inside = not pairs.is_floating_point() and bool(((pairs >= 0) & (pairs < self.head_dim // 2)).all())
+        if not inside or any(len(set(head)) < len(head) for head in pairs.tolist()):
+            raise InputError(
+                f"layer {self.layer_idx}: rope_pairs {pairs.tolist()} are not different whole numbers from 0 "
+                f"to {self.head_dim // 2 - 1}; the checkpoint is broken, convert the model again"
+            )
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None = None,
+        token_modality: TokenModality | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Attend from `hidden_states [B, T, hidden]`; `token_modality` covers cached and new tokens.
+
+        `cache` (before transformers 5.24 `past_key_values`) is among the keyword arguments.
+        """
+        batch, new, _ = hidden_states.shape
+        cache: Cache | None = pop_cache(kwargs)
+        cos, sin = (self._pair_columns(table) for table in position_embeddings)
+        q_rope, q_nope = self._queries(hidden_states, cos, sin)
+        k_rope = (
+            self.k_rope_proj(hidden_states).view(batch, new, self.kv_heads, self.rope_dim).transpose(1, 2)
+        )
+        k_rope = rotate(k_rope, cos, sin)
+        latent = self._down(hidden_states, token_modality)[:, None]
+        filled = None
+        if cache is not None:
+            latent, k_rope = cache.update(latent, k_rope, self.layer_idx)
+            filled = filled_length(cache, self.layer_idx)
+        stored = latent if isinstance(latent, Pieces) else (latent[:, 0], k_rope)
+        output, weights = self._over(stored, q_rope, q_nope, token_modality, attention_mask, filled, **kwargs)
+        record_attentions(weights)
+        return self.o_proj(output.reshape(batch, new, -1)), weights
+
+    def _over(
+        self,
+        stored: Piece | Pieces,
+        q_rope: torch.Tensor,
+        q_nope: torch.Tensor,
+        modality: TokenModality | None,
+        mask: Any,
+        filled: torch.Tensor | None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Attention over cached and new tokens by the path that suits; `[B, T, H, D]`."""
+        new = q_rope.shape[2]
+        total = stored.length if isinstance(stored, Pieces) else stored[0].shape[1]
+        cached = total > new and not self.training and (mask is None or isinstance(mask, torch.Tensor))
+        cached = cached and not records_attentions()  # whose weights are the backend's
+        if cached and self._can_absorb(new):
+            dense = dense_mask(mask, new, total, q_rope.device, filled)
+            return self.attend_absorbed(stored, q_rope, q_nope, modality, dense, filled), None
+        queries = torch.cat([q_rope, q_nope], dim=-1)
+        if cached and total > 4 * self.expand_chunk:
+            dense = dense_mask(mask, new, total, q_rope.device, filled)
+            chunks = self._expanded_chunks(stored, modality)
+            return attend_chunks(queries, chunks, dense, self.scaling), None
+        latent, k_rope = stored.whole() if isinstance(stored, Pieces) else stored
+        keys, values = self._expand(latent, k_rope, modality)
+        if isinstance(mask, torch.Tensor):  # a static cache has masks of its whole length
+            mask = mask[..., :total]
+        return self._attend(queries, keys, values, mask, **kwargs)
+
+    def _pair_columns(self, table: torch.Tensor) -> torch.Tensor:
+        """Columns of the kept pairs of `[B, T, D]`, per KV head: `[B, G, T, R/2]`."""
+        return one_table(table, self.config)[..., self.rope_pairs].transpose(1, 2)
+
+    def _queries(
+        self, hidden_states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rotated and other query parts, `[B, H, T, R]` and `[B, H, T, N]`."""
+        batch, new, _ = hidden_states.shape
+        groups = (self.kv_heads, self.num_key_value_groups)
+        queries = self.q_proj(hidden_states).view(batch, new, *groups, self.head_dim).permute(0, 2, 3, 1, 4)
+        rope, nope = queries.split([self.rope_dim, self.nope_dim], dim=-1)
+        rope = rotate(rope, cos[:, :, None], sin[:, :, None])
+        return rope.flatten(1, 2), nope.flatten(1, 2)
+
+    def _down(self, hidden_states: torch.Tensor, modality: TokenModality | None) -> torch.Tensor:
+        """Latents of the new tokens, `[B, T, r]`."""
+        new = hidden_states.shape[1]
+        latest = None if modality is None else modality.new or modality
+        return self._by_modality(self.kv_a_proj, hidden_states, latest, 0, new)
+
+    def _by_modality(
+        self,
+        projections: nn.ModuleDict,
+        x: torch.Tensor,
+        modality: TokenModality | None,
+        start: int,
+        stop: int,
+    ) -> torch.Tensor:
+        """Project `x`, the tokens `start` to `stop`, each with the projection of its modality."""
+        if self.modalities == SHARED:
+            return projections["shared"](x)
+        tokens = self._known(modality).part(start, stop)
+        parts = []
+        for a, b, kind in tokens.runs:
+            piece = x[:, a:b]
+            if kind == Kind.MIXED:
+                visual = tokens.mask[:, a:b, None].to(x.device)
+                parts.append(torch.where(visual, projections["vision"](piece), projections["text"](piece)))
+            else:
+                parts.append(projections["vision" if kind == Kind.VISION else "text"](piece))
+        if self.training:  # processes must agree on the parameters that have a gradient
+            parts += [projections[name](x[:, :0]) for name in self.modalities]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+    def _known(self, modality: TokenModality | None) -> TokenModality:
+        if modality is None:
+            raise ValueError("token_modality is missing; call the whole converted model, which computes it")
+        return modality
+
+    def _expand(
+        self, latent: torch.Tensor, k_rope: torch.Tensor, modality: TokenModality | None, start: int = 0
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values `[B, G, S, D]` of latents `[B, S, r]`, tokens `start` onwards."""
+        batch, total, _ = latent.shape
+        both = self._by_modality(self.kv_b_proj, latent, modality, start, start + total)
+        both = both.view(batch, total, self.kv_heads, -1).transpose(1, 2)
+        k_nope, values = both.split([self.nope_dim, self.head_dim], dim=-1)
+        return torch.cat([k_rope, k_nope], dim=-1), values
+
+    def _attend(
+        self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The attention backend that the model is set to; returns `[B, T, H, D]`."""
+        backend: Callable[..., tuple[torch.Tensor, torch.Tensor | None]] = attention_backend(self.config)
+        dropout = self.attention_dropout if self.training else 0.0
+        return backend(self, queries, keys, values, mask, dropout=dropout, scaling=self.scaling, **kwargs)
+
+    def _can_absorb(self, new: int) -> bool:
+        return new <= self.absorb_limit and all(is_plain(up) for up in self.kv_b_proj.values())
+
+    def _ups(self) -> tuple[Up, ...]:
+        """The up projection of each modality; gathering shards needs all, in order, in every process."""
+        ups = (self.kv_b_proj[name] for name in self.modalities)
+        return tuple(Up(_whole(up.weight), _whole(up.bias), self.kv_heads, self.nope_dim) for up in ups)
+
+    def attend_absorbed(
+        self,
+        stored: Piece | Pieces,
+        q_rope: torch.Tensor,
+        q_nope: torch.Tensor,
+        modality: TokenModality | None,
+        mask: torch.Tensor | None,
+        filled: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Attention over latents of rotated and other query parts `[B, H, T, R / N]`; `[B, T, H, D]`."""
+        ups = self._ups()
+        total = stored.length if isinstance(stored, Pieces) else stored[0].shape[1]
+        runs: tuple[Run, ...] = (Run(0, total, Kind.TEXT),)
+        visual = None
+        if self.modalities != SHARED:
+            known = self._known(modality)
+            runs, visual = known.runs, known.mask.to(q_rope.device)
+        kernel = find_kernel(self.decode_backend, q_rope, q_nope, ups, stored, mask)
+        if kernel is not None:
+            return kernel(q_rope, q_nope, ups, self.scaling, stored, visual, mask, filled)
+        queries = absorb(q_rope, q_nope, ups, self.scaling)
+        if isinstance(stored, Pieces):
+            sums = attend_pieces(queries, stored, runs, visual, mask)
+        else:
+            sums = attend(queries, stored, runs, visual, mask)
+        return expand(sums, ups, q_rope.shape[2])
+
+    def _expanded_chunks(
+        self, stored: Piece | Pieces, modality: TokenModality | None
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Keys and values of stored tokens, chunk by chunk."""
+        start = 0
+        for latent, k_rope in stored if isinstance(stored, Pieces) else (stored,):
+            for a in range(0, latent.shape[1], self.expand_chunk):
+                b = a + self.expand_chunk
+                yield self._expand(latent[:, a:b], k_rope[:, :, a:b], modality, start + a)
+            start += latent.shape[1]
+
+
+def _whole(parameter: Any) -> Any:
+    """A parameter that is read beside its module's `forward`: FSDP gathers it there alone."""
+    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter

@@ -1,0 +1,135 @@
+"""Folders of models: strict load, and a write that is whole or not there."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    PreTrainedConfig,
+    PreTrainedModel,
+    ProcessorMixin,
+)
+
+from mha2mla_vlm.errors import InputError, reading, shown_path
+from mha2mla_vlm.model.card import write_card
+from mha2mla_vlm.model.files import check_files, check_weights
+from mha2mla_vlm.model.modeling import loading_errors, register
+from mha2mla_vlm.model.shipped import ZOO_PREFIX, zoo_path
+from mha2mla_vlm.model.soundness import check_config, check_stored
+from mha2mla_vlm.utils.folders import new_folder
+from mha2mla_vlm.utils.remote import HUB_ERRORS, away_from, why
+
+FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model")  # of a model, for which none is code
+
+
+def resolve(name: str | Path) -> str:
+    """The folder or hub id that a model's name stands for; `zoo:NAME` is a shipped model."""
+    text = str(name)
+    return str(zoo_path(text)) if text.startswith(ZOO_PREFIX) else text
+
+
+def load_config(name: str | Path, **kwargs: Any) -> PreTrainedConfig:
+    """Config of an original or a converted model; raises `InputError` if it is not a sound one of a
+    supported family. Keyword arguments go to `from_pretrained`.
+    """
+    register()
+    source = resolve(name)
+    folder = Path(source)
+    if folder.is_dir():
+        check_files(folder)
+        if not (folder / "config.json").exists():
+            raise InputError(f"{source} holds no config.json; give the folder of a model")
+    away = away_from(source)
+    options = _cached(away) | {"trust_remote_code": False} | kwargs
+    with reading(f"a model config from {shown_path(source)}", partial(why, away=away)):
+        check_stored(PreTrainedConfig.get_config_dict(source, **options)[0])
+        config = AutoConfig.from_pretrained(source, **options)
+        check_config(config)
+    return config
+
+
+def load(name: str | Path, **kwargs: Any) -> PreTrainedModel:
+    """Load an original or a converted model from a folder, a hub id or `zoo:NAME`.
+
+    Keyword arguments go to `from_pretrained`; `dtype` is by default the one stored. Raises
+    `InputError` for an unsupported family, and for weights that are broken, missing or misshaped.
+    """
+    hub = ("token", "revision", "cache_dir", "local_files_only", "force_download", "subfolder")
+    config = load_config(name, **{key: kwargs[key] for key in hub if key in kwargs})
+    source = resolve(name)
+    away = away_from(source)
+    options = _cached(away) | {"dtype": "auto", "trust_remote_code": False} | kwargs
+    options["output_loading_info"] = True
+    folder, converted = Path(source), getattr(config, "mla", None) is not None
+    if not converted:
+        options["ignore_mismatched_sizes"] = True  # refused below, by name, as converted models do themselves
+    stored = converted or any(folder.glob("*.safetensors*"))
+    if folder.is_dir() and stored and getattr(config, "quantization_config", None) is None:
+        check_weights(folder)
+    with reading(f"the weights of {shown_path(source)}", partial(why, away=away)):
+        model, info = AutoModelForImageTextToText.from_pretrained(source, **options)
+    if found := loading_errors(info):
+        raise InputError(f"the weights of {shown_path(source)} are not those of the config: {found}")
+    return model.eval()
+
+
+def _cached(away: str | None) -> dict[str, Any]:
+    """The option to read what is in the cache alone, if the hub cannot be reached."""
+    return {} if away is None else {"local_files_only": True}
+
+
+def local_folder(name: str | Path) -> Path:
+    """The folder of a model that is local, from the zoo, or of the hub, downloaded if it is not there."""
+    source = Path(resolve(name))
+    if source.is_dir():
+        return source
+    away = away_from(str(name))
+    try:
+        return Path(snapshot_download(str(name), allow_patterns=list(FILES), **_cached(away)))
+    except (*HUB_ERRORS, ValueError, HFValidationError) as error:
+        reason = why(error, away)
+        raise InputError(f"{name!r} is no folder, and cannot be downloaded: {reason}") from None
+
+
+def pick_device(name: str) -> torch.device:
+    """A device by its name, `auto` for a GPU if there is one; raises `InputError` if it is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        if device.type == "meta" or (device.type == "cpu" and device.index):
+            raise RuntimeError("nothing is computed there")
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise InputError(
+            f"device {name!r} is not available here; give auto, cpu, cuda or cuda:INDEX"
+        ) from None
+    return device
+
+
+def load_processor(name: str | Path) -> ProcessorMixin:
+    """Load the processor that belongs to a model; its padding is on the left, for generation."""
+    register()
+    source = resolve(name)
+    away = away_from(source)
+    with reading(f"the processor of {shown_path(source)}", partial(why, away=away)):
+        processor = AutoProcessor.from_pretrained(source, trust_remote_code=False, **_cached(away))
+        processor.tokenizer.padding_side = "left"
+    return processor
+
+
+def save(model: PreTrainedModel, processor: ProcessorMixin | None, output: str | Path) -> Path:
+    """Write a model and, if there is one, its processor as one transformers folder, whole or not at all."""
+    with new_folder(output) as folder:
+        model.save_pretrained(folder)
+        if getattr(model.config, "mla", None) is not None:
+            write_card(model.config, folder)
+        if processor is not None:
+            processor.save_pretrained(folder)
+    return Path(output)

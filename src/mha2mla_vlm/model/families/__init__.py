@@ -1,0 +1,22 @@
+"""Registry of the supported families, by `config.model_type`."""
+
+from typing import Any
+
+from mha2mla_vlm.errors import InputError, shown
+from mha2mla_vlm.model.families import llava, llava_next, qwen2_5_vl
+from mha2mla_vlm.model.families.base import Family
+
+FAMILIES: dict[str, Family] = {
+    family.model_type: family for family in (qwen2_5_vl.FAMILY, llava_next.FAMILY, llava.FAMILY)
+}
+
+
+def get_family(model_type: Any) -> Family:
+    """The family of an original or a converted model, by its `model_type`.
+
+    Raises `InputError` with the list of supported families for any other.
+    """
+    family = FAMILIES.get(model_type.removesuffix("_mla")) if isinstance(model_type, str) else None
+    if family is None:
+        raise InputError(f"model_type {shown(model_type)} is not supported; supported: {', '.join(FAMILIES)}")
+    return family

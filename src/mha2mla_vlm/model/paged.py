@@ -1,0 +1,108 @@
+"""Attention over latents that lie in pages. Pure functions over tensors.
+
+Shapes: n requests, T new tokens of one, S all its tokens, C = r + G * R numbers of a row, H query heads, G KV
+heads, M = H / G, D head dim, R rope dims, r latent dims; of a query's D numbers the first R are rotated.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch.nn import functional
+
+from mha2mla_vlm.model.absorbed import Up, absorb, attend, expand
+from mha2mla_vlm.model.cache.pages import Paged, as_piece
+from mha2mla_vlm.model.kernels import find_kernel
+from mha2mla_vlm.model.modality import Kind, Run
+from mha2mla_vlm.utils.compat import flash_with_mass
+
+CHUNK = 8192  # earlier tokens whose keys and values are made at a time
+
+
+def decode(
+    query: torch.Tensor, stored: Paged, visual: torch.Tensor | None, ups: Sequence[Up], scaling: float
+) -> torch.Tensor:
+    """Attention of one new token of each request, `query [n, H, D]`, over its tokens; `[n, H, D]`.
+
+    `visual [n, P * N]` is their modality (`Paged.visual`), None for one modality.
+    """
+    q_rope, q_nope = _parts(query[:, :, None], ups)
+    kernel = find_kernel("auto", q_rope, q_nope, ups, stored, None)
+    if kernel is not None:
+        return kernel(q_rope, q_nope, ups, scaling, stored, visual, None)[:, 0]
+    seen = torch.arange(stored.room, device=query.device) < stored.lengths[:, None]
+    return _absorbed(query[:, :, None], stored.rows(), visual, seen[:, None, None], ups, scaling)[:, 0]
+
+
+def prefill(
+    query: torch.Tensor, rows: torch.Tensor, visual: torch.Tensor | None, ups: Sequence[Up], scaling: float
+) -> torch.Tensor:
+    """Causal attention of a request's last tokens, `query [T, H, D]`, over all its rows; `[T, H, D]`.
+
+    `visual [S]` is the modality of the `rows [S, C]`, None for one modality.
+    """
+    (new, heads, head_dim), past = query.shape, len(rows) - len(query)
+    queries = query.transpose(0, 1)[None]
+    if past and new * 2 * heads <= ups[0].kv_heads * (ups[0].nope_dim + head_dim):  # absorbing is less work
+        causal = torch.ones(new, len(rows), dtype=torch.bool, device=rows.device).tril(past)
+        which = None if visual is None else visual[None]
+        return _absorbed(queries, rows[None], which, causal[None, None], ups, scaling)[0]
+    keys, values = keys_and_values(rows, visual, ups, past, len(rows))
+    if not past:
+        output = functional.scaled_dot_product_attention(
+            queries, keys, values, is_causal=True, scale=scaling, enable_gqa=True
+        )
+        return output[0].transpose(0, 1)
+    keys, values = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (keys, values))
+    output, lse = flash_with_mass(queries, keys, values, scaling, causal=True)
+    folded = queries.reshape(1, ups[0].kv_heads, -1, head_dim)  # all see all that is past: heads share keys
+    for start in range(0, past, CHUNK):
+        keys, values = keys_and_values(rows, visual, ups, start, min(start + CHUNK, past))
+        part, part_lse = flash_with_mass(folded, keys, values, scaling, causal=False)
+        output, lse = _merged(output, lse, part.reshape(output.shape), part_lse.reshape(lse.shape))
+    return output[0].transpose(0, 1).to(query.dtype)
+
+
+def keys_and_values(
+    rows: torch.Tensor, visual: torch.Tensor | None, ups: Sequence[Up], start: int, stop: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values `[1, G, n, D]` of the n tokens from `start` to `stop` of `rows [S, C]`."""
+    (latent,), k_rope = as_piece(rows[None, start:stop], ups[0].weight.shape[-1], ups[0].kv_heads)
+    made = [functional.linear(latent, up.weight, up.bias) for up in ups]
+    both = made[0] if visual is None else torch.where(visual[start:stop, None], made[1], made[0])
+    both = both.view(1, len(latent), ups[0].kv_heads, -1).transpose(1, 2)
+    k_nope, values = both.tensor_split([ups[0].nope_dim], dim=-1)
+    return torch.cat([k_rope, k_nope], dim=-1), values
+
+
+def _merged(
+    output: torch.Tensor, lse: torch.Tensor, part: torch.Tensor, part_lse: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention over two sets of tokens together, from that over each."""
+    both = torch.logaddexp(lse, part_lse)
+    first, second = ((x - both).exp()[..., None] for x in (lse, part_lse))
+    return output * first + part * second, both
+
+
+def _parts(queries: torch.Tensor, ups: Sequence[Up]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotated and other numbers of queries `[.., D]`."""
+    rope, nope = queries.tensor_split([queries.shape[-1] - ups[0].nope_dim], dim=-1)
+    return rope, nope
+
+
+def _absorbed(
+    queries: torch.Tensor,
+    rows: torch.Tensor,
+    visual: torch.Tensor | None,
+    mask: torch.Tensor,
+    ups: Sequence[Up],
+    scaling: float,
+) -> torch.Tensor:
+    """Attention of `queries [n, H, T, D]` over `rows [n, S, C]`; `[n, T, H, D]`."""
+    q_rope, q_nope = _parts(queries, ups)
+    piece = as_piece(rows, ups[0].weight.shape[-1], ups[0].kv_heads)
+    kernel = find_kernel("auto", q_rope, q_nope, ups, piece, mask)
+    if kernel is not None:
+        return kernel(q_rope, q_nope, ups, scaling, piece, visual, mask)
+    runs = (Run(0, rows.shape[1], Kind.TEXT if visual is None else Kind.MIXED),)
+    sums = attend(absorb(q_rope, q_nope, ups, scaling), piece, runs, visual, mask)
+    return expand(sums, ups, queries.shape[2])

@@ -1,0 +1,109 @@
+"""What the config of a model must say before anything is computed by it."""
+
+import math
+from typing import Any
+
+import torch
+
+from mha2mla_vlm.config import AttentionSizes, MLAConfig
+from mha2mla_vlm.errors import InputError, shown
+from mha2mla_vlm.model.families import get_family
+
+_LARGEST = 2**31
+_COUNTS = (  # of whichever towers have them
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_heads",
+    "num_key_value_heads", "head_dim", "depth", "image_size", "patch_size", "num_channels",
+)  # fmt: skip
+
+
+def check_stored(values: dict[str, Any]) -> None:
+    """Raise `InputError` for what a `config.json` says that no class of a config may be made of."""
+    get_family(values.get("model_type"))
+    for place in ("text_config", "vision_config"):
+        part = values.get(place, {})
+        if not isinstance(part, dict):
+            raise InputError(f"{place} = {shown(part)}: give a mapping")
+        _check_counts(place, part)
+        _check_quantization(part)
+    _check_counts("config", values)
+    _check_quantization(values)
+
+
+def check_config(config: Any) -> None:
+    """Raise `InputError`, naming the key, for a config that no sound model of a supported family has."""
+    family = get_family(config.model_type)
+    text = config.get_text_config(decoder=True)
+    sizes = AttentionSizes.of(config)
+    if not _is_count(sizes.kv_heads) or sizes.heads % sizes.kv_heads:
+        raise InputError(
+            f"num_key_value_heads = {shown(sizes.kv_heads)}: give a number that divides num_attention_heads, "
+            f"{sizes.heads}"
+        )
+    if not _is_count(sizes.head_dim) or sizes.head_dim % 2:
+        raise InputError(f"head_dim = {shown(sizes.head_dim)}: give an even number above 0")
+    _check_rope(text)
+    dtype = config.dtype
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise InputError(f"dtype = {shown(dtype)}: give float32, bfloat16 or float16")
+    _check_visual_tokens(family.visual_tokens, config, text.vocab_size)
+    _check_feature_layers(config)
+    _check_mla(config, sizes)
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 < value < _LARGEST
+
+
+def _check_quantization(values: dict[str, Any]) -> None:
+    found = values.get("quantization_config", {})
+    if not isinstance(found, dict):
+        raise InputError(f"quantization_config = {shown(found)}: give a mapping")
+
+
+def _check_counts(place: str, values: dict[str, Any]) -> None:
+    for name in _COUNTS:
+        value = values.get(name, 1)
+        numbers = value if isinstance(value, (list, tuple)) else [value]
+        if not all(map(_is_count, numbers)):
+            raise InputError(f"{place}: {name} = {shown(value)}: give a whole number above 0")
+
+
+def _check_rope(text: Any) -> None:
+    rope: Any = getattr(text, "rope_parameters", None)
+    theta: Any = rope.get("rope_theta") if isinstance(rope, dict) else None
+    if type(theta) not in (int, float) or not 0 < theta < math.inf:
+        raise InputError(f"rope_parameters = {shown(rope)}: give a mapping with rope_theta, above 0")
+    if rope.get("partial_rotary_factor", 1) != 1:
+        raise InputError(
+            f"partial_rotary_factor = {shown(rope['partial_rotary_factor'])} is not supported; supported is "
+            "RoPE over the whole head"
+        )
+
+
+def _check_visual_tokens(names: tuple[str, ...], config: Any, vocabulary: int) -> None:
+    for name in names:
+        value = getattr(config, name, None)
+        if value is not None and not (type(value) is int and 0 <= value < vocabulary):
+            raise InputError(
+                f"{name} = {shown(value)}: give the id of a token, below the vocabulary's {vocabulary}"
+            )
+
+
+def _check_feature_layers(config: Any) -> None:
+    value = getattr(config, "vision_feature_layer", None)
+    layers = getattr(config.vision_config, "num_hidden_layers", 0)
+    for layer in value if isinstance(value, list) else [value]:
+        if value is not None and not (type(layer) is int and -layers <= layer <= layers):
+            raise InputError(f"vision_feature_layer = {shown(value)}: the vision model has {layers} layers")
+
+
+def _check_mla(config: Any, sizes: AttentionSizes) -> None:
+    given, is_converted = getattr(config, "mla", None), config.model_type.endswith("_mla")
+    if is_converted and given is None:
+        raise InputError("the config has no `mla`; make one by converting a model")
+    if given is not None and not is_converted:
+        raise InputError(f"`mla` in the config of a {config.model_type}; its model_type was changed")
+    if given is not None and not isinstance(given, dict):
+        raise InputError(f"mla = {shown(given)}: give a mapping")
+    if given is not None:
+        MLAConfig.from_dict(given).check(sizes)
