@@ -206,7 +206,11 @@ class MLAInnerMixin(MLACheckpoint):
                 "inputs_embeds alone do not say which tokens are visual; give mm_token_type_ids [B, T] too"
             )
         # what is not filled in yet, and the marks around it, has the embeddings of its ids
-        marks = self.get_input_embeddings()(torch.tensor(self.visual_token_ids, device=embeds.device))
+        table = self.get_input_embeddings()
+        ids = [
+            token for token in self.visual_token_ids if token < table.num_embeddings
+        ]  # defaults may be more
+        marks = table(torch.tensor(ids, device=embeds.device))
         visual = torch.stack([(embeds == mark).all(-1) for mark in marks]).any(0)
         return visual if types is None else visual | (types[:, -embeds.shape[1] :] > 0)
 
