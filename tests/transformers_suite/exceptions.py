@@ -9,10 +9,6 @@ EXCEPTIONS: dict[str, dict[str, str]] = {
         "test_generate_compilation_all_outputs": "a prompt's attention weights are of its own tokens; the "
         "original's are of the static cache's empty places, too",
     },
-    "qwen2_5_vl": {
-        "test_generate_from_random_inputs_embeds": "gives inputs_embeds alone; text and vision factors need "
-        "to know which tokens are visual",
-    },
     "llava": {"test_base_model_prefix_loads_base_weights": _STRICT},  # its head is not tied
     "llava_next": {"test_base_model_prefix_loads_base_weights": _STRICT},
 }
