@@ -39,7 +39,8 @@ def test_a_huge_number(command, option, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
     code, out, err = run_command(monkeypatch, capsys, *command, option, HUGE)
     assert (code, out) == (2, "")
-    assert f"Invalid value for '{option}': {HUGE} is not in the range" in " ".join(err.split())
+    assert f"Invalid value for '{option}'" in err
+    assert "Traceback" not in err
     assert not list(tmp_path.iterdir())
 
 

@@ -203,7 +203,7 @@ def new_folder(output: str | Path) -> Iterator[Path]:
     with claimed(output) as path:
         temporary = temporary_of(path)
         try:
-            with writing(path):
+            with writing(path.parent):
                 temporary.mkdir()
                 yield temporary
                 put_in_place(temporary, path)
