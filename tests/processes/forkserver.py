@@ -21,8 +21,9 @@ from transformers import AutoProcessor
 from mha2mla_vlm.cli.main import main
 from mha2mla_vlm.model.modeling import register
 
-MODULES = ("streaming", "prediction", "training.run", "demo", "evaluation", "report.make", "harness.task")
-MODULES += ("bench.models", "bench.report", "interop.published", "adapters", "zoo.recipe", "sources")
+MODULES = ("conversion.on_disk", "conversion.estimate", "conversion.adapters", "conversion.import_published")
+MODULES += ("training.run", "demo", "evaluation.answers", "evaluation.lmms_eval.task", "data.sources")
+MODULES += ("report.make", "bench.models", "bench.report", "zoo.recipe")
 EVENTS = ("open", "os.", "shutil.", "tempfile.")
 
 
