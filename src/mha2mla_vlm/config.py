@@ -1,6 +1,6 @@
 """Frozen, keyword-only configurations: of a converted model, and of a conversion."""
 
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from types import NoneType, UnionType
 from typing import Any, Literal, Self, cast, get_args, get_origin
 
@@ -36,6 +36,11 @@ _KIND_NAMES = {
     int: "a whole number",
     float: "a number",
 }
+
+
+def option(default: Any, text: str) -> Any:
+    """A field with its line of help, which the command line shows too."""
+    return field(default=default, metadata={"help": text})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,13 +207,15 @@ class ConversionConfig(Strict):
     loss on.
     """
 
-    budget: float | None = None
-    rope_dim: int | None = None
-    d_kv: int | None = None
-    rope_selection: str = "residual"
-    fold: bool = True
-    factorization: str = "output-weighted"
-    samples: int = 128
+    budget: float | None = option(None, "Share of the cache to keep, allotted over layers; else 0.375.")
+    rope_dim: int | None = option(None, "R, rope dims kept per head, instead the same in every layer.")
+    d_kv: int | None = option(None, "Latent dims per KV head, instead the same in every layer.")
+    rope_selection: str = option("residual", f"{', '.join(ROPE_SELECTIONS[:-1])} or {ROPE_SELECTIONS[-1]}.")
+    fold: bool = option(True, "Move the mean rotation of dropped pairs into the weights.")
+    factorization: str = option(
+        "output-weighted", f"{', '.join(FACTORIZATIONS[:-1])} or {FACTORIZATIONS[-1]}."
+    )
+    samples: int = option(128, "Chats to calibrate and measure on, at most.")
     held_out: float = 0.2
 
     def __post_init__(self) -> None:

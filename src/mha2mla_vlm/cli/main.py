@@ -1,14 +1,12 @@
 """The command `mha2mla`: each command a few lines over the API, its result one JSON line on stdout."""
 
-import inspect as inspect_module
 import logging
 import signal
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_type_hints
+from typing import Annotated, Any
 
 import typer
 
@@ -16,27 +14,23 @@ from mha2mla_vlm.cli.looking import chat, evaluate, generate, inspect, report, t
 from mha2mla_vlm.cli.options import (
     LARGEST,
     AdapterOption,
-    BudgetOption,
     CacheBitsOption,
     DataOption,
     DeviceOption,
     DryRunOption,
     DType,
     DTypeOption,
-    FactorizationOption,
-    FoldOption,
-    LatentDimOption,
     ModelArgument,
     OutputOption,
     PushOption,
     ResumeOption,
-    RopeDimOption,
-    SelectionOption,
     SpillOption,
     finish,
     load_model,
+    mirrored,
 )
 from mha2mla_vlm.cli.zoo import zoo_app
+from mha2mla_vlm.config import ConversionConfig
 from mha2mla_vlm.errors import InputError, Interrupted, first_line, need
 from mha2mla_vlm.training.config import FinetuneConfig, read_recipe
 from mha2mla_vlm.utils.folders import check_output, claimed
@@ -82,19 +76,11 @@ def demo(
 
 
 @app.command()
+@mirrored(ConversionConfig)
 def convert(
     model: ModelArgument,
     data: DataOption,
     output: OutputOption,
-    budget: BudgetOption = None,
-    rope_dim: RopeDimOption = None,
-    d_kv: LatentDimOption = None,
-    rope_selection: SelectionOption = "residual",
-    fold: FoldOption = True,
-    factorization: FactorizationOption = "output-weighted",
-    samples: Annotated[
-        int, typer.Option(max=LARGEST, help="Chats to calibrate and measure on, at most.")
-    ] = 128,
     adapter: AdapterOption = None,
     dry_run: DryRunOption = False,
     resume: ResumeOption = False,
@@ -106,6 +92,7 @@ def convert(
     ] = None,
     dtype: DTypeOption = DType.auto,
     device: DeviceOption = "auto",
+    **options: Any,
 ) -> None:
     """Convert a model without training; a fifth of the chats is held out to measure the loss.
 
@@ -114,21 +101,18 @@ def convert(
     check_output(output)
     if evaluate is not None:
         need("matplotlib", "report", "--evaluate")
-    from mha2mla_vlm.config import ConversionConfig
     from mha2mla_vlm.conversion.pipeline import plan
     from mha2mla_vlm.data.sources import load_records
     from mha2mla_vlm.model.card import check_repository
     from mha2mla_vlm.model.checkpoint import load_config, pick_device
     from mha2mla_vlm.utils.distributed import claimed_by_first, join_processes, shared_work
 
-    sizes: dict[str, Any] = {"budget": budget, "rope_dim": rope_dim, "d_kv": d_kv, "samples": samples}
-    method: dict[str, Any] = {"rope_selection": rope_selection, "fold": fold, "factorization": factorization}
-    config = ConversionConfig(**sizes, **method)
+    config = ConversionConfig(**{key: value for key, value in options.items() if value is not None})
     plan(load_config(model), config)
     if evaluate is not None:
         load_records(evaluate, limit=1)
     check_repository(push_to_hub)
-    target, records = join_processes(pick_device(device)), load_records(data, limit=samples)
+    target, records = join_processes(pick_device(device)), load_records(data, limit=config.samples)
     if dry_run:
         _foretell(model, records, config, dtype, target)
         return
@@ -196,39 +180,8 @@ def _finish_conversion(
     finish({"output": str(output), **result, **measured, **pushed})
 
 
-def _mirrored(config_class: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command an option for each plain field of a configuration; what is not given is None."""
-    hints = get_type_hints(config_class)
-
-    def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        """The command with a signature that typer reads the options from."""
-        signature = inspect_module.signature(command, eval_str=True)
-        parameters = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
-        for field in fields(config_class):
-            if "help" not in field.metadata:
-                continue
-            default = "" if field.default is None else f"  [default: {field.default}]"
-            kind = hints[field.name] if "None" in str(field.type) else hints[field.name] | None
-            most = LARGEST if int in get_args(kind) else None
-            option = typer.Option(help=field.metadata["help"] + default, show_default=False, max=most)
-            parameters.append(
-                inspect_module.Parameter(
-                    field.name,
-                    inspect_module.Parameter.KEYWORD_ONLY,
-                    default=None,
-                    annotation=Annotated[kind, option],
-                )
-            )
-        changed: Any = command
-        changed.__signature__ = signature.replace(parameters=parameters)
-        changed.__annotations__ = {p.name: p.annotation for p in parameters}
-        return command
-
-    return decorate
-
-
 @app.command()
-@_mirrored(FinetuneConfig)
+@mirrored(FinetuneConfig)
 def finetune(
     checkpoint: ModelArgument,
     data: DataOption,

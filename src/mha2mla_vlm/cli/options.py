@@ -1,11 +1,14 @@
 """What the commands share: arguments, options, and how a result is printed."""
 
+import inspect
 import json
 import os
 import sys
+from collections.abc import Callable
+from dataclasses import fields
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
 
@@ -37,26 +40,6 @@ DataOption = Annotated[
         "--data", help="Chats: JSONL, LLaVA JSON, parquet, datasets folder, hub id.", show_default=False
     ),
 ]
-SelectionOption = Annotated[
-    str, typer.Option(help="high, low, uniform, 2-norm, mkl, rotation-kl or residual.")
-]
-FactorizationOption = Annotated[
-    str,
-    typer.Option(
-        help="none, weight-svd, activation-svd, md-svd, centered, output-weighted, "
-        "output-weighted-centered, split, only-key or only-value."
-    ),
-]
-BudgetOption = Annotated[
-    float | None, typer.Option(help="Share of the cache to keep, allotted over layers.  [default: 0.375]")
-]
-RopeDimOption = Annotated[
-    int | None, typer.Option(help="R, rope dims kept per head, instead the same in every layer.")
-]
-LatentDimOption = Annotated[
-    int | None, typer.Option(help="Latent dims per KV head, instead the same in every layer.")
-]
-FoldOption = Annotated[bool, typer.Option(help="Move the mean rotation of dropped pairs into the weights.")]
 DryRunOption = Annotated[
     bool, typer.Option("--dry-run", help="Foretell sizes, memory, disk and time, and stop.")
 ]
@@ -81,6 +64,37 @@ CacheBitsOption = Annotated[
 ]
 DTypeOption = Annotated[DType, typer.Option(help="Number format to run in; auto is the stored one.")]
 DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.")]
+
+
+def mirrored(config_class: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command an option for each plain field of a configuration; what is not given is None."""
+    hints = get_type_hints(config_class)
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        """The command with a signature that typer reads the options from."""
+        signature = inspect.signature(command, eval_str=True)
+        parameters = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        for field in fields(config_class):
+            if "help" not in field.metadata:
+                continue
+            default = "" if field.default is None else f"  [default: {field.default}]"
+            kind = hints[field.name] if "None" in str(field.type) else hints[field.name] | None
+            most = LARGEST if int in get_args(kind) else None
+            option = typer.Option(help=field.metadata["help"] + default, show_default=False, max=most)
+            parameters.append(
+                inspect.Parameter(
+                    field.name,
+                    inspect.Parameter.KEYWORD_ONLY,
+                    default=None,
+                    annotation=Annotated[kind, option],
+                )
+            )
+        changed: Any = command
+        changed.__signature__ = signature.replace(parameters=parameters)
+        changed.__annotations__ = {p.name: p.annotation for p in parameters}
+        return command
+
+    return decorate
 
 
 def load_model(name: str, dtype: DType, device: str) -> tuple[Any, Any]:

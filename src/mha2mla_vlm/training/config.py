@@ -7,7 +7,7 @@ from typing import Any, get_args
 
 import yaml
 
-from mha2mla_vlm.config import OnBadRecord, Strict, check_types
+from mha2mla_vlm.config import OnBadRecord, Strict, check_types, option
 from mha2mla_vlm.errors import InputError, reading, shown, shown_path
 from mha2mla_vlm.training.policies import find_policy
 
@@ -35,11 +35,6 @@ MAX_RECIPE = 2**20  # bytes
 _LARGEST = 2**31
 RATE = 0.05  # learning rate times width
 DTYPES = ("auto", "float32", "bfloat16")
-
-
-def option(default: Any, text: str) -> Any:
-    """A field with its line of help, which the command line shows too."""
-    return field(default=default, metadata={"help": text})
 
 
 @dataclass(frozen=True, kw_only=True)
