@@ -14,7 +14,8 @@ CODES = {"SIGKILL": -9, "SIGTERM": 130, "SIGINT": 130}
 EVALUATE = ("evaluate", "small", "--data", "data", "--baseline", "model")
 TIMED = {"finetune.json", "training_log.jsonl"}  # with seconds in them
 FEW = {"convert": 4, "finetune": 4, "report": 3, "zoo data": 3, "evaluate": 2}
-MANY = {name: 12 * count for name, count in FEW.items()} | {"demo": 6}
+MANY = {name: 12 * count for name, count in FEW.items()} | {"demo": 6, "convert, budget": 24}
+BUDGET = ("convert", "model", "--data", "data", "--budget", 0.3, "-o")
 
 
 class Case:
@@ -22,7 +23,8 @@ class Case:
 
     def __init__(self, name, forks, workspace, folder):
         self.name, self.forks, self.workspace, self.folder = name, forks, workspace, folder
-        self.arguments = EVALUATE if name == "evaluate" else (*COMMANDS[name], "out")
+        commands = COMMANDS | {"convert, budget": BUDGET}
+        self.arguments = EVALUATE if name == "evaluate" else (*commands[name], "out")
         self.place = folder / "whole"
         self.before = contents(workspace)
         ended = self.run()
@@ -50,10 +52,11 @@ class Case:
         if "out" in {path.name for path in self.place.iterdir()}:  # it ended as it tidied up
             self.check_result()
             return
-        resume = () if self.name != "convert" or not (self.place / "out.partial").exists() else ("--resume",)
-        again = self.run(*resume)
+        begun = self.arguments[0] == "convert" and (self.place / "out.partial").exists()
+        again = self.run(*(["--resume"] if begun else []))
         assert again.code == 0, again.said
-        assert again.out == self.said or self.name in ("convert", "finetune", "demo")  # which tell seconds
+        tells_seconds = self.arguments[0] in ("convert", "finetune")
+        assert again.out == self.said or tells_seconds
         assert [path.name for path in self.place.iterdir()] in (["out"], [])
         self.check_result()
         assert contents(self.workspace) == self.before

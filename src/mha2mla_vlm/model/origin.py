@@ -27,8 +27,9 @@ def original_of(checkpoint: str | Path) -> str | None:
     name = mla.get("original")
     if name is None or name.startswith(ZOO_PREFIX) or "/" in name:  # or of the hub
         return name
-    beside = Path(resolve(checkpoint)).resolve().parent / name
-    return str(beside) if (beside / "config.json").is_file() else None
+    folder = Path(resolve(checkpoint))
+    beside = folder.resolve().parent / name
+    return str(beside) if folder.is_dir() and (beside / "config.json").is_file() else None
 
 
 def original_is_missing(checkpoint: str | Path, option: str) -> InputError:
