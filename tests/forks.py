@@ -43,8 +43,11 @@ def make_workspace(folder):
 
 
 def contents(folder):
-    """Every file below a folder, by its path, with what it holds."""
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    """Every file below a folder, by its path, with what it holds; without tensorboard's, named by time and
+    machine.
+    """
+    files = (p for p in sorted(folder.rglob("*")) if p.is_file() and not p.name.startswith("events.out"))
+    return {str(p.relative_to(folder)): p.read_bytes() for p in files}
 
 
 @dataclass

@@ -134,7 +134,10 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(workspace, tmp_path):
 def test_other_settings_do_not_go_on_with_an_unfinished_run(monkeypatch, capsys, workspace, tmp_path):
     partial = tmp_path / "out.partial"
     partial.mkdir()
-    state = {"settings": {"checkpoint": "another", "learning_rate": 1.0}, "chosen": {}}
+    state = {
+        "settings": {"checkpoint": "another", "learning_rate": 1.0},
+        "chosen": {"train": [0], "held_out": []},
+    }
     (partial / "state.json").write_text(json.dumps(state))
     code, _, err = run(monkeypatch, capsys, command(workspace, "latent", tmp_path / "out"))
     assert code == 2

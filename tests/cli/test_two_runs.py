@@ -81,6 +81,7 @@ with shared_work():
             print("claimed", flush=True)
     except InputError as error:
         print(error, flush=True)
+dist.destroy_process_group()
 """
 
 

@@ -110,7 +110,7 @@ BREAKS = {
         lambda f: edit_weights(f, lambda s: s.update({LAYER + "k_r_proj.weight": torch.zeros(3, 64)})),
         r"k_r_proj.weight is of shape \[3, 64\]",
     ),
-    "no weights": (lambda f: (f / "model.safetensors").unlink(), "neither model.safetensors nor"),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), "holds no weights"),
     "truncated": (lambda f: (f / "model.safetensors").write_bytes(b"abc"), "cannot read the weights"),
 }
 
