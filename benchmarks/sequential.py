@@ -16,10 +16,13 @@ from mha2mla_vlm import ConversionConfig, load, load_processor, make_profile
 from mha2mla_vlm.calibration.activations import MemoryStates, advance, attending, begin
 from mha2mla_vlm.calibration.layer_profile import LayerProfile, measure_layer
 from mha2mla_vlm.config import AttentionSizes, MLAConfig
+from mha2mla_vlm.conversion.allocation import allocated
 from mha2mla_vlm.conversion.layer import LayerwiseConversion
-from mha2mla_vlm.conversion.pipeline import plan
-from mha2mla_vlm.conversion.profile import Profile, allotted
+from mha2mla_vlm.conversion.plan import plan
+from mha2mla_vlm.conversion.profile import Profile
+from mha2mla_vlm.conversion.sweep import methods
 from mha2mla_vlm.conversion.weights import converted_layer
+from mha2mla_vlm.conversion.work import MemoryWork
 from mha2mla_vlm.data.records import encode_with_labels
 from mha2mla_vlm.model.families import get_family
 from mha2mla_vlm.model.modeling import decoder_layers
@@ -41,7 +44,7 @@ class AboveConverted:
 
     def known(self, index: int) -> LayerProfile:
         """The pairs of the profile, and statistics above the converted layers."""
-        given = (self.layers[index], index, self.chats, self.states, STREAM, self.profile.config)
+        given = (self.layers[index], index, self.chats, self.states, STREAM, methods(self.profile.config))
         found = measure_layer(*given, total=len(self.chats), moments=True)
         return replace(self.profile.layers[index], stats=found.stats)
 
@@ -58,7 +61,7 @@ def loss(
     layers = decoder_layers(model)
     with Phases("converting layers", len(layers)) as phases:
         known = profile.layers.__getitem__ if above is None else above.known
-        given = {"device": model.device, "phases": phases, "known": known}
+        given = {"device": model.device, "phases": phases, "known": known, "work": MemoryWork()}
         conversion = LayerwiseConversion(model, profile.config, mla, **given)
         conversion.begin([], held_out)
         for index, layer in enumerate(layers):
@@ -86,7 +89,7 @@ def main() -> None:
         for budget in BUDGETS:
             config = ConversionConfig(budget=budget)
             sizes = AttentionSizes.of(model.config)
-            mla = allotted(plan(model.config, config), profile.losses, sizes, config)
+            mla = allocated(plan(model.config, config), profile.losses, sizes, config)
             above = AboveConverted(model, chosen, profile)
             plain, sequential = (loss(model, profile, mla, others, way) for way in (None, above))
             print(f"| `zoo:{name}` | {budget:.4g} | {plain:.4f} | {sequential:.4f} |", flush=True)

@@ -7,7 +7,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mha2mla_vlm.config import ConversionConfig, MLAConfig
+    from mha2mla_vlm.config import MLAConfig
+    from mha2mla_vlm.conversion.config import ConversionConfig
     from mha2mla_vlm.conversion.pipeline import convert, make_profile
     from mha2mla_vlm.data.records import Record
     from mha2mla_vlm.data.sources import load_records
@@ -28,7 +29,7 @@ _MODULES = {
     "load": "model.checkpoint",
     "load_processor": "model.checkpoint",
     "save": "model.checkpoint",
-    "ConversionConfig": "config",
+    "ConversionConfig": "conversion.config",
     "MLAConfig": "config",
     "convert": "conversion.pipeline",
     "make_profile": "conversion.pipeline",

@@ -1,4 +1,4 @@
-"""Frozen, keyword-only configurations: of a converted model, and of a conversion."""
+"""Frozen, keyword-only configurations: what they have in common, and that of a converted model."""
 
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from types import NoneType, UnionType
@@ -6,27 +6,7 @@ from typing import Any, Literal, Self, cast, get_args, get_origin
 
 from mha2mla_vlm.errors import InputError, shown
 
-RopeSelectionName = Literal["high", "low", "uniform", "2-norm", "mkl", "rotation-kl", "residual"]
-FactorizationName = Literal[
-    "none",
-    "weight-svd",
-    "activation-svd",
-    "md-svd",
-    "centered",
-    "output-weighted",
-    "output-weighted-centered",
-    "split",
-    "only-key",
-    "only-value",
-]
 OnBadRecord = Literal["fail", "skip"]
-ROPE_SELECTIONS: tuple[str, ...] = get_args(RopeSelectionName)
-FACTORIZATIONS: tuple[str, ...] = get_args(FactorizationName)
-BLOCKS = ("split", "only-key", "only-value")  # keys and values factorised apart
-PER_MODALITY = ("md-svd", "centered", "output-weighted", "output-weighted-centered")
-OUTPUT_WEIGHTED = ("output-weighted", "output-weighted-centered")
-CENTERED = ("centered", "output-weighted-centered")
-DEFAULT_BUDGET = 0.375
 SHARED: tuple[str, ...] = ("shared",)
 DECOUPLED: tuple[str, ...] = ("text", "vision")
 _KIND_NAMES = {
@@ -147,29 +127,9 @@ class MLAConfig(Strict):
                 self._check_rank(rank, rope, sizes)
 
     def _check_rank(self, rank: int, rope: int, sizes: "AttentionSizes") -> None:
-        keys, values = sizes.kv_heads * (sizes.head_dim - rope), sizes.kv_heads * sizes.head_dim
-        largest = min(sizes.hidden, keys + values)
-        if self.factorization in BLOCKS:
-            parts = block_ranks(self.factorization, rank, keys, values)
-            if not (1 <= parts[0] <= keys and 1 <= parts[1] <= values):
-                raise InputError(
-                    f"factorization {self.factorization!r} gives keys rank {parts[0]} of {keys} and "
-                    f"values {parts[1]} of {values} at R = {rope}; each needs at least 1 and at most all"
-                )
-        elif not 1 <= rank <= largest:
-            raise InputError(
-                f"kv_lora_rank {rank}: give 1 to {largest}, that is d_kv up to {largest // sizes.kv_heads} "
-                f"per KV head at R = {rope}"
-            )
-
-
-def block_ranks(method: str, rank: int, keys: int, values: int) -> tuple[int, int]:
-    """How `rank` is shared between `keys` and `values` rows that are factorised apart.
-
-    `split` gives half to each; `only-key` and `only-value` factorise one with what the whole other leaves.
-    """
-    key_rank = {"split": rank // 2, "only-key": rank - values, "only-value": keys}[method]
-    return key_rank, rank - key_rank
+        largest = sizes.kv_heads * (2 * sizes.head_dim - rope)
+        if not 1 <= rank <= largest:
+            raise InputError(f"kv_lora_rank {rank}: give 1 to {largest} at R = {rope}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,68 +153,3 @@ class AttentionSizes:
             head_dim=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
             hidden=text.hidden_size,
         )
-
-
-@dataclass(frozen=True, kw_only=True)
-class ConversionConfig(Strict):
-    """How to convert a model without training.
-
-    `budget` is the share of the original cache to keep, allotted over layers and over rope and
-    latent dims by the loss that each is foretold to cost. `rope_dim` (R) and `d_kv`, per KV head,
-    are instead the same in every layer; given one of them and a budget, the other is allotted;
-    given one of them alone, the other is a half (R) or a quarter (d_kv) of the head dim.
-    With none of the three the budget is 37.5%. A share of the records is held out to measure the
-    loss on.
-    """
-
-    budget: float | None = option(None, "Share of the cache to keep, allotted over layers; else 0.375.")
-    rope_dim: int | None = option(None, "R, rope dims kept per head, instead the same in every layer.")
-    d_kv: int | None = option(None, "Latent dims per KV head, instead the same in every layer.")
-    rope_selection: str = option("residual", f"{', '.join(ROPE_SELECTIONS[:-1])} or {ROPE_SELECTIONS[-1]}.")
-    fold: bool = option(True, "Move the mean rotation of dropped pairs into the weights.")
-    factorization: str = option(
-        "output-weighted", f"{', '.join(FACTORIZATIONS[:-1])} or {FACTORIZATIONS[-1]}."
-    )
-    samples: int = option(128, "Chats to calibrate and measure on, at most.")
-    held_out: float = 0.2
-
-    def __post_init__(self) -> None:
-        for name, known in (("rope_selection", ROPE_SELECTIONS), ("factorization", FACTORIZATIONS)):
-            value = getattr(self, name)
-            if value not in known:
-                raise InputError(
-                    f"unknown {name.replace('_', ' ')} {shown(value)}; known: {', '.join(known)}"
-                )
-        if self.samples < 2:
-            raise InputError(
-                f"samples = {self.samples}: give at least 2, one to calibrate on and one held out"
-            )
-        if not 0 < self.held_out < 1:
-            raise InputError(f"held_out = {self.held_out}: give a share between 0 and 1")
-        if self.d_kv is not None and self.factorization == "none":
-            raise InputError(
-                f"d_kv = {self.d_kv} has no meaning with factorization 'none'; leave one of them out"
-            )
-        self._check_budget()
-
-    def _check_budget(self) -> None:
-        if self.budget is None:
-            return
-        if not 0 < self.budget <= 1:
-            raise InputError(
-                f"budget = {self.budget}: give a share of the original cache, above 0 and up to 1"
-            )
-        if self.rope_dim is not None and self.d_kv is not None:
-            raise InputError("budget, rope_dim and d_kv together say too much; leave one of them out")
-        if self.factorization in ("none", *BLOCKS):
-            raise InputError(
-                f"factorization {self.factorization!r} has no ranks to allot; give rope_dim and d_kv instead"
-            )
-
-    @property
-    def share(self) -> float | None:
-        """The share of the cache to allot over layers, or None if all have the same sizes."""
-        fixed = self.rope_dim is not None or self.d_kv is not None
-        if self.budget is None and not fixed and self.factorization not in ("none", *BLOCKS):
-            return DEFAULT_BUDGET
-        return self.budget

@@ -8,7 +8,7 @@ import torch
 from rich.table import Table
 from transformers import PreTrainedModel, ProcessorMixin
 
-from mha2mla_vlm.config import ConversionConfig
+from mha2mla_vlm.conversion.config import ConversionConfig
 from mha2mla_vlm.conversion.pipeline import convert, make_profile
 from mha2mla_vlm.data.records import Record
 from mha2mla_vlm.errors import need

@@ -51,7 +51,7 @@ CONVERT = {
         ["--budget", "0.5", "--rope-dim", "32", "--d-kv", "8"],
         "leave one of them out",
     ),
-    "budget without ranks": (["--budget", "0.5", "--factorization", "none"], "no ranks to allot"),
+    "budget without ranks": (["--budget", "0.5", "--factorization", "none"], "no ranks to allocate"),
 }
 
 

@@ -10,7 +10,7 @@ import pytest
 from helpers import answered, original, run_command
 
 from mha2mla_vlm.calibration.statistics import visual_mask
-from mha2mla_vlm.config import ConversionConfig
+from mha2mla_vlm.conversion.config import ConversionConfig
 from mha2mla_vlm.conversion.pipeline import convert
 from mha2mla_vlm.data.records import encode_with_labels
 from mha2mla_vlm.errors import InputError

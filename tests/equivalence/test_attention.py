@@ -19,7 +19,7 @@ from helpers import (
 from reference_attention import ReferenceAttention
 from transformers import DynamicCache
 
-from mha2mla_vlm.config import ConversionConfig
+from mha2mla_vlm.conversion.config import ConversionConfig
 from mha2mla_vlm.conversion.pipeline import convert
 from mha2mla_vlm.data.records import Record
 from mha2mla_vlm.model.cache.latent import LatentCache

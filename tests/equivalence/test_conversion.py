@@ -6,8 +6,11 @@ import pytest
 import torch
 from helpers import answered, original, prompt_inputs, whole_logits
 
-from mha2mla_vlm.config import AttentionSizes, ConversionConfig
-from mha2mla_vlm.conversion.pipeline import convert, make_profile, plan
+from mha2mla_vlm.config import AttentionSizes
+from mha2mla_vlm.conversion.config import ConversionConfig
+from mha2mla_vlm.conversion.pipeline import convert, make_profile
+from mha2mla_vlm.conversion.plan import plan
+from mha2mla_vlm.conversion.sweep import methods
 from mha2mla_vlm.conversion.weights import (
     converted_layer,
     factored_weights,
@@ -98,7 +101,7 @@ def test_centring_makes_the_mean_token_exact(family):
     known = make_profile(model, processor, answered(family), config)
     mla = plan(model.config, config)
     source = decoder_layers(model)[1].self_attn
-    selection = known.layers[1].selection(16, AttentionSizes.of(model.config), config)
+    selection = known.layers[1].selection(16, AttentionSizes.of(model.config), methods(config))
     exact = partial_rope_weights(source, selection)
     found = layer_factors(exact, known.layers[1].stats, mla, 1, source.head_dim)
     module = converted_layer(source, factored_weights(exact, found), mla, 1)

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoModel, DynamicCache
 
 from mha2mla_vlm import InputError, convert, save
-from mha2mla_vlm.config import ConversionConfig
+from mha2mla_vlm.conversion.config import ConversionConfig
 from mha2mla_vlm.model.cache.latent import LatentCache
 from mha2mla_vlm.model.families import get_family
 from mha2mla_vlm.model.modeling import decoder_layers, mla_inner_class

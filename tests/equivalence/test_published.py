@@ -15,7 +15,7 @@ from helpers import moments_of, with_factors, with_partial_rope
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, BatchFeature
 
-from mha2mla_vlm.algorithms.pair_selection import RopeSelection
+from mha2mla_vlm.algorithms.pair_selection.base import RopeSelection
 from mha2mla_vlm.config import DECOUPLED, MLAConfig
 from mha2mla_vlm.model.families import FAMILIES
 from mha2mla_vlm.model.modeling import decoder_layers

@@ -9,8 +9,10 @@ from helpers import answered, original
 from mha2mla_vlm.calibration.activations import MemoryStates, advance, answer_states, attending, begin
 from mha2mla_vlm.calibration.layer_profile import LayerProfile
 from mha2mla_vlm.calibration.sensitivity import begin_gradients, project_errors, sketch_directions
-from mha2mla_vlm.config import AttentionSizes, ConversionConfig, MLAConfig
+from mha2mla_vlm.config import AttentionSizes, MLAConfig
+from mha2mla_vlm.conversion.config import ConversionConfig
 from mha2mla_vlm.conversion.pipeline import encode_split
+from mha2mla_vlm.conversion.sweep import methods
 from mha2mla_vlm.conversion.weights import partial_layer
 from mha2mla_vlm.evaluation.answers import kl_sum
 from mha2mla_vlm.model.families import get_family
@@ -37,7 +39,7 @@ def test_small_errors_cost_what_is_foretold(family, index):
     chats = begin(model, batches, visual, torch.device("cpu"), states, ["original", "changed"])
     layers, sizes = decoder_layers(model), AttentionSizes.of(model.config)
     config = ConversionConfig(rope_dim=sizes.head_dim, rope_selection="low", fold=False)
-    selection = LayerProfile().selection(config.rope_dim, sizes, config)
+    selection = LayerProfile().selection(config.rope_dim, sizes, methods(config))
     mla = MLAConfig(qk_rope_head_dim=config.rope_dim)
     changed = partial_layer(layers[index].self_attn, selection, mla, index, 1.0)
     changed.q_proj.weight.data *= 1.02  # all else is as it was

@@ -13,7 +13,7 @@ import torch
 from helpers import original, prompt_inputs, run_command, whole_logits
 from safetensors.torch import load_file, save_file
 
-from mha2mla_vlm.config import ConversionConfig
+from mha2mla_vlm.conversion.config import ConversionConfig
 from mha2mla_vlm.conversion.estimate import predict
 from mha2mla_vlm.conversion.on_disk import convert_checkpoint
 from mha2mla_vlm.conversion.pipeline import convert
@@ -327,7 +327,7 @@ def test_a_full_disk_is_said_and_what_was_done_is_kept(checkpoints, tmp_path):
     assert done.returncode == 2, done.stderr
     said = " ".join(done.stderr.split())
     assert "layer 0: cannot write in" in said
-    assert "go on with --resume" in said
+    assert "resume with --resume" in said
     done = subprocess.run([sys.executable, "-m", "mha2mla_vlm", *command(folder, output, "--resume")])
     assert done.returncode == 0
     load(output)

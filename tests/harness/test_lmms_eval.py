@@ -9,7 +9,7 @@ import torch
 from lmms_eval.models import get_model, list_available_models
 from PIL import Image
 
-from mha2mla_vlm.config import ConversionConfig
+from mha2mla_vlm.conversion.config import ConversionConfig
 from mha2mla_vlm.conversion.pipeline import convert
 from mha2mla_vlm.data.sources import load_records
 from mha2mla_vlm.errors import InputError

@@ -7,7 +7,7 @@ import pytest
 from chat_client import Server
 from helpers import free_port, original, wait_for
 
-from mha2mla_vlm.config import ConversionConfig
+from mha2mla_vlm.conversion.config import ConversionConfig
 from mha2mla_vlm.conversion.pipeline import convert
 from mha2mla_vlm.model.checkpoint import load, load_processor, save
 from mha2mla_vlm.zoo.chats import write_chats, zoo_records

@@ -10,7 +10,7 @@ import torch
 from helpers import random_mla
 from safetensors.torch import load_file, save_file
 
-from mha2mla_vlm.config import ConversionConfig
+from mha2mla_vlm.conversion.config import ConversionConfig
 from mha2mla_vlm.conversion.pipeline import convert
 from mha2mla_vlm.model.checkpoint import load, load_processor, save
 from mha2mla_vlm.model.shipped import zoo_path

@@ -6,7 +6,8 @@ from conftest import as_on_the_hub, engine
 from helpers import original, record, with_partial_rope
 from transformers.video_utils import VideoMetadata
 
-from mha2mla_vlm.algorithms.pair_selection import RopeSelection, fixed_pairs
+from mha2mla_vlm.algorithms.pair_selection import high
+from mha2mla_vlm.algorithms.pair_selection.base import RopeSelection
 from mha2mla_vlm.config import MLAConfig
 from mha2mla_vlm.data.records import Record, encode, message_text
 from mha2mla_vlm.errors import InputError
@@ -192,7 +193,7 @@ def test_what_is_not_factorised_is_refused(tmp_path):
     model, processor = original("llava")
     attention = decoder_layers(model)[0].self_attn
     kv_heads = attention.config.num_key_value_heads
-    pairs = fixed_pairs("high", kv_heads=kv_heads, head_dim=attention.head_dim, rope_dim=16)
+    pairs = high.pairs(attention.head_dim // 2, 8).repeat(kv_heads, 1)
     chosen = [RopeSelection(pairs=pairs.clone()) for _ in decoder_layers(model)]
     partial = with_partial_rope(model, chosen, MLAConfig(qk_rope_head_dim=16))
     save(partial, processor, tmp_path / "partial")

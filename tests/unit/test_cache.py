@@ -7,7 +7,8 @@ import torch
 from helpers import with_factors, with_partial_rope
 from transformers import DynamicCache
 
-from mha2mla_vlm.algorithms.pair_selection import RopeSelection, fixed_pairs
+from mha2mla_vlm.algorithms.pair_selection import high
+from mha2mla_vlm.algorithms.pair_selection.base import RopeSelection
 from mha2mla_vlm.calibration.statistics import LayerStats
 from mha2mla_vlm.config import MLAConfig
 from mha2mla_vlm.errors import InputError
@@ -342,7 +343,7 @@ def converted_by_layer(model):
     """The model with another R and r in each layer; its factors do not matter here."""
     ropes, ranks = [8, 16, 32, 64], [4, 8, 12, 20]
     kv_heads = model.config.get_text_config(decoder=True).num_key_value_heads
-    pairs = [fixed_pairs("high", kv_heads=kv_heads, head_dim=64, rope_dim=rope) for rope in ropes]
+    pairs = [high.pairs(32, rope // 2).repeat(kv_heads, 1) for rope in ropes]
     mla = MLAConfig(qk_rope_head_dim=ropes, kv_lora_rank=ranks, factorization="weight-svd")
     partial = with_partial_rope(model, [RopeSelection(pairs=chosen) for chosen in pairs], mla)
     return partial, with_factors(partial, [LayerStats()] * 4, mla), kv_heads * sum(ropes) + sum(ranks)

@@ -1,5 +1,6 @@
 """Configurations: what is refused, with which words, and that nothing is lost on the way to JSON."""
 
+import copy
 import dataclasses
 import functools
 import json
@@ -7,17 +8,18 @@ import json
 import pytest
 import torch
 
-from mha2mla_vlm.algorithms.factorization import block_factors
+from mha2mla_vlm.algorithms.factorization import FACTORIZATIONS
+from mha2mla_vlm.algorithms.factorization import factorization as find_factorization
+from mha2mla_vlm.algorithms.factorization.blocks import block_factors
+from mha2mla_vlm.algorithms.pair_selection import PAIR_SELECTIONS
 from mha2mla_vlm.config import (
     DECOUPLED,
-    FACTORIZATIONS,
-    ROPE_SELECTIONS,
     SHARED,
     AttentionSizes,
-    ConversionConfig,
     MLAConfig,
 )
-from mha2mla_vlm.conversion.pipeline import plan
+from mha2mla_vlm.conversion.config import ConversionConfig
+from mha2mla_vlm.conversion.plan import plan
 from mha2mla_vlm.errors import InputError
 from mha2mla_vlm.model.families import FAMILIES
 from mha2mla_vlm.model.modeling import mla_classes
@@ -27,8 +29,12 @@ SIZES = AttentionSizes(layers=3, heads=4, kv_heads=2, head_dim=64, hidden=256)
 
 
 @functools.cache
-def config_of(name):
+def known_config(name):
     return new_model(name)[0].config
+
+
+def config_of(name):
+    return copy.deepcopy(known_config(name))
 
 
 def refused(action, *words):
@@ -111,23 +117,25 @@ def test_sizes_that_a_model_can_have_are_accepted(rope, rank):
     MLAConfig(qk_rope_head_dim=[rope] * 3, kv_lora_rank=None if rank is None else [rank] * 3).check(SIZES)
 
 
-@pytest.mark.parametrize(
-    ("hidden", "largest"),
-    [(256, 192), (100, 100)],  # 2 KV heads of 32 key and 64 value dims, or the width of the input
-)
-def test_a_rank_larger_than_keys_and_values_or_the_input_is_refused(hidden, largest):
-    sizes = dataclasses.replace(SIZES, hidden=hidden)
-    MLAConfig(qk_rope_head_dim=32, kv_lora_rank=largest).check(sizes)
-    for rank in (largest + 1, 0, -1):
+def test_a_rank_larger_than_keys_and_values_is_refused():
+    MLAConfig(qk_rope_head_dim=32, kv_lora_rank=192).check(SIZES)  # 2 KV heads of 32 key and 64 value dims
+    for rank in (193, 0, -1):
         config = MLAConfig(qk_rope_head_dim=32, kv_lora_rank=rank)
-        refused(lambda: config.check(sizes), f"kv_lora_rank {rank}", f"1 to {largest}", "R = 32")  # noqa: B023
+        refused(lambda: config.check(SIZES), f"kv_lora_rank {rank}", "1 to 192", "R = 32")  # noqa: B023
 
 
-def test_the_block_kept_whole_may_make_the_rank_larger_than_the_input():
-    config = MLAConfig(qk_rope_head_dim=32, kv_lora_rank=190, factorization="only-key")
-    config.check(dataclasses.replace(SIZES, hidden=100))
-    over = dataclasses.replace(config, kv_lora_rank=193)
-    refused(lambda: over.check(dataclasses.replace(SIZES, hidden=100)), "only-key", "rank 65 of 64")
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_plan_of_a_rank_larger_than_the_input_is_refused(name):
+    """But for a block kept whole, which is in the rank."""
+    config = config_of(name)
+    text = config.get_text_config(decoder=True)
+    text.hidden_size, text.head_dim = hidden, _ = 90 * text.num_key_value_heads, 64
+    given = {"rope_dim": 32}
+    plan(config, ConversionConfig(**given, d_kv=90))
+    words = (f"1 to {hidden}", "d_kv up to 90")
+    refused(lambda: plan(config, ConversionConfig(**given, d_kv=91)), *words)
+    assert plan(config, ConversionConfig(**given, d_kv=31, factorization="only-key")).kv_lora_rank > hidden
+    refused(lambda: plan(config, ConversionConfig(**given, d_kv=33, factorization="only-key")), "only-key")
 
 
 @pytest.mark.parametrize("name", ["qk_rope_head_dim", "kv_lora_rank"])
@@ -138,7 +146,7 @@ def test_lists_of_the_wrong_length_are_refused(name, length):
 
 
 @pytest.mark.parametrize(
-    ("field", "known"), [("rope_selection", ROPE_SELECTIONS), ("factorization", FACTORIZATIONS)]
+    ("field", "known"), [("rope_selection", PAIR_SELECTIONS), ("factorization", FACTORIZATIONS)]
 )
 @pytest.mark.parametrize("value", ["best", "MD-SVD", ""])
 def test_unknown_methods_are_refused_with_the_known_ones(field, known, value):
@@ -157,7 +165,7 @@ def test_unknown_methods_are_refused_with_the_known_ones(field, known, value):
         ({"budget": 0}, ["budget = 0", "up to 1"]),
         ({"budget": 1.5}, ["budget = 1.5"]),
         ({"budget": 0.5, "rope_dim": 32, "d_kv": 16}, ["budget, rope_dim and d_kv", "leave one"]),
-        ({"budget": 0.5, "factorization": "none"}, ["'none'", "no ranks to allot"]),
+        ({"budget": 0.5, "factorization": "none"}, ["'none'", "no ranks to allocate"]),
         ({"budget": 0.5, "factorization": "split"}, ["'split'", "rope_dim and d_kv instead"]),
     ],
 )
@@ -244,7 +252,9 @@ def test_every_planned_rank_can_be_made_of_blocks(name, factorization, rope_dim,
         return
     outputs = text.num_key_value_heads * (128 - rope_dim)
     is_key = torch.arange(outputs) % (128 - rope_dim) < 64 - rope_dim
-    factors = block_factors(torch.randn(outputs, text.hidden_size), is_key, rank, factorization)
+    factors = block_factors(
+        torch.randn(outputs, text.hidden_size), is_key, rank, find_factorization(factorization).whole
+    )
     assert factors.down.shape[0] == factors.up.shape[1] == rank
 
 

@@ -6,8 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mha2mla_vlm.algorithms.factorization import block_factors, pca_factors
-from mha2mla_vlm.calibration.statistics import LayerStats, TokenStats
+from mha2mla_vlm.algorithms.factorization.blocks import block_factors
+from mha2mla_vlm.algorithms.factorization.low_rank import pca_factors
+from mha2mla_vlm.algorithms.token_stats import TokenStats
+from mha2mla_vlm.calibration.statistics import LayerStats
 from mha2mla_vlm.config import DECOUPLED, SHARED, MLAConfig
 from mha2mla_vlm.conversion.weights import layer_factors
 
@@ -143,12 +145,12 @@ OTHERS = torch.tensor([[1, 3], [0, 2], [2, 3]])  # of head dim 4
 
 
 @pytest.mark.parametrize(
-    ("method", "rank", "key_rank", "value_rank"),
-    [("split", 6, 3, 3), ("split", 7, 3, 4), ("only-key", 14, 2, 12), ("only-value", 9, 6, 3)],
+    ("kept", "rank", "key_rank", "value_rank"),
+    [(None, 6, 3, 3), (None, 7, 3, 4), ("values", 14, 2, 12), ("keys", 9, 6, 3)],
 )
-def test_block_factors_keep_keys_and_values_apart(method, rank, key_rank, value_rank):
+def test_block_factors_keep_keys_and_values_apart(kept, rank, key_rank, value_rank):
     weight = make_weight(18)
-    factors = block_factors(weight, IS_KEY, rank, method)
+    factors = block_factors(weight, IS_KEY, rank, kept)
     assert factors.down.shape == (rank, HIDDEN)
     assert factors.up.shape == (18, rank)
     assert not factors.up[IS_KEY][:, key_rank:].any()
@@ -158,10 +160,10 @@ def test_block_factors_keep_keys_and_values_apart(method, rank, key_rank, value_
         torch.testing.assert_close(product(factors)[rows], expected, rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize(("method", "whole"), [("only-key", ~IS_KEY), ("only-value", IS_KEY)])
-def test_the_block_kept_whole_is_exact_and_the_other_is_not(method, whole):
+@pytest.mark.parametrize(("kept", "whole"), [("values", ~IS_KEY), ("keys", IS_KEY)])
+def test_the_block_kept_whole_is_exact_and_the_other_is_not(kept, whole):
     weight = make_weight(18)
-    error = (product(block_factors(weight, IS_KEY, int(whole.sum()) + 3, method)) - weight).abs()
+    error = (product(block_factors(weight, IS_KEY, int(whole.sum()) + 3, kept)) - weight).abs()
     assert float(error[whole].max()) < 1e-12
     assert float(error[~whole].max()) > 1e-2
 

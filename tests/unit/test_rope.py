@@ -4,13 +4,10 @@ import pytest
 import torch
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from mha2mla_vlm.algorithms.pair_selection import (
-    fixed_pairs,
-    pair_kl_scores,
-    split_dims,
-    top_pairs,
-    two_norm_scores,
-)
+from mha2mla_vlm.algorithms.pair_selection import pair_selection
+from mha2mla_vlm.algorithms.pair_selection.base import split_dims, top_pairs
+from mha2mla_vlm.algorithms.pair_selection.mkl import pair_kl_scores
+from mha2mla_vlm.algorithms.pair_selection.two_norm import two_norm_scores
 from mha2mla_vlm.model.rope import rotate
 
 G, M, T, D = 2, 3, 9, 8  # KV heads, query heads of each, tokens, head dim
@@ -47,7 +44,7 @@ def rotary_tables(tokens, head_dim=D, theta=100.0):
     ],
 )
 def test_fixed_pairs_of_sixteen_dims_are_those_worked_out_by_hand(kind, rope_dim, expected):
-    pairs = fixed_pairs(kind, kv_heads=3, head_dim=16, rope_dim=rope_dim)
+    pairs = pair_selection(kind).pairs(None, kv_heads=3, head_dim=16, rope_dim=rope_dim)
     assert pairs.tolist() == [expected] * 3
     assert pairs.dtype == torch.int64
 
@@ -55,7 +52,7 @@ def test_fixed_pairs_of_sixteen_dims_are_those_worked_out_by_hand(kind, rope_dim
 @pytest.mark.parametrize("head_dim", [8, 64, 96, 128])
 def test_uniform_pairs_are_distinct_ascending_and_in_range_for_every_rope_dim(head_dim):
     for rope_dim in range(2, head_dim + 1, 2):
-        pairs = fixed_pairs("uniform", kv_heads=1, head_dim=head_dim, rope_dim=rope_dim)[0]
+        pairs = pair_selection("uniform").pairs(None, kv_heads=1, head_dim=head_dim, rope_dim=rope_dim)[0]
         assert len(pairs) == rope_dim // 2
         assert bool((pairs.diff() > 0).all())
         assert pairs[0] == 0

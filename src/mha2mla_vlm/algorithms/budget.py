@@ -39,7 +39,7 @@ def interpolate(measured: Curve, up_to: int) -> dict[int, float]:
     return losses
 
 
-def allot(rope: Sequence[Curve], latent: Sequence[Curve], budget: int) -> list[Sizes]:
+def allocate(rope: Sequence[Curve], latent: Sequence[Curve], budget: int) -> list[Sizes]:
     """Sizes of every layer, of least summed loss, that together take at most `budget` units.
 
     `rope[i]` and `latent[i]` give layer i's loss by units; a layer costs the sum of its two. Exact,

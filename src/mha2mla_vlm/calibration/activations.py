@@ -35,7 +35,10 @@ class States(Protocol):
 
 
 class MemoryStates(dict[Key, torch.Tensor]):
-    """Hidden states in memory."""
+    """Hidden states in the CPU's memory, for there are many."""
+
+    def __setitem__(self, key: Key, hidden: torch.Tensor) -> None:
+        super().__setitem__(key, hidden.cpu())
 
     def drop(self, layer: int) -> None:
         """Forget all that is before a layer."""

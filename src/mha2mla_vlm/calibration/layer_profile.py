@@ -10,55 +10,46 @@ from typing import Any, Self
 import torch
 from torch import nn
 
-from mha2mla_vlm.algorithms.folding import drop_order, fold_coefficients, pair_covariance
-from mha2mla_vlm.algorithms.pair_selection import (
-    RopeSelection,
-    fixed_pairs,
-    pair_kl_scores,
-    top_pairs,
-    two_norm_scores,
-)
+from mha2mla_vlm.algorithms.factorization.base import Factorization
+from mha2mla_vlm.algorithms.folding import fold_coefficients, pair_covariance
+from mha2mla_vlm.algorithms.pair_selection.base import Attended, PairSelection, RopeSelection
+from mha2mla_vlm.algorithms.token_stats import TokenStats
 from mha2mla_vlm.calibration.activations import Chat, States, Tables, advance
-from mha2mla_vlm.calibration.statistics import Heads, LayerStats, TokenStats, layer_usage
-from mha2mla_vlm.config import OUTPUT_WEIGHTED, AttentionSizes, ConversionConfig
+from mha2mla_vlm.calibration.statistics import Heads, LayerStats, layer_usage
+from mha2mla_vlm.config import AttentionSizes
 from mha2mla_vlm.errors import InputError
 from mha2mla_vlm.utils.distributed import sum_over_processes
 
-SCORED = ("2-norm", "mkl", "rotation-kl")
+
+@dataclass(frozen=True, kw_only=True)
+class Methods:
+    """What a conversion does to a layer: which pairs stay rotated, whether the others are folded, and how
+    keys and values are factorised.
+    """
+
+    pairs: PairSelection
+    fold: bool
+    factorization: Factorization
 
 
 @dataclass
 class LayerProfile:
-    """Of one original layer: scores of pairs `[G, P]` and `folding.pair_covariance` `[G, 3 P, 3 P]`,
-    both averaged over chats, where the method needs them, and statistics of what goes in.
+    """Of one original layer: scores of pairs `[G, P]` and `folding.pair_covariance` `[G, 3 P, 3 P]`
+    averaged over chats, where the methods need them, and statistics of what goes in.
     """
 
     scores: torch.Tensor | None = None
     covariance: torch.Tensor | None = None
     stats: LayerStats = field(default_factory=LayerStats)
 
-    def selection(self, rope_dim: int, sizes: AttentionSizes, config: ConversionConfig) -> RopeSelection:
+    def selection(self, rope_dim: int, sizes: AttentionSizes, methods: Methods) -> RopeSelection:
         """The pairs that stay rotated, and what the others fold to."""
-        kind: Any = config.rope_selection
-        if kind == "residual":
-            pairs = self.order(config.fold)[:, sizes.head_dim // 2 - rope_dim // 2 :].sort(dim=-1).values
-        elif self.scores is not None:
-            pairs = top_pairs(self.scores, rope_dim)
-        else:
-            pairs = fixed_pairs(kind, rope_dim=rope_dim, kv_heads=sizes.kv_heads, head_dim=sizes.head_dim)
-        if not config.fold:
+        given = {"rope_dim": rope_dim, "kv_heads": sizes.kv_heads, "head_dim": sizes.head_dim}
+        pairs = methods.pairs.pairs(self.scores, **given)
+        if not methods.fold:
             return RopeSelection(pairs=pairs)
         assert self.covariance is not None, "measured for folding"
         return RopeSelection(pairs=pairs, fold=fold_coefficients(self.covariance, pairs))
-
-    def order(self, fold: bool) -> torch.Tensor:
-        """`folding.drop_order`, found once."""
-        if self._order is None:
-            assert self.covariance is not None, "measured for `residual`"
-            self._order = drop_order(self.covariance, fold=fold)
-        return self._order
-
-    _order: torch.Tensor | None = field(default=None, repr=False)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """All of it, by name."""
@@ -79,7 +70,7 @@ class LayerProfile:
         }
         return cls(tensors.get("scores"), tensors.get("covariance"), LayerStats(tokens))
 
-    def check(self, layer: int) -> Self:
+    def check(self, layer: int) -> None:
         """Raise `InputError` if something measured is not finite."""
         tokens = [x for part in self.stats.tokens.values() for x in (part.moment, part.metric)]
         for found in (self.scores, self.covariance, *tokens):
@@ -88,7 +79,6 @@ class LayerProfile:
                     f"layer {layer}: calibration gives numbers that are not finite; check its weights, or "
                     "give --dtype float32"
                 )
-        return self
 
 
 def measure_layer(
@@ -97,27 +87,28 @@ def measure_layer(
     chats: Sequence[Chat],
     states: States,
     stream: str,
-    config: ConversionConfig,
+    methods: Methods,
     *,
     total: int,
     moments: bool,
 ) -> LayerProfile:
     """Take a stream of an original model through a layer, and look on; with `moments` also where the
     method takes them from the model after partial RoPE. `total` is the number of chats in all processes.
+    Raises `InputError` naming the layer for numbers that are not finite.
     """
-    found, share, method = LayerProfile(), 1 / total, config.rope_selection
+    found, share, pairs = LayerProfile(), 1 / total, methods.pairs
 
     def observe(chat: Chat, module: Any, hidden: torch.Tensor, tables: Tables) -> None:
         """Add one chat."""
         heads = Heads.of(module, hidden, tables)
-        if method in SCORED:
-            score = share * _scores(heads, method, module.scaling)
-            found.scores = score if found.scores is None else found.scores + score
-        if config.fold or method == "residual":
+        if pairs.chat_scores is not None:
+            attended = Attended(heads.queries, heads.keys, *heads.rotated(), module.scaling)
+            found.scores = _sum(found.scores, share * pairs.chat_scores(attended))
+        if methods.fold or pairs.covariance_scores is not None:
             parts = (heads.queries, heads.keys, heads.cos, heads.sin)
-            covariance = share * pair_covariance(*parts, *chat.queries(), module.scaling)
-            found.covariance = covariance if found.covariance is None else found.covariance + covariance
-        if config.factorization in OUTPUT_WEIGHTED:
+            covariance = pair_covariance(*parts, *chat.queries(), module.scaling)
+            found.covariance = _sum(found.covariance, share * covariance)
+        if methods.factorization.statistics == "usage":
             for name, tokens in layer_usage(module, heads, hidden, chat.visual.long(), chat.weights).items():
                 found.stats.add(name, tokens)
         elif moments:
@@ -126,14 +117,14 @@ def measure_layer(
     advance(layer, index, chats, states, stream, observe)
     sum_over_processes(x for x in (found.scores, found.covariance) if x is not None)
     found.stats.sum_over_processes()
+    found.check(index)
+    if pairs.covariance_scores is not None and found.covariance is not None:
+        found.scores = pairs.covariance_scores(found.covariance, methods.fold)
     return found
 
 
-def _scores(heads: Heads, method: str, scaling: float) -> torch.Tensor:
-    if method == "2-norm":
-        return two_norm_scores(heads.queries, heads.keys)
-    plain = (heads.queries, heads.keys) if method == "rotation-kl" else None
-    return pair_kl_scores(*heads.rotated(), scaling, unrotated=plain)
+def _sum(so_far: torch.Tensor | None, new: torch.Tensor) -> torch.Tensor:
+    return new if so_far is None else so_far + new
 
 
 def measure_moments(

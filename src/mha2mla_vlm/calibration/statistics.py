@@ -5,13 +5,14 @@ P = D / 2 pairs.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 import torch
 from transformers import BatchFeature
 
 from mha2mla_vlm.algorithms.error_metric import attention_usage
+from mha2mla_vlm.algorithms.token_stats import TokenStats
 from mha2mla_vlm.config import DECOUPLED
 from mha2mla_vlm.data.records import IGNORE_INDEX
 from mha2mla_vlm.model.rope import one_table, rotate
@@ -20,61 +21,6 @@ from mha2mla_vlm.utils.distributed import sum_over_processes
 ANSWER_WEIGHT = 8.0  # of a query whose output is an answer's token, against other text
 VISION_WEIGHT = 0.1
 MAX_QUERIES = 64  # of a chat, whose attention pairs are measured on
-
-
-@dataclass
-class TokenStats:
-    """Sums over the tokens x of one modality that go into a layer's attention, each of weight w.
-
-    `moment [hidden, hidden]` is the sum of w x x^T, `total [hidden]` of w x, `mass` of w, all in
-    float64; `metric [2, G, D, D]`, if there is one, that of `error_metric.attention_usage`.
-    """
-
-    count: int
-    mass: float
-    moment: torch.Tensor
-    total: torch.Tensor
-    metric: torch.Tensor | None = None
-
-    @classmethod
-    def of(
-        cls, inputs: torch.Tensor, weights: torch.Tensor | None = None, metric: torch.Tensor | None = None
-    ) -> Self:
-        """Of inputs `[tokens, hidden]` with `weights [tokens]`, by default 1.
-
-        In float64: what few tokens leave out must come out as nothing, not as the rounding of what they do.
-        """
-        inputs = inputs.double()
-        weighted = inputs if weights is None else inputs * weights[:, None]
-        mass = float(len(inputs) if weights is None else weights.sum())
-        return cls(len(inputs), mass, weighted.T @ inputs, weighted.sum(0), metric)
-
-    def __add__(self, other: "TokenStats") -> "TokenStats":
-        """Of the tokens of both."""
-        metric = None if self.metric is None or other.metric is None else self.metric + other.metric
-        return TokenStats(
-            self.count + other.count,
-            self.mass + other.mass,
-            self.moment + other.moment,
-            self.total + other.total,
-            metric,
-        )
-
-    def tensors(self) -> dict[str, torch.Tensor | None]:
-        """All of it, by name."""
-        sums = self.moment.new_tensor([self.count, self.mass])
-        return {"sums": sums, "moment": self.moment, "total": self.total, "metric": self.metric}
-
-    @classmethod
-    def from_tensors(cls, tensors: dict[str, torch.Tensor]) -> Self:
-        """From `tensors`."""
-        count, mass = tensors["sums"].tolist()
-        return cls(int(count), mass, tensors["moment"], tensors["total"], tensors.get("metric"))
-
-    def centered(self) -> "TokenStats":
-        """With the moment about the mean."""
-        mean = self.total / max(self.mass, torch.finfo(torch.float32).tiny)
-        return replace(self, moment=self.moment - self.mass * mean[:, None] * mean)
 
 
 @dataclass

@@ -30,7 +30,7 @@ from mha2mla_vlm.cli.options import (
     mirrored,
 )
 from mha2mla_vlm.cli.zoo import zoo_app
-from mha2mla_vlm.config import ConversionConfig
+from mha2mla_vlm.conversion.config import ConversionConfig
 from mha2mla_vlm.errors import InputError, Interrupted, first_line, need
 from mha2mla_vlm.training.config import FinetuneConfig, read_recipe
 from mha2mla_vlm.utils.folders import check_output, claimed
@@ -101,7 +101,7 @@ def convert(
     check_output(output)
     if evaluate is not None:
         need("matplotlib", "report", "--evaluate")
-    from mha2mla_vlm.conversion.pipeline import plan
+    from mha2mla_vlm.conversion.plan import plan
     from mha2mla_vlm.data.sources import load_records
     from mha2mla_vlm.model.card import check_repository
     from mha2mla_vlm.model.checkpoint import load_config, pick_device

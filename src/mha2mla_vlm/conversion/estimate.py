@@ -15,12 +15,16 @@ from transformers import AutoModelForImageTextToText, BatchFeature, PreTrainedMo
 
 from mha2mla_vlm.algorithms.budget import unit_dims
 from mha2mla_vlm.calibration.activations import advance
-from mha2mla_vlm.config import AttentionSizes, ConversionConfig, MLAConfig
+from mha2mla_vlm.config import AttentionSizes, MLAConfig
+from mha2mla_vlm.conversion.allocation import budget_units
+from mha2mla_vlm.conversion.config import ConversionConfig
 from mha2mla_vlm.conversion.layer import LayerwiseConversion
 from mha2mla_vlm.conversion.on_disk import rest_shards
-from mha2mla_vlm.conversion.pipeline import encode_split, is_allotted, plan
-from mha2mla_vlm.conversion.profile import SKETCHES, LayerwiseProfile, MemoryWork, budget_units
+from mha2mla_vlm.conversion.pipeline import encode_split
+from mha2mla_vlm.conversion.plan import is_allocated, plan
+from mha2mla_vlm.conversion.profile import SKETCHES, LayerwiseProfile
 from mha2mla_vlm.conversion.weights import converted_config
+from mha2mla_vlm.conversion.work import MemoryWork
 from mha2mla_vlm.data.records import Record
 from mha2mla_vlm.errors import InputError
 from mha2mla_vlm.model.cache.latent import bytes_per_token
@@ -70,8 +74,8 @@ def predict(
     mla = plan(model_config, config)
     if getattr(model_config, "mla", None) is not None:
         raise InputError(f"{str(name)!r} has partial RoPE already; what originals take can be foretold")
-    allots = is_allotted(model_config, config)
-    if allots:
+    allocated = is_allocated(model_config, config)
+    if allocated:
         mla = _evenly(mla, AttentionSizes.of(model_config), config)
     if Path(source).is_dir():
         check_weights(Path(source))
@@ -80,7 +84,9 @@ def predict(
     calibration, held_out = encode_split(original, load_processor(name), records, config)
     target = torch.device(device)
     base = resident_bytes() or 0
-    phases, peak, kept = _one_layer(model_config, config, mla, calibration[0], number, target, allots=allots)
+    phases, peak, kept = _one_layer(
+        model_config, config, mla, calibration[0], number, target, allocated=allocated
+    )
     output_bytes = _bytes(converted, stored_names(converted), number)
     layers = AttentionSizes.of(model_config).layers
     counts = {"calibration": len(calibration) * layers, "held-out loss": len(held_out) * layers}
@@ -90,7 +96,7 @@ def predict(
     seconds["writing"] = (output_bytes + layers * kept) / WRITE_RATE
     tokens, others = (sum(x["input_ids"].shape[1] for x in chats) for chats in (calibration, held_out))
     # all layers' states stay until their gradients have come down; else those of two layers are there
-    hidden = (layers + 2 * SKETCHES) * tokens if allots else 2 * (tokens + 3 * others)
+    hidden = (layers + 2 * SKETCHES) * tokens if allocated else 2 * (tokens + 3 * others)
     return Prediction(
         bytes_per_token=bytes_per_token(converted.config, itemsize=number.itemsize),
         bytes_per_token_original=bytes_per_token(model_config, itemsize=number.itemsize),
@@ -153,7 +159,7 @@ def _one_layer(
     number: torch.dtype,
     device: torch.device,
     *,
-    allots: bool,
+    allocated: bool,
 ) -> tuple[dict[str, float], int | None, int]:
     """Seconds of each phase for one chat and one layer, of vision too, the most memory, and the bytes of
     what is kept of a layer to allot sizes.
@@ -161,20 +167,20 @@ def _one_layer(
     known = forget_peak()
     model = AutoModelForImageTextToText.from_config(_small(model_config), dtype=number).to(device).eval()
     phases = Phases("timing one layer", 1)
-    chat, work, given = _renamed(batch, model_config), MemoryWork(), {"device": device, "phases": phases}
+    chat, work = _renamed(batch, model_config), MemoryWork()
+    given: dict[str, Any] = {"device": device, "phases": phases}
     with phases:
-        timed = LayerwiseConversion(model, config, mla, **given, warn=False)
+        timed = LayerwiseConversion(model, config, mla, **given, work=MemoryWork(), warn=False)
         timed.begin([chat], [chat])
         phases.seconds.clear()
         advance(decoder_layers(model)[0], 0, timed.held_out, timed.states, "original")  # the first is slow
-        if allots:
-            profile = LayerwiseProfile(model, config, mla, **given, work=work)
-            profile.run([chat])
-            timed.known = profile.layer
+        if allocated:
+            profile = LayerwiseProfile(model, config, mla, **given, work=work).run([chat], config)
+            timed.known = profile.layers.__getitem__
         timed.begin([chat], [chat])
         timed.layer(0)
     phases.seconds["vision and embeddings"] /= 2  # chats
-    kept = sum(x.numel() * x.element_size() for x in work.kept("layer 0").values()) if allots else 0
+    kept = sum(x.numel() * x.element_size() for x in work.kept("layer 0").values()) if allocated else 0
     return phases.seconds, peak_resident_bytes() if known else None, kept
 
 

@@ -7,46 +7,27 @@ the `converted` layers, whose ends give the loss.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import BatchFeature, PreTrainedModel
+from transformers import BatchFeature
 
-from mha2mla_vlm.calibration.activations import (
-    Chat,
-    MemoryStates,
-    States,
-    advance,
-    answer_states,
-    attending,
-    begin,
-)
+from mha2mla_vlm.calibration.activations import Chat, advance, answer_states, attending
 from mha2mla_vlm.calibration.layer_profile import LayerProfile, measure_layer, measure_moments
 from mha2mla_vlm.calibration.statistics import LayerStats
-from mha2mla_vlm.config import BLOCKS, OUTPUT_WEIGHTED, AttentionSizes, ConversionConfig, MLAConfig
-from mha2mla_vlm.conversion.profile import CALIBRATION
-from mha2mla_vlm.conversion.weights import (
-    converted_layer,
-    factored_weights,
-    layer_factors,
-    partial_layer,
-    table_scale,
-)
+from mha2mla_vlm.conversion.sweep import CALIBRATION, Known, Sweep
+from mha2mla_vlm.conversion.weights import converted_layer, factored_weights, layer_factors
 from mha2mla_vlm.evaluation.answers import as_kl, kl_sum
 from mha2mla_vlm.model.attention import MLAAttention
-from mha2mla_vlm.model.families import get_family
 from mha2mla_vlm.model.modeling import decoder_layers
 from mha2mla_vlm.model.offload import end_modules, resident
-from mha2mla_vlm.utils.distributed import own_share, sum_over_processes
-from mha2mla_vlm.utils.progress import Phases
+from mha2mla_vlm.utils.distributed import sum_over_processes
 
 CALIBRATION_PARTIAL = "calibration partial"
 ORIGINAL, PARTIAL, CONVERTED = "original", "partial", "converted"
-MOMENTLESS = ("none", "weight-svd", *BLOCKS)
-
 
 Spectrum = list[tuple[int, float]]  # number of a direction, what it carries of what the first does
 
@@ -66,35 +47,22 @@ def thinned(spectrum: torch.Tensor, points: int = 48) -> Spectrum:
     return [(int(place), round(float(values[place - 1]), 9)) for place in places]
 
 
-class LayerwiseConversion:
-    """Converts the layers of `model`, which may lie on disk, as `mla` says; call `layer` for each in turn.
+class LayerwiseConversion(Sweep):
+    """Converts the layers; call `begin`, then `layer` for each in turn.
 
-    `states` holds the streams, by default in memory. `known` tells what calibration found of a layer,
-    where that was measured before; `warn` of modalities with too few tokens in calibration.
+    `known` gives what calibration found of a layer, where that was measured before; `warn` of modalities
+    with too few tokens in calibration.
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        config: ConversionConfig,
-        mla: MLAConfig,
-        *,
-        device: torch.device,
-        phases: Phases,
-        states: States | None = None,
-        known: Callable[[int], LayerProfile] | None = None,
-        warn: bool = True,
-    ) -> None:
-        self.model, self.config, self.mla, self.device = model, config, mla, device
-        self.phases, self.warn = phases, warn
-        self.states: States = MemoryStates() if states is None else states
-        self.known = known
-        self.sizes = AttentionSizes.of(model.config)
-        self.is_original = getattr(model.config, "mla", None) is None
-        self.factorises = config.factorization != "none"
+    def __init__(self, *given: Any, known: Known | None = None, warn: bool = True, **named: Any) -> None:
+        super().__init__(*given, **named)
+        self.known, self.warn = known, warn
+        method = self.methods.factorization
+        self.is_original = getattr(self.model.config, "mla", None) is None
+        self.factorises = method.factors is not None
         self.ends = {"partial_rope": PARTIAL} if self.is_original else {}  # streams that losses are read from
         self.ends |= {"factorization": CONVERTED} if self.factorises else {}
-        self.after_rope = config.factorization not in (*MOMENTLESS, *OUTPUT_WEIGHTED)
+        self.after_rope = method.statistics == "inputs"
         self.calibration: list[Chat] = []
         self.held_out: list[Chat] = []
         self.total = 0
@@ -106,18 +74,10 @@ class LayerwiseConversion:
         given besides states.
         """
         self.total = len(calibration)
-        visual = get_family(self.model.config.model_type).visual_token_ids(self.model.config)
         wanted = [CALIBRATION] if self.is_original and self.known is None else []
         wanted += [CALIBRATION_PARTIAL] if self.after_rope else []
-        ends = [ORIGINAL, *self.ends.values()]
-
-        def chats(batches: Sequence[BatchFeature], streams: list[str]) -> list[Chat]:
-            started = [] if again else streams
-            return begin(self.model, own_share(batches), visual, self.device, self.states, started)
-
-        with self.phases.phase("vision and embeddings"):
-            self.calibration = chats(calibration, wanted) if wanted else []
-            self.held_out = chats(held_out, ends)
+        self.calibration = self.chats(calibration, [] if again else wanted) if wanted else []
+        self.held_out = self.chats(held_out, [] if again else [ORIGINAL, *self.ends.values()])
 
     @torch.no_grad()
     def layer(self, index: int) -> ConvertedLayer:
@@ -130,7 +90,9 @@ class LayerwiseConversion:
             with self.phases.phase("calibration"):
                 profile = self._profile(layer, index)
             with self.phases.phase("partial RoPE"):
-                partial = self._partial(layer.self_attn, profile, index)
+                partial = layer.self_attn
+                if self.is_original:
+                    partial = self.partial(layer.self_attn, profile, self.mla, index)
             stats = profile.stats
             if self.after_rope:
                 with self.phases.phase("calibration"), attending(layer, partial):
@@ -152,16 +114,8 @@ class LayerwiseConversion:
             return self.known(index)
         if not self.is_original:
             return LayerProfile()
-        options: dict[str, Any] = {"total": self.total, "moments": False}
-        given = (layer, index, self.calibration, self.states, CALIBRATION, self.config)
-        return measure_layer(*given, **options).check(index)
-
-    def _partial(self, source: Any, profile: LayerProfile, index: int) -> MLAAttention:
-        """The layer's attention with partial RoPE alone."""
-        if not self.is_original:
-            return source
-        selection = profile.selection(self.mla.layer(index)[0], self.sizes, self.config)
-        return partial_layer(source, selection, self.mla, index, table_scale(self.model))
+        given = (layer, index, self.calibration, self.states, CALIBRATION, self.methods)
+        return measure_layer(*given, total=self.total, moments=False)
 
     def _factorised(
         self, source: nn.Module, partial: MLAAttention, stats: LayerStats, index: int

@@ -1,32 +1,24 @@
 """Conversion of a checkpoint that stays on disk: a layer at a time is read, converted and written."""
 
-import contextlib
 import hashlib
 import json
+import time
 import warnings
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
+from transformers import PreTrainedModel, ProcessorMixin
 
-from mha2mla_vlm.calibration.layer_profile import LayerProfile
-from mha2mla_vlm.config import AttentionSizes, ConversionConfig, MLAConfig
+from mha2mla_vlm.config import AttentionSizes, MLAConfig
+from mha2mla_vlm.conversion.config import ConversionConfig
 from mha2mla_vlm.conversion.describe import conversion_summary
-from mha2mla_vlm.conversion.layer import LayerwiseConversion
-from mha2mla_vlm.conversion.pipeline import (
-    encode_split,
-    findings,
-    is_allotted,
-    plan,
-    print_losses,
-    print_plan,
-)
-from mha2mla_vlm.conversion.profile import LayerwiseProfile, allotted
+from mha2mla_vlm.conversion.driver import Chats, Sink, run
+from mha2mla_vlm.conversion.pipeline import encode_split
+from mha2mla_vlm.conversion.plan import plan
 from mha2mla_vlm.conversion.weights import converted_config
 from mha2mla_vlm.conversion.work_folder import WorkFolder
 from mha2mla_vlm.data.records import Record
@@ -39,7 +31,7 @@ from mha2mla_vlm.model.offload import check_shapes, disk_map, empty_model, read_
 from mha2mla_vlm.utils.compat import tied_names
 from mha2mla_vlm.utils.distributed import claimed_by_first, process_count
 from mha2mla_vlm.utils.memory import peak_resident_bytes
-from mha2mla_vlm.utils.progress import Phases, kept
+from mha2mla_vlm.utils.progress import kept
 
 SHARD_BYTES = 1_000_000_000  # of what lies beside the layers, which have a shard each
 
@@ -79,116 +71,43 @@ def convert_checkpoint(
     for what cannot be converted, and for disks and shards that fail, with the work so far kept.
     """
     folder, target = local_folder(name), torch.device(device)
-    mla = plan(model_config := load_config(folder), config)
+    plan(model_config := load_config(folder), config)
     weights_files(folder)
     processor = load_processor(folder)
     model = _on_disk(folder, model_config, dtype, target)
-    if temporary or not Path(resolve(name)).is_dir():  # on the hub, wherever its files are now
-        known = getattr(model_config, "mla", None)
-        mla = replace(mla, original=None if temporary else known.get("original") if known else str(name))
-    calibration, held_out = encode_split(model, processor, records, config)
-    _check_shares(calibration, held_out)
+    chats = encode_split(model, processor, records, config)
+    _check_shares(chats)
     given = {"model": str(folder), "config": config.to_dict(), "dtype": str(model.dtype)}
     given["weights"] = weights_digest(folder)
-    settings = given | {"processes": process_count(), "records": _digest([*calibration, *held_out])}
+    settings = given | {"processes": process_count(), "records": _digest(chats)}
     with claimed_by_first(output):
         where = None if spill is None else Path(spill)
         work = WorkFolder(Path(output), settings, resume=resume, spill=where)
-        streaming = _Streaming(model, config, work, target)
-        mla = streaming.run(mla, calibration, held_out, processor)
+        with kept(work.folder, "resume with --resume"):
+            found = run(model, config, chats, device=target, work=work, sink=_shards(model, work))
+            if temporary or not Path(resolve(name)).is_dir():  # on the hub, wherever its files are now
+                known = getattr(model_config, "mla", None)
+                original = None if temporary else known.get("original") if known else str(name)
+                found = replace(found, mla=replace(found.mla, original=original))
+            start = time.perf_counter()
+            if work.main:
+                with work.writing("the rest of the model"):
+                    _write_rest(model, processor, found.mla, work)
+                    write_findings(found.findings, work.result)
+            work.seconds["writing"] = work.seconds.get("writing", 0.0) + time.perf_counter() - start
         work.finish()
     return StreamedConversion(
-        mla=mla,
-        summary=conversion_summary(model_config, mla, model.dtype),
-        seconds=dict(streaming.seconds),
+        mla=found.mla,
+        summary=conversion_summary(model_config, found.mla, model.dtype),
+        seconds=dict(work.seconds),
         peak_bytes=peak_resident_bytes(),
     )
 
 
-class _Streaming:
-    """A conversion under way, in one sweep or in three, and the seconds that each phase took."""
-
-    def __init__(
-        self, model: PreTrainedModel, config: ConversionConfig, work: WorkFolder, device: torch.device
-    ) -> None:
-        self.model, self.config, self.work, self.device = model, config, work, device
-        self.layers = AttentionSizes.of(model.config).layers
-        self.before = 0  # steps before the first layer is converted
-        self.seconds: Counter[str] = Counter()
-
-    def run(
-        self,
-        mla: MLAConfig,
-        calibration: Sequence[BatchFeature],
-        held_out: Sequence[BatchFeature],
-        processor: ProcessorMixin,
-    ) -> MLAConfig:
-        """Convert, from where an earlier run stopped; returns `mla` with sizes allotted and the losses."""
-        known = None
-        with kept(self.work.folder, "go on with --resume"):
-            if is_allotted(self.model.config, self.config):
-                profile = self.measured(mla, calibration)
-                mla, known = allotted(mla, profile.losses(), profile.sizes, self.config), profile.layer
-            if self.work.main:
-                print_plan(self.model.config, mla)
-            mla = self.converted(mla, known, calibration, held_out, processor)
-        print_losses(mla.kl or {})
-        return mla
-
-    @contextlib.contextmanager
-    def _phases(self, title: str, total: int, done: int) -> Iterator[Phases]:
-        with Phases(title, total, done, shown=self.work.main) as phases:
-            yield phases
-        self.seconds.update(phases.seconds)
-
-    def measured(self, mla: MLAConfig, calibration: Sequence[BatchFeature]) -> LayerwiseProfile:
-        """What calibration tells about all layers: up through them and down again."""
-        self.before = 2 * self.layers
-        with self._phases("measuring layers", self.before, min(self.work.done, self.before)) as phases:
-            given = (self.model, self.config, mla)
-            profile = LayerwiseProfile(*given, device=self.device, phases=phases, work=self.work)
-            with self.work.writing("what is measured"):
-                profile.run(calibration)
-        return profile
-
-    def converted(
-        self,
-        mla: MLAConfig,
-        known: Callable[[int], LayerProfile] | None,
-        calibration: Sequence[BatchFeature],
-        held_out: Sequence[BatchFeature],
-        processor: ProcessorMixin,
-    ) -> MLAConfig:
-        """Convert and write the layers that are not done, then the rest; returns `mla` with the losses."""
-        work, done = self.work, self.work.done - self.before
-        with self._phases("converting layers", self.layers, done) as phases:
-            conversion = LayerwiseConversion(
-                self.model,
-                self.config,
-                mla,
-                device=self.device,
-                phases=phases,
-                states=work.states,
-                known=known,
-            )
-            with work.writing("hidden states"):
-                conversion.begin(calibration, held_out, again=done > 0)
-            names, prefixes = shard_names(self.model), layer_prefixes(self.model)
-            for index in range(done, self.layers):
-                with work.writing(f"layer {index}"):
-                    made = conversion.layer(index)
-                    with phases.phase("writing"):
-                        work.write(names[index], _layer_tensors(self.model, prefixes[index], made.weights))
-                        work.notes["spectra"] = [*work.notes.get("spectra", []), made.spectra]
-                        work.finished_step(drop=index)
-                phases.advance()
-            mla = replace(mla, kl=conversion.kl())
-            if work.main:
-                with phases.phase("writing"), work.writing("the rest of the model"):
-                    _write_rest(self.model, processor, mla, work)
-                    found = findings(self.config, len(calibration), work.notes["spectra"])
-                    write_findings(found, work.result)
-        return mla
+def _shards(model: PreTrainedModel, work: WorkFolder) -> Sink:
+    """Writes each converted layer as a shard of the result."""
+    names, prefixes = shard_names(model), layer_prefixes(model)
+    return lambda index, made: work.write(names[index], _layer_tensors(model, prefixes[index], made))
 
 
 def _on_disk(folder: Path, config: Any, dtype: str, device: torch.device) -> PreTrainedModel:
@@ -201,11 +120,12 @@ def _on_disk(folder: Path, config: Any, dtype: str, device: torch.device) -> Pre
     return model
 
 
-def _check_shares(calibration: Sequence[Any], held_out: Sequence[Any]) -> None:
+def _check_shares(chats: Chats) -> None:
     """Raise `InputError` if a process would have no chats."""
-    if min(len(calibration), len(held_out)) < process_count():
+    counts = len(chats.calibration), len(chats.held_out)
+    if min(counts) < process_count():
         raise InputError(
-            f"{len(calibration)} chats to calibrate on and {len(held_out)} held out are too few for "
+            f"{counts[0]} chats to calibrate on and {counts[1]} held out are too few for "
             f"{process_count()} processes; give each one of both"
         )
 
@@ -280,10 +200,10 @@ def rest_shards(model: PreTrainedModel) -> list[list[str]]:
     return shards
 
 
-def _digest(batches: Sequence[BatchFeature]) -> str:
+def _digest(chats: Chats) -> str:
     """What the chats are, in short."""
     found = hashlib.sha256()
-    for batch in batches:
+    for batch in (*chats.calibration, *chats.held_out):
         for key, value in sorted(batch.items()):
             found.update(key.encode() + value.cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return found.hexdigest()

@@ -14,11 +14,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from mha2mla_vlm.algorithms.factorization import Factors, block_factors, metric_roots, pca_factors
+from mha2mla_vlm.algorithms.factorization import factorization
+from mha2mla_vlm.algorithms.factorization.base import Outputs
+from mha2mla_vlm.algorithms.factorization.low_rank import Factors
 from mha2mla_vlm.algorithms.folding import fold_keys
-from mha2mla_vlm.algorithms.pair_selection import RopeSelection, split_dims
-from mha2mla_vlm.calibration.statistics import LayerStats, TokenStats
-from mha2mla_vlm.config import BLOCKS, CENTERED, OUTPUT_WEIGHTED, SHARED, MLAConfig
+from mha2mla_vlm.algorithms.pair_selection.base import RopeSelection, split_dims
+from mha2mla_vlm.calibration.statistics import LayerStats
+from mha2mla_vlm.config import SHARED, MLAConfig
 from mha2mla_vlm.model.attention import MLAAttention
 from mha2mla_vlm.model.modeling import layer_prefixes, mla_classes
 from mha2mla_vlm.utils.compat import attention_name, set_attention_name
@@ -96,21 +98,17 @@ def layer_factors(
     A modality with fewer calibration tokens than input dims has no moment of full rank of its own:
     it gets the pooled one, with a warning unless told not to `warn`.
     """
-    _, others = split_dims(whole["rope_pairs"], head_dim)
-    weight = whole["kv_a_proj.shared.weight"]  # [O, hidden], of them N key dims a head `others`
-    rank, method = cast(int, mla.layer(layer)[1]), cast(str, mla.factorization)
-    if method in BLOCKS:
-        per_head = len(weight) // len(others)
-        is_key = torch.arange(len(weight), device=weight.device) % per_head < others.shape[1]
-        return {"shared": block_factors(weight, is_key, rank, method)}
+    method = factorization(mla.factorization)
+    assert method.factors is not None, "keys and values stay whole"
+    outputs = Outputs(whole["kv_a_proj.shared.weight"], split_dims(whole["rope_pairs"], head_dim)[1])
+    rank, hidden = cast(int, mla.layer(layer)[1]), outputs.weight.shape[1]
     if mla.modalities == SHARED:
-        unseen = torch.eye(weight.shape[1], device=weight.device)
-        moment = unseen if method == "weight-svd" else stats.pooled().moment
-        return {"shared": pca_factors(weight, moment, rank)}
+        tokens = None if method.statistics == "nothing" else stats.pooled()
+        return {"shared": method.factors(outputs, tokens, rank)}
     factors = {}
     for modality in mla.modalities:
         tokens = stats.tokens.get(modality)
-        count, hidden = 0 if tokens is None else tokens.count, weight.shape[1]
+        count = 0 if tokens is None else tokens.count
         if tokens is None or count < hidden:
             logger.log(
                 logging.WARNING if warn else logging.DEBUG,
@@ -118,21 +116,8 @@ def layer_factors(
                 layer, count, modality, hidden,
             )  # fmt: skip
             tokens = stats.pooled()
-        factors[modality] = _token_factors(weight, others, tokens, rank, method)
+        factors[modality] = method.factors(outputs, tokens, rank)
     return factors
-
-
-def _token_factors(
-    weight: torch.Tensor, others: torch.Tensor, tokens: TokenStats, rank: int, method: str
-) -> Factors:
-    """Factors of `weight [O, hidden]` for the tokens of one modality."""
-    weighted = method in OUTPUT_WEIGHTED
-    roots = metric_roots(cast(torch.Tensor, tokens.metric), others) if weighted else []
-    if method not in CENTERED:
-        return pca_factors(weight, tokens.moment, rank, roots)
-    factors = pca_factors(weight, tokens.centered().moment, rank, roots)
-    mean = tokens.total / tokens.mass
-    return replace(factors, mean=(mean, weight.double() @ mean))
 
 
 def partial_layer(

@@ -64,6 +64,7 @@ class WorkFolder:
         self.settings = json.loads(json.dumps(settings))
         self.done, self.notes = self._begun(resume)
         self.main = process_index() == 0
+        self.seconds: dict[str, float] = {}
         self.states_folder = self.folder / "states" if spill is None else self._spilled(spill, resume)
         self.states: States = FolderStates(self.states_folder / str(process_index()))
         wait_for_all()  # all have read how far it is
@@ -98,7 +99,7 @@ class WorkFolder:
             return 0, {}
         if not resume:
             raise InputError(
-                f"{self.folder} holds a conversion that was interrupted; go on with --resume, or remove it"
+                f"{self.folder} holds a conversion that was interrupted; resume with --resume, or remove it"
             )
         begun = self.folder.is_dir() and {each.name for each in self.folder.iterdir()} <= {
             "result",
@@ -168,7 +169,7 @@ class WorkFolder:
         wait_for_all()
         if not self.main:
             return
-        with kept(self.folder, "go on with --resume"):
+        with kept(self.folder, "resume with --resume"):
             put_in_place(self.result, self.output)
         (self.folder / PROGRESS).unlink()
         for folder in (self.states_folder, self.folder / "kept"):
@@ -178,7 +179,7 @@ class WorkFolder:
 
     def writing(self, what: str) -> contextlib.AbstractContextManager[None]:
         """Within the context, a full disk is said in one line, and that what was done before is kept."""
-        return writing(self.folder, f"{what}: ", "; what is done is kept, go on with --resume")
+        return writing(self.folder, f"{what}: ", "; what is done is kept, resume with --resume")
 
 
 def _exists(path: Path) -> bool:

@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self, overload
 
 import torch
 from jinja2 import TemplateError
@@ -185,6 +185,29 @@ def encode_with_labels(
         labels[row, kept] = batch["input_ids"][row, kept]
     batch["labels"] = labels
     return batch
+
+
+class EncodedRecords(Sequence[BatchFeature]):
+    """Chats as batches of one row (`encode_with_labels`), made when one is asked for: pixels are many."""
+
+    def __init__(
+        self, processor: ProcessorMixin, records: Sequence[Record], visual_token_ids: Sequence[int]
+    ) -> None:
+        self.processor, self.records, self.visual_token_ids = processor, records, visual_token_ids
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    @overload
+    def __getitem__(self, index: int) -> BatchFeature: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Self: ...
+
+    def __getitem__(self, index: int | slice) -> BatchFeature | Self:
+        if isinstance(index, slice):
+            return type(self)(self.processor, self.records[index], self.visual_token_ids)
+        return encode_with_labels(self.processor, [self.records[index]], self.visual_token_ids)
 
 
 def _answer_tokens(processor: ProcessorMixin, record: Record) -> tuple[torch.Tensor, torch.Tensor]:

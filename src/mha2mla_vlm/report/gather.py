@@ -163,10 +163,10 @@ def _alone(
 def _loss(model: PreTrainedModel, chats: Sequence[Chat], states: MemoryStates) -> float:
     """KL of the ends of both streams."""
     norm, head = end_modules(model)
-    total, tokens = 0.0, 0
+    total, tokens, last = 0.0, 0, len(decoder_layers(model))
     for number, chat in enumerate(chats):
         expected, found = (
-            head(answer_states(chat, states[stream, len(decoder_layers(model)), number], norm))
+            head(answer_states(chat, states[stream, last, number].to(model.device), norm))
             .float()
             .log_softmax(-1)
             for stream in (ORIGINAL, CHANGED)

@@ -49,9 +49,9 @@ def process_index() -> int:
     return dist.get_rank() if process_count() > 1 else 0
 
 
-def own_share(items: Sequence[T]) -> list[T]:
+def own_share(items: Sequence[T]) -> Sequence[T]:
     """The items that are this process's."""
-    return list(items[process_index() :: process_count()])
+    return items[process_index() :: process_count()]
 
 
 def sum_over_processes(tensors: Iterable[torch.Tensor]) -> None:

@@ -43,11 +43,19 @@ def kept(folder: Path, how: str) -> Iterator[None]:
 class Phases:
     """A bar over steps of several phases, which shows the phase and the time left; and the seconds of each.
 
-    The first `done` of `total` steps are done already.
+    The first `done` of `total` steps are done already. Seconds are added to those given, if any are.
     """
 
-    def __init__(self, title: str, total: int, done: int = 0, *, shown: bool = True) -> None:
-        self.seconds: dict[str, float] = {}
+    def __init__(
+        self,
+        title: str,
+        total: int,
+        done: int = 0,
+        *,
+        shown: bool = True,
+        seconds: dict[str, float] | None = None,
+    ) -> None:
+        self.seconds: dict[str, float] = {} if seconds is None else seconds
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from mha2mla_vlm.algorithms.budget import allot, interpolate, unit_dims
+from mha2mla_vlm.algorithms.budget import allocate, interpolate, unit_dims
 
 
 def curves(layers, seed, units=(1, 2, 3, 4)):
@@ -21,7 +21,7 @@ def loss(sizes, rope, latent):
 @pytest.mark.parametrize("budget", [6, 9, 14, 24])
 def test_no_other_allotment_within_the_budget_is_better(seed, budget):
     rope, latent = curves(3, seed), curves(3, seed + 100)
-    best = allot(rope, latent, budget)
+    best = allocate(rope, latent, budget)
     assert sum(a + b for a, b in best) <= budget
     every = itertools.product(itertools.product(range(1, 5), repeat=2), repeat=3)
     within = [sizes for sizes in every if sum(a + b for a, b in sizes) <= budget]
@@ -30,12 +30,12 @@ def test_no_other_allotment_within_the_budget_is_better(seed, budget):
 
 def test_of_equal_losses_the_smaller_sizes_are_taken():
     flat = [{1: 0.5, 2: 0.5, 3: 0.5}]
-    assert allot(flat, flat, 6) == [(1, 1)]
+    assert allocate(flat, flat, 6) == [(1, 1)]
 
 
 def test_a_budget_below_the_least_sizes_is_an_error():
     with pytest.raises(ValueError, match="5 units do not hold the least sizes of 3 layers"):
-        allot(curves(3, 0), curves(3, 1), 5)
+        allocate(curves(3, 0), curves(3, 1), 5)
 
 
 def test_interpolation_goes_through_the_measured_points_and_never_rises():

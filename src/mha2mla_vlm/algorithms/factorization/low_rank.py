@@ -9,8 +9,6 @@ from typing import Self
 
 import torch
 
-from mha2mla_vlm.config import block_ranks
-
 RIDGE = 1e-6  # of the mean variance, added to every input direction
 METRIC_RIDGE = 1e-3  # of a direction's own and of the mean weight, added to every output direction
 
@@ -78,6 +76,11 @@ def pca_factors(
     return Factors(down=down * scale[:, None], up=up / scale, spectrum=spectrum)
 
 
+def about_mean(factors: Factors, weight: torch.Tensor, mean: torch.Tensor) -> Factors:
+    """Factors of what differs from a `mean [hidden]` input, with what the weight gives for it."""
+    return replace(factors, mean=(mean, weight.double() @ mean))
+
+
 def _top_directions(
     weight: torch.Tensor, moment: torch.Tensor, rank: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -128,21 +131,3 @@ def metric_roots(metric: torch.Tensor, others: torch.Tensor) -> list[torch.Tenso
     ridges = (METRIC_RIDGE * (block.diagonal() + scale) for block in blocks)
     pairs = zip(blocks, ridges, strict=True)
     return [torch.linalg.cholesky(block + torch.diag(ridge)) for block, ridge in pairs]
-
-
-def block_factors(weight: torch.Tensor, is_key: torch.Tensor, rank: int, method: str) -> Factors:
-    """Factors of keys and values apart, by the SVD of the weights: `split`, `only-key`, `only-value`.
-
-    `is_key [O]` marks key rows; `config.block_ranks` says which rank each gets.
-    """
-    key_rank, value_rank = block_ranks(method, rank, int(is_key.sum()), int((~is_key).sum()))
-    identity = torch.eye(weight.shape[1], dtype=torch.float64, device=weight.device)
-    blocks = [(is_key, key_rank), (~is_key, value_rank)]
-    down, up = [], torch.zeros(len(weight), rank, dtype=torch.float64, device=weight.device)
-    start = 0
-    for rows, part in blocks:
-        factors = pca_factors(weight[rows], identity, part)
-        up[rows, start : start + part] = factors.up
-        down.append(factors.down)
-        start += part
-    return Factors(down=torch.cat(down), up=up)

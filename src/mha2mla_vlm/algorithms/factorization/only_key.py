@@ -1,0 +1,5 @@
+"""Keys alone are factorised."""
+
+from mha2mla_vlm.algorithms.factorization.blocks import apart
+
+METHOD = apart("values")

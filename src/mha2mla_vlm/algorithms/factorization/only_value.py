@@ -1,0 +1,5 @@
+"""Values alone are factorised."""
+
+from mha2mla_vlm.algorithms.factorization.blocks import apart
+
+METHOD = apart("keys")

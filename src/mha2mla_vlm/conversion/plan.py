@@ -1,0 +1,192 @@
+"""What a model will be converted to, and what cannot be: found before any work."""
+
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from mha2mla_vlm.algorithms.budget import unit_dims
+from mha2mla_vlm.algorithms.factorization import FACTORIZATIONS, factorization
+from mha2mla_vlm.algorithms.factorization.base import Factorization
+from mha2mla_vlm.algorithms.factorization.blocks import block_ranks
+from mha2mla_vlm.config import DECOUPLED, SHARED, AttentionSizes, MLAConfig
+from mha2mla_vlm.conversion.allocation import budget_units
+from mha2mla_vlm.conversion.config import ConversionConfig
+from mha2mla_vlm.conversion.weights import converted_config
+from mha2mla_vlm.errors import InputError
+from mha2mla_vlm.model.cache.latent import bytes_per_token
+from mha2mla_vlm.model.card import by_layer
+from mha2mla_vlm.model.families import get_family
+from mha2mla_vlm.model.modeling import decoder_layers
+from mha2mla_vlm.model.origin import shared_name
+from mha2mla_vlm.utils.compat import is_plain_tensor
+from mha2mla_vlm.utils.progress import console
+
+
+def check_model(model: PreTrainedModel) -> None:
+    """Raise `InputError` for a model whose weights cannot be read as they are."""
+    devices = {parameter.device for parameter in model.parameters()}
+    if len(devices) > 1 or torch.device("meta") in devices:
+        raise InputError(
+            f"the model lies on {', '.join(map(str, devices))}; load it on one device to convert it"
+        )
+    for layer in decoder_layers(model):
+        for name, child in layer.self_attn.named_children():
+            modules = child.values() if isinstance(child, nn.ModuleDict) else [child]
+            wrong = [m for m in modules if any(True for _ in m.parameters()) and not _is_linear(m)]
+            if wrong:
+                raise InputError(
+                    f"layer {layer.self_attn.layer_idx}: {name} ({type(wrong[0]).__name__}) is not a plain "
+                    "linear layer; merge adapters first (merge_and_unload), load quantised models in bfloat16"
+                )
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return type(module) is nn.Linear and all(map(is_plain_tensor, module.parameters()))
+
+
+def plan(model_config: Any, config: ConversionConfig) -> MLAConfig:
+    """Sizes of the converted model; raises `InputError` for what cannot be converted."""
+    _check_not_quantized(model_config)
+    if getattr(model_config, "mla", None) is not None:
+        return _plan_factors(model_config, config)
+    family = get_family(model_config.model_type)
+    text = model_config.get_text_config(decoder=True)
+    if text.model_type not in family.text_model_types:
+        raise InputError(
+            f"language model {text.model_type!r} is not supported in {family.model_type}; "
+            f"supported: {', '.join(family.text_model_types)}"
+        )
+    if "sliding_attention" in (getattr(text, "layer_types", None) or ()) or getattr(
+        text, "sliding_window", None
+    ):
+        raise InputError(
+            "sliding-window attention is not supported; supported is full attention in every layer"
+        )
+    method, sizes = factorization(config.factorization), AttentionSizes.of(model_config)
+    rope_dim = sizes.head_dim // 2 if config.rope_dim is None else config.rope_dim
+    mla = MLAConfig(
+        qk_rope_head_dim=rope_dim,
+        kv_lora_rank=_rank(method, sizes, rope_dim, config),
+        modalities=DECOUPLED if method.per_modality else SHARED,
+        rope_selection=config.rope_selection,
+        factorization=config.factorization,
+        folded=config.fold,
+        kv_bias=method.centered,
+        original=shared_name(model_config.name_or_path) if model_config.name_or_path else None,
+    )
+    _check_sizes(mla, method, sizes)
+    if config.share is not None:
+        _check_budget(sizes, config)
+    return mla
+
+
+def _rank(
+    method: Factorization, sizes: AttentionSizes, rope_dim: int, config: ConversionConfig
+) -> int | None:
+    """Latent dims of a layer, None where keys and values stay whole."""
+    if method.factors is None:
+        return None
+    # where one of both stays whole, d_kv is the rank of the other
+    whole = {None: 0, "values": sizes.head_dim, "keys": sizes.head_dim - rope_dim}[method.whole]
+    d_kv = sizes.head_dim // 4 if config.d_kv is None else config.d_kv
+    return sizes.kv_heads * (d_kv + whole)
+
+
+def _check_sizes(mla: MLAConfig, method: Factorization, sizes: AttentionSizes) -> None:
+    """Raise `InputError` for sizes that the model or the method cannot have; they are the same by layer."""
+    rope, rank = mla.layer(0)
+    replace(mla, kv_lora_rank=None).check(sizes)
+    if rank is None:
+        return
+    keys, values = sizes.kv_heads * (sizes.head_dim - rope), sizes.kv_heads * sizes.head_dim
+    largest = min(sizes.hidden, keys + values)
+    if method.apart:
+        parts = block_ranks(rank, keys, values, method.whole)
+        if not (1 <= parts[0] <= keys and 1 <= parts[1] <= values):
+            raise InputError(
+                f"factorization {mla.factorization!r} gives keys rank {parts[0]} of {keys} and "
+                f"values {parts[1]} of {values} at R = {rope}; each needs at least 1 and at most all"
+            )
+    elif not 1 <= rank <= largest:
+        raise InputError(
+            f"kv_lora_rank {rank}: give 1 to {largest}, that is d_kv up to {largest // sizes.kv_heads} "
+            f"per KV head at R = {rope}"
+        )
+
+
+def _check_not_quantized(model_config: Any) -> None:
+    """Raise `InputError` for a model whose weights are stored quantised (AWQ, GPTQ, FP8, bitsandbytes)."""
+    text = model_config.get_text_config(decoder=True)
+    given = (getattr(each, "quantization_config", None) for each in (model_config, text))
+    found = next((each for each in given if each is not None), None)
+    if found is None:
+        return
+    method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
+    raise InputError(
+        f"the model is quantised ({getattr(method, 'value', method) or 'by an unknown method'}); convert "
+        "what it was made of, in bfloat16 or float32, and quantise the result"
+    )
+
+
+def is_allocated(model_config: Any, config: ConversionConfig) -> bool:
+    """Whether the sizes of layers come from a budget, by what each is predicted to cost."""
+    return config.share is not None and getattr(model_config, "mla", None) is None
+
+
+def _plan_factors(model_config: Any, config: ConversionConfig) -> MLAConfig:
+    """Sizes of a model whose RoPE is partial already and whose keys and values are now factorised."""
+    mla, sizes = MLAConfig.from_dict(model_config.mla), AttentionSizes.of(model_config)
+    if mla.kv_lora_rank is not None:
+        raise InputError("the model is converted already; give the original, or one with partial RoPE alone")
+    method = factorization(config.factorization)
+    if not method.after_partial_rope:
+        known = [name for name in FACTORIZATIONS if factorization(name).after_partial_rope]
+        raise InputError(
+            f"factorization {config.factorization!r} does not go with a model that has partial RoPE already; "
+            f"known: {', '.join(known)}"
+        )
+    if config.budget is not None or config.rope_dim not in (None, mla.qk_rope_head_dim):
+        raise InputError(
+            f"the model has partial RoPE already, R = {mla.qk_rope_head_dim}; give only d_kv, no budget"
+        )
+    mla = replace(
+        mla,
+        kv_lora_rank=_rank(method, sizes, mla.layer(0)[0], config),
+        modalities=DECOUPLED if method.per_modality else SHARED,
+        factorization=config.factorization,
+        kv_bias=method.centered,
+    )
+    _check_sizes(mla, method, sizes)
+    return mla
+
+
+def _check_budget(sizes: AttentionSizes, config: ConversionConfig) -> None:
+    """Raise `InputError` if the least sizes of a layer, or those given, are over the budget."""
+    unit = unit_dims(sizes.head_dim)
+    for name, value in (("rope_dim", config.rope_dim), ("d_kv", config.d_kv)):
+        if value is not None and value % unit:
+            raise InputError(f"{name} = {value}: with a budget give a multiple of {unit}")
+    least = sizes.layers * ((config.rope_dim or unit) + (config.d_kv or unit)) // unit
+    if budget_units(sizes, config) < least:
+        share = least * unit / (2 * sizes.head_dim * sizes.layers)
+        raise InputError(f"budget = {config.share}: the least for these sizes is {share:g}")
+
+
+def print_plan(original: Any, mla: MLAConfig) -> None:
+    """Say what was chosen, and what a token costs in the cache before and after (16 bits a number)."""
+    sizes = AttentionSizes.of(original)
+    before, after = bytes_per_token(original), bytes_per_token(converted_config(original, mla))
+    layers = [mla.layer(index) for index in range(sizes.layers)]
+    rope = by_layer([rope for rope, _ in layers])
+    latent = "keys and values whole"
+    if mla.kv_lora_rank is not None:
+        ranks = [cast(int, rank) for _, rank in layers]
+        per_head = by_layer([f"{rank / sizes.kv_heads:g}" for rank in ranks])
+        latent = f"d_kv = {per_head} latent dims per KV head (r = {by_layer(ranks)} a token)"
+    console().print(
+        f"R = {rope} of {sizes.head_dim} rope dims, {latent}: "
+        f"{before} to {after} cache bytes per token ({after / before:.1%})"
+    )

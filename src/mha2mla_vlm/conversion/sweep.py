@@ -1,0 +1,65 @@
+"""What every sweep of chats over a model's layers has in common."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from transformers import BatchFeature, PreTrainedModel
+
+from mha2mla_vlm.algorithms.factorization import factorization
+from mha2mla_vlm.algorithms.pair_selection import pair_selection
+from mha2mla_vlm.calibration.activations import Chat, begin
+from mha2mla_vlm.calibration.layer_profile import LayerProfile, Methods
+from mha2mla_vlm.config import AttentionSizes, MLAConfig
+from mha2mla_vlm.conversion.config import ConversionConfig
+from mha2mla_vlm.conversion.weights import partial_layer, table_scale
+from mha2mla_vlm.conversion.work import Work
+from mha2mla_vlm.model.attention import MLAAttention
+from mha2mla_vlm.model.families import get_family
+from mha2mla_vlm.utils.distributed import own_share
+from mha2mla_vlm.utils.progress import Phases
+
+CALIBRATION = "calibration"  # a stream through the original layers
+Known = Callable[[int], LayerProfile]
+
+
+def methods(config: ConversionConfig) -> Methods:
+    """The methods that a configuration names."""
+    return Methods(
+        pairs=pair_selection(config.rope_selection),
+        fold=config.fold,
+        factorization=factorization(config.factorization),
+    )
+
+
+class Sweep:
+    """A sweep over the layers of `model`, which may lie on disk, for a conversion as `config` and `mla` say.
+
+    What it finds stays in `work`; `phases` show how far it is.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        config: ConversionConfig,
+        mla: MLAConfig,
+        *,
+        device: torch.device,
+        phases: Phases,
+        work: Work,
+    ) -> None:
+        self.model, self.mla, self.device = model, mla, device
+        self.methods = methods(config)
+        self.phases, self.work, self.states = phases, work, work.states
+        self.sizes = AttentionSizes.of(model.config)
+
+    def chats(self, batches: Sequence[BatchFeature], streams: Sequence[str]) -> list[Chat]:
+        """This process's share of chats, brought before the first layer, where they begin `streams`."""
+        visual = get_family(self.model.config.model_type).visual_token_ids(self.model.config)
+        with self.phases.phase("vision and embeddings"):
+            return begin(self.model, own_share(batches), visual, self.device, self.states, streams)
+
+    def partial(self, source: Any, profile: LayerProfile, mla: MLAConfig, index: int) -> MLAAttention:
+        """A layer's attention with partial RoPE only."""
+        selection = profile.selection(mla.layer(index)[0], self.sizes, self.methods)
+        return partial_layer(source, selection, mla, index, table_scale(self.model))
