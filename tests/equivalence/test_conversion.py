@@ -36,9 +36,9 @@ def test_a_budget_is_kept_and_allotted(family, budget):
     assert mla.folded
     assert mla.kl.keys() == {"partial_rope", "factorization"}
     for layer, module in enumerate(decoder_layers(small)):
-        rope, rank = mla.layer(layer)
-        assert module.self_attn.k_rope_proj.out_features == rope * module.self_attn.kv_heads
-        assert module.self_attn.kv_b_proj["text"].in_features == rank
+        spec = mla.layer(layer)
+        assert module.self_attn.k_rope_proj.out_features == spec.rope_dim * module.self_attn.kv_heads
+        assert module.self_attn.kv_b_proj["text"].in_features == spec.rank
 
 
 def test_a_size_that_is_given_stays_and_the_other_is_allotted(family):

@@ -9,7 +9,7 @@ the `converted` layers, whose ends give the loss.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -26,7 +26,7 @@ from mha2mla_vlm.calibration.activations import (
 )
 from mha2mla_vlm.calibration.layer_profile import LayerProfile, measure_layer, measure_moments
 from mha2mla_vlm.calibration.statistics import LayerStats
-from mha2mla_vlm.config import BLOCKS, OUTPUT_WEIGHTED, AttentionSizes, ConversionConfig, MLAConfig
+from mha2mla_vlm.config import BLOCKS, OUTPUT_WEIGHTED, AttentionSizes, ConversionConfig, LayerSpec, MLAConfig
 from mha2mla_vlm.conversion.profile import CALIBRATION
 from mha2mla_vlm.conversion.weights import (
     converted_layer,
@@ -160,7 +160,8 @@ class LayerwiseConversion:
         """The layer's attention with partial RoPE alone."""
         if not self.is_original:
             return source
-        selection = profile.selection(self.mla.layer(index)[0], self.sizes, self.config)
+        spec = cast(LayerSpec, self.mla.layer(index))
+        selection = profile.selection(spec.rope_dim, self.sizes, self.config)
         return partial_layer(source, selection, self.mla, index, table_scale(self.model))
 
     def _factorised(

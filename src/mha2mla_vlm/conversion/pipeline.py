@@ -235,11 +235,11 @@ def print_plan(original: Any, mla: MLAConfig) -> None:
     """Say what was chosen, and what a token costs in the cache before and after (16 bits a number)."""
     sizes = AttentionSizes.of(original)
     before, after = bytes_per_token(original), bytes_per_token(converted_config(original, mla))
-    layers = [mla.layer(index) for index in range(sizes.layers)]
-    rope = by_layer([rope for rope, _ in layers])
+    specs = [spec for spec in mla.layers(sizes) if spec is not None]
+    rope = by_layer([spec.rope_dim for spec in specs])
     latent = "keys and values whole"
     if mla.kv_lora_rank is not None:
-        ranks = [cast(int, rank) for _, rank in layers]
+        ranks = [cast(int, spec.rank) for spec in specs]
         per_head = by_layer([f"{rank / sizes.kv_heads:g}" for rank in ranks])
         latent = f"d_kv = {per_head} latent dims per KV head (r = {by_layer(ranks)} a token)"
     console().print(

@@ -18,7 +18,7 @@ from mha2mla_vlm.algorithms.factorization import Factors, block_factors, metric_
 from mha2mla_vlm.algorithms.folding import fold_keys
 from mha2mla_vlm.algorithms.pair_selection import RopeSelection, split_dims
 from mha2mla_vlm.calibration.statistics import LayerStats, TokenStats
-from mha2mla_vlm.config import BLOCKS, CENTERED, OUTPUT_WEIGHTED, SHARED, MLAConfig
+from mha2mla_vlm.config import BLOCKS, CENTERED, OUTPUT_WEIGHTED, SHARED, LayerSpec, MLAConfig
 from mha2mla_vlm.model.attention import MLAAttention
 from mha2mla_vlm.model.modeling import layer_prefixes, mla_classes
 from mha2mla_vlm.utils.compat import attention_name, set_attention_name
@@ -98,7 +98,7 @@ def layer_factors(
     """
     _, others = split_dims(whole["rope_pairs"], head_dim)
     weight = whole["kv_a_proj.shared.weight"]  # [O, hidden], of them N key dims a head `others`
-    rank, method = cast(int, mla.layer(layer)[1]), cast(str, mla.factorization)
+    rank, method = cast(int, cast(LayerSpec, mla.layer(layer)).rank), cast(str, mla.factorization)
     if method in BLOCKS:
         per_head = len(weight) // len(others)
         is_key = torch.arange(len(weight), device=weight.device) % per_head < others.shape[1]
@@ -147,10 +147,7 @@ def converted_layer(
     source: nn.Module, weights: dict[str, torch.Tensor], mla: MLAConfig, layer: int
 ) -> MLAAttention:
     """One layer's converted attention alone, in the place of `source`."""
-    rope_dim, rank = mla.layer(layer)
-    module = MLAAttention(
-        source, rope_dim=rope_dim, rank=rank, modalities=mla.modalities, kv_bias=mla.kv_bias
-    )
+    module = MLAAttention(source, cast(LayerSpec, mla.layer(layer)))
     missing, unexpected = module.load_state_dict(weights, strict=False, assign=True)
     assert not unexpected, unexpected
     assert all(key.startswith(("o_proj.", *REPLACED)) for key in missing), missing
