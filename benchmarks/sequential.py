@@ -67,7 +67,7 @@ def loss(
         for index, layer in enumerate(layers):
             weights = conversion.layer(index).weights
             if above is not None:
-                above.advance(index, converted_layer(layer.self_attn, weights, mla, index))
+                above.advance(index, converted_layer(layer.self_attn, weights, mla.layer(index)))
             phases.advance()
         return conversion.kl()["factorization"]
 

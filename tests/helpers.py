@@ -13,6 +13,7 @@ import pytest
 import torch
 from transformers import Cache
 
+from mha2mla_vlm.algorithms.factorization import factorization
 from mha2mla_vlm.calibration.activations import MemoryStates, begin
 from mha2mla_vlm.calibration.layer_profile import measure_moments
 from mha2mla_vlm.cli.main import main
@@ -84,7 +85,8 @@ def with_factors(model, stats, mla):
     weights = []
     for index, layer in enumerate(decoder_layers(model)):
         whole = {k: v.detach() for k, v in layer.self_attn.state_dict().items()}
-        factors = layer_factors(whole, stats[index], mla, index, layer.self_attn.head_dim)
+        given = (whole, stats[index], mla.layer(index), factorization(mla.factorization))
+        factors = layer_factors(*given, head_dim=layer.self_attn.head_dim)
         weights.append(factored_weights(whole, factors))
     return rebuild(model, mla, weights)
 

@@ -74,11 +74,32 @@ def _fits(value: Any, declared: Any) -> bool:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LayerSpec:
+    """What the attention of one converted layer is.
+
+    `rope_dim` (R) numbers of each KV head's key are rotated. The others and the values are made of a latent
+    of `rank` numbers (r), by factors for each of `modalities`; None means that they are not factorised. With
+    `bias` the up projections have a bias even if the original has none.
+    """
+
+    rope_dim: int
+    rank: int | None = None
+    modalities: tuple[str, ...] = SHARED
+    bias: bool = False
+
+    def widths(self, sizes: "AttentionSizes") -> tuple[int, int]:
+        """Numbers that a token caches: its latent, and its rotated keys."""
+        whole = sizes.kv_heads * (2 * sizes.head_dim - self.rope_dim)
+        return whole if self.rank is None else self.rank, sizes.kv_heads * self.rope_dim
+
+
+@dataclass(frozen=True, kw_only=True)
 class MLAConfig(Strict):
     """What of its attention a converted model changes; stored as `mla` in its `config.json`.
 
-    `qk_rope_head_dim` (R) and `kv_lora_rank` (r) hold for all layers or list one value a layer.
-    `kv_lora_rank` None means keys and values are not factorised. `kv_bias` tells that up projections
+    `qk_rope_head_dim` (R) and `kv_lora_rank` (r) hold for all layers or list one value a layer. None in the
+    list of `qk_rope_head_dim` is a layer left as the original has it; a list of `kv_lora_rank` has None there
+    too. `kv_lora_rank` None means keys and values are not factorised. `kv_bias` tells that up projections
     have a bias even if the original has none. `folded` tells that the mean rotation of dropped pairs
     is in the weights. `kl` holds what conversion measured after each transform, against the
     original, on held-out chats; `predicted_kl`, for each layer, what converting it alone costs.
@@ -86,8 +107,8 @@ class MLAConfig(Strict):
     the name of a folder.
     """
 
-    qk_rope_head_dim: int | list[int]
-    kv_lora_rank: int | list[int] | None = None
+    qk_rope_head_dim: int | list[int | None]
+    kv_lora_rank: int | list[int | None] | None = None
     modalities: tuple[str, ...] = SHARED
     rope_selection: str | None = None
     factorization: str | None = None
@@ -104,13 +125,24 @@ class MLAConfig(Strict):
         if self.modalities not in (SHARED, DECOUPLED):
             raise InputError(f"modalities {self.modalities} are not known; known: {SHARED}, {DECOUPLED}")
 
-    def layer(self, index: int) -> tuple[int, int | None]:
-        """R and r of a layer."""
-        rope, rank = self.qk_rope_head_dim, self.kv_lora_rank
-        return (
-            rope[index] if isinstance(rope, list) else rope,
-            rank[index] if isinstance(rank, list) else rank,
+    def layer(self, index: int) -> LayerSpec | None:
+        """What a decoder layer's attention is; None for one left as the original has it."""
+        rope, rank = (
+            value[index] if isinstance(value, list) else value
+            for value in (self.qk_rope_head_dim, self.kv_lora_rank)
         )
+        if rope is None:
+            return None
+        return LayerSpec(rope_dim=rope, rank=rank, modalities=self.modalities, bias=self.kv_bias)
+
+    def layers(self, sizes: "AttentionSizes") -> list[LayerSpec | None]:
+        """What the attention of each decoder layer is."""
+        return [self.layer(index) for index in range(sizes.layers)]
+
+    def numbers_per_token(self, sizes: "AttentionSizes") -> int:
+        """Numbers that a token adds to the cache, over all layers."""
+        specs = self.layers(sizes)
+        return sum(sizes.numbers_per_token if spec is None else sum(spec.widths(sizes)) for spec in specs)
 
     def check(self, sizes: "AttentionSizes") -> None:
         """Raise `InputError` if a model of these sizes cannot have this configuration."""
@@ -118,13 +150,27 @@ class MLAConfig(Strict):
             value = getattr(self, name)
             if isinstance(value, list) and len(value) != sizes.layers:
                 raise InputError(f"{name} lists {len(value)} layers, the model has {sizes.layers}")
-        for rope, rank in map(self.layer, range(sizes.layers)):
-            if rope % 2 or not 2 <= rope <= sizes.head_dim:
+        specs = self.layers(sizes)
+        if not any(specs):
+            raise InputError("qk_rope_head_dim leaves all layers as they were; give R of at least one")
+        for index, spec in enumerate(specs):
+            ranks = self.kv_lora_rank
+            if isinstance(ranks, list) and (ranks[index] is None) != (spec is None):
                 raise InputError(
-                    f"rope dims R = {rope}: give an even number from 2 to the head dim {sizes.head_dim}"
+                    f"layer {index}: qk_rope_head_dim is {spec and spec.rope_dim} and kv_lora_rank "
+                    f"{ranks[index]}; give both, or null twice for a layer left as it was"
                 )
-            if rank is not None:
-                self._check_rank(rank, rope, sizes)
+            if spec is not None:
+                self._check_layer(spec, sizes)
+
+    def _check_layer(self, spec: LayerSpec, sizes: "AttentionSizes") -> None:
+        rope = spec.rope_dim
+        if rope % 2 or not 2 <= rope <= sizes.head_dim:
+            raise InputError(
+                f"rope dims R = {rope}: give an even number from 2 to the head dim {sizes.head_dim}"
+            )
+        if spec.rank is not None:
+            self._check_rank(spec.rank, rope, sizes)
 
     def _check_rank(self, rank: int, rope: int, sizes: "AttentionSizes") -> None:
         largest = sizes.kv_heads * (2 * sizes.head_dim - rope)
@@ -141,6 +187,11 @@ class AttentionSizes:
     kv_heads: int
     head_dim: int
     hidden: int
+
+    @property
+    def numbers_per_token(self) -> int:
+        """Numbers that a token caches in a layer of the original: its keys and values."""
+        return 2 * self.kv_heads * self.head_dim
 
     @classmethod
     def of(cls, config: Any) -> Self:

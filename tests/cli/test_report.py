@@ -71,7 +71,8 @@ def test_its_figures_are_those_that_evaluate_gives(family, conversions):
     assert after / before == pytest.approx(0.3, rel=0.1)
     assert coded < after / 4
     for index, layer in enumerate(page.layers):
-        assert (layer.rope_dim, layer.rank) == small.mla_config.layer(index)
+        spec = small.mla_config.layer(index)
+        assert (layer.rope_dim, layer.rank) == (spec.rope_dim, spec.rank)
         assert layer.pairs == decoder_layers(small)[index].self_attn.rope_pairs.tolist()
         assert layer.spectra.keys() == {"text", "vision"}
         for spectrum in layer.spectra.values():

@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers import answered, original, prompt_inputs, whole_logits
 
+from mha2mla_vlm.algorithms.factorization import factorization
 from mha2mla_vlm.config import AttentionSizes
 from mha2mla_vlm.conversion.config import ConversionConfig
 from mha2mla_vlm.conversion.pipeline import convert, make_profile
@@ -39,9 +40,9 @@ def test_a_budget_is_kept_and_allotted(family, budget):
     assert mla.folded
     assert mla.kl.keys() == {"partial_rope", "factorization"}
     for layer, module in enumerate(decoder_layers(small)):
-        rope, rank = mla.layer(layer)
-        assert module.self_attn.k_rope_proj.out_features == rope * module.self_attn.kv_heads
-        assert module.self_attn.kv_b_proj["text"].in_features == rank
+        spec = mla.layer(layer)
+        assert module.self_attn.k_rope_proj.out_features == spec.rope_dim * module.self_attn.kv_heads
+        assert module.self_attn.kv_b_proj["text"].in_features == spec.rank
 
 
 def test_a_size_that_is_given_stays_and_the_other_is_allotted(family):
@@ -103,8 +104,9 @@ def test_centring_makes_the_mean_token_exact(family):
     source = decoder_layers(model)[1].self_attn
     selection = known.layers[1].selection(16, AttentionSizes.of(model.config), methods(config))
     exact = partial_rope_weights(source, selection)
-    found = layer_factors(exact, known.layers[1].stats, mla, 1, source.head_dim)
-    module = converted_layer(source, factored_weights(exact, found), mla, 1)
+    given = (exact, known.layers[1].stats, mla.layer(1), factorization(mla.factorization))
+    found = layer_factors(*given, head_dim=source.head_dim)
+    module = converted_layer(source, factored_weights(exact, found), mla.layer(1))
     for modality in ("text", "vision"):
         tokens = known.layers[1].stats.tokens[modality]
         tokens = tokens if tokens.count >= source.q_proj.in_features else known.layers[1].stats.pooled()

@@ -41,7 +41,7 @@ def test_small_errors_cost_what_is_foretold(family, index):
     config = ConversionConfig(rope_dim=sizes.head_dim, rope_selection="low", fold=False)
     selection = LayerProfile().selection(config.rope_dim, sizes, methods(config))
     mla = MLAConfig(qk_rope_head_dim=config.rope_dim)
-    changed = partial_layer(layers[index].self_attn, selection, mla, index, 1.0)
+    changed = partial_layer(layers[index].self_attn, selection, mla.layer(index), 1.0)
     changed.q_proj.weight.data *= 1.02  # all else is as it was
     for number, layer in enumerate(layers):
         advance(layer, number, chats, states, "original")

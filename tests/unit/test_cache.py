@@ -239,7 +239,7 @@ def test_more_runs_than_pay_become_one_mixed_run():
 
 def filled_cache(mask, kind=LatentCache):
     cache = kind()
-    hold_latents(cache)
+    hold_latents(cache, [True])
     modality = track_modality(cache, mask)
     cache.update(*tokens(mask.shape[0], mask.shape[1], seed=0), 0)
     return cache, modality

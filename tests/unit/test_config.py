@@ -16,6 +16,7 @@ from mha2mla_vlm.config import (
     DECOUPLED,
     SHARED,
     AttentionSizes,
+    LayerSpec,
     MLAConfig,
 )
 from mha2mla_vlm.conversion.config import ConversionConfig
@@ -93,9 +94,24 @@ def test_a_config_survives_json(config):
 def test_one_number_holds_for_all_layers_and_a_list_for_each():
     one = MLAConfig(qk_rope_head_dim=8, kv_lora_rank=4)
     each = MLAConfig(qk_rope_head_dim=[8, 2, 4], kv_lora_rank=[4, 6, 8])
-    assert [one.layer(i) for i in range(3)] == [(8, 4)] * 3
-    assert [each.layer(i) for i in range(3)] == [(8, 4), (2, 6), (4, 8)]
-    assert MLAConfig(qk_rope_head_dim=8).layer(1) == (8, None)
+    assert [one.layer(i) for i in range(3)] == [LayerSpec(rope_dim=8, rank=4)] * 3
+    assert each.layers(SIZES) == [LayerSpec(rope_dim=r, rank=c) for r, c in ((8, 4), (2, 6), (4, 8))]
+    whole = LayerSpec(rope_dim=8, modalities=DECOUPLED, bias=True)
+    assert MLAConfig(qk_rope_head_dim=8, modalities=DECOUPLED, kv_bias=True).layer(1) == whole
+
+
+def test_a_layer_left_as_it_was_is_nothing_in_the_list():
+    one = MLAConfig(qk_rope_head_dim=[None, 8, None], kv_lora_rank=4)
+    each = MLAConfig.from_dict({"qk_rope_head_dim": [None, 8, None], "kv_lora_rank": [None, 4, None]})
+    for config in (one, each):
+        config.check(SIZES)
+        assert config.layers(SIZES) == [None, LayerSpec(rope_dim=8, rank=4), None]
+        assert config.numbers_per_token(SIZES) == 2 * SIZES.numbers_per_token + SIZES.kv_heads * 8 + 4
+        assert MLAConfig.from_dict(config.to_dict()) == config
+    for ranks in ([None, None, None], [4, 4, None]):
+        wrong = dataclasses.replace(each, kv_lora_rank=ranks)
+        refused(lambda: wrong.check(SIZES), "give both, or null twice")  # noqa: B023
+    refused(lambda: MLAConfig(qk_rope_head_dim=[None] * 3).check(SIZES), "leaves all layers")
 
 
 @pytest.mark.parametrize("modalities", [(), ("vision",), ("vision", "text"), ("text", "vision", "audio")])

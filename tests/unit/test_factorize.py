@@ -6,11 +6,12 @@ from dataclasses import replace
 import pytest
 import torch
 
+from mha2mla_vlm.algorithms.factorization import factorization
 from mha2mla_vlm.algorithms.factorization.blocks import block_factors
 from mha2mla_vlm.algorithms.factorization.low_rank import pca_factors
 from mha2mla_vlm.algorithms.token_stats import TokenStats
 from mha2mla_vlm.calibration.statistics import LayerStats
-from mha2mla_vlm.config import DECOUPLED, SHARED, MLAConfig
+from mha2mla_vlm.config import DECOUPLED, SHARED, LayerSpec
 from mha2mla_vlm.conversion.weights import layer_factors
 
 O, HIDDEN = 20, 12  # noqa: E741 - outputs of the weight, named as in the package
@@ -175,16 +176,11 @@ def make_stats(**tokens):
     return stats
 
 
-def whole(weight):
-    """Parameters of a layer with partial RoPE, of three heads of which one pair of two stays rotated."""
-    return {"rope_pairs": torch.tensor([[0], [1], [0]]), "kv_a_proj.shared.weight": weight}
-
-
-def md_svd(rank=4, factorization="md-svd"):
-    modalities = DECOUPLED if factorization == "md-svd" else SHARED
-    return MLAConfig(
-        qk_rope_head_dim=2, kv_lora_rank=rank, modalities=modalities, factorization=factorization
-    )
+def made(weight, stats, method="md-svd", *, rank=4, layer=None):
+    """Factors of a layer with partial RoPE, of three heads of which one pair of two stays rotated."""
+    spec = LayerSpec(rope_dim=2, rank=rank, modalities=DECOUPLED if method == "md-svd" else SHARED)
+    whole = {"rope_pairs": torch.tensor([[0], [1], [0]]), "kv_a_proj.shared.weight": weight}
+    return layer_factors(whole, stats, spec, factorization(method), head_dim=HEAD_DIM, layer=layer)
 
 
 @pytest.mark.parametrize("count", [None, 0, 1, HIDDEN - 1])
@@ -194,13 +190,12 @@ def test_a_modality_hardly_seen_gets_the_pooled_factors_and_a_warning(caplog, mo
     tokens = {other: 60} if count is None else {other: 60, modality: count}
     weight, stats = make_weight(18), make_stats(**tokens)
     with caplog.at_level(logging.WARNING):
-        factors = layer_factors(whole(weight), stats, md_svd(), 3, HEAD_DIM)
+        factors = made(weight, stats, layer=3)
     messages = [record.getMessage() for record in caplog.records]
     assert len(messages) == 1
     assert "layer 3" in messages[0]
     assert f"{count or 0} {modality} tokens" in messages[0]
-    shared = md_svd(factorization="activation-svd")
-    pooled = layer_factors(whole(weight), stats, shared, 3, HEAD_DIM)["shared"]
+    pooled = made(weight, stats, "activation-svd")["shared"]
     assert torch.equal(factors[modality].down, pooled.down)
     assert torch.equal(factors[modality].up, pooled.up)
     own = pca_factors(weight, stats.tokens[other].moment, 4)
@@ -210,7 +205,7 @@ def test_a_modality_hardly_seen_gets_the_pooled_factors_and_a_warning(caplog, mo
 
 def test_modalities_seen_enough_get_factors_of_their_own_without_a_warning(caplog):
     weight, stats = make_weight(18), make_stats(text=HIDDEN, vision=40)
-    factors = layer_factors(whole(weight), stats, md_svd(), 0, HEAD_DIM)
+    factors = made(weight, stats, layer=0)
     assert not caplog.records
     for modality, factor in factors.items():
         torch.testing.assert_close(
@@ -227,13 +222,12 @@ def test_pooled_moment_is_that_of_all_tokens():
     assert stats.pooled().count == 37
 
 
-@pytest.mark.parametrize("factorization", ["weight-svd", "split", "only-key", "only-value"])
-def test_baselines_of_the_weights_alone_do_not_look_at_the_inputs(factorization):
-    weight, mla = make_weight(18), md_svd(rank=13, factorization=factorization)
-    seen = (make_stats(text=30), make_stats(vision=99))
-    made = [layer_factors(whole(weight), stats, mla, 0, HEAD_DIM) for stats in seen]
-    assert set(made[0]) == {"shared"}
-    assert torch.equal(product(made[0]["shared"]), product(made[1]["shared"]))
+@pytest.mark.parametrize("method", ["weight-svd", "split", "only-key", "only-value"])
+def test_baselines_of_the_weights_do_not_look_at_the_inputs(method):
+    weight = make_weight(18)
+    found = [made(weight, stats, method, rank=13) for stats in (make_stats(text=30), make_stats(vision=99))]
+    assert set(found[0]) == {"shared"}
+    assert torch.equal(product(found[0]["shared"]), product(found[1]["shared"]))
 
 
 def test_a_smaller_rank_of_factors_is_the_pca_of_that_rank():
@@ -247,15 +241,6 @@ def test_a_smaller_rank_of_factors_is_the_pca_of_that_rank():
         assert bool((cut.spectrum.diff() <= 0).all())
     centred = replace(factors, mean=(mean, make_weight(8) @ mean)).of_rank(5)
     torch.testing.assert_close(product(centred) @ mean + centred.shift, make_weight(8) @ mean)
-
-
-def test_each_layer_gets_its_own_rank():
-    mla = MLAConfig(qk_rope_head_dim=2, kv_lora_rank=[3, 5], factorization="weight-svd")
-    shapes = [
-        tuple(layer_factors(whole(make_weight(18)), LayerStats(), mla, i, HEAD_DIM)["shared"].down.shape)
-        for i in (0, 1)
-    ]
-    assert shapes == [(3, HIDDEN), (5, HIDDEN)]
 
 
 @pytest.mark.parametrize("outputs", [O, HIDDEN])

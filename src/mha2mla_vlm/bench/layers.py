@@ -11,10 +11,11 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from mha2mla_vlm.bench.dense import Dense, dense_ways
 from mha2mla_vlm.bench.timing import Timing, time_in_turn
-from mha2mla_vlm.model.cache.latent import LatentCache, remember_modality
+from mha2mla_vlm.config import AttentionSizes
+from mha2mla_vlm.model.cache.latent import LatentCache, hold_latents, remember_modality
 from mha2mla_vlm.model.cache.quantized import quantized_cache
 from mha2mla_vlm.model.modality import TokenModality
-from mha2mla_vlm.model.modeling import decoder_layers
+from mha2mla_vlm.model.modeling import decoder_layers, latent_attentions
 from mha2mla_vlm.utils.compat import attention_name, cache_argument, set_attention_name
 
 VISUAL = (0.05, 0.85)  # the span of a context that is visual
@@ -51,15 +52,15 @@ def random_caches(
     converted: PreTrainedModel, context: int, batch: int, quantization: dict[str, Any] | None = None
 ) -> tuple[LatentCache, LatentCache]:
     """Caches of `context` tokens, of keys and values `[B, G, S, D]` and of latents and rotated keys."""
-    modules = [layer.self_attn for layer in decoder_layers(converted)]
-    like = modules[0].q_proj.weight
-    heads = modules[0].kv_heads, modules[0].head_dim
-    dense = [((batch, heads[0], context, heads[1]),) * 2 for _ in modules]
-    latent = []
-    for module in modules:
-        rank = next(iter(module.kv_a_proj.values())).out_features
-        latent.append(((batch, 1, context, rank), (batch, heads[0], context, module.rope_dim)))
+    like, sizes = decoder_layers(converted)[0].self_attn.q_proj.weight, AttentionSizes.of(converted.config)
+    heads, specs = sizes.kv_heads, converted.mla_config.layers(sizes)
+    dense = [((batch, heads, context, sizes.head_dim),) * 2] * sizes.layers
+    latent = [
+        ((batch, 1, context, spec.widths(sizes)[0]), (batch, heads, context, spec.rope_dim)) if spec else own
+        for spec, own in zip(specs, dense, strict=True)
+    ]
     empty = LatentCache() if quantization is None else quantized_cache(**quantization)
+    hold_latents(empty, [spec is not None for spec in specs])
     caches = random_cache(dense, like), random_cache(latent, like, empty)
     remember_modality(caches[1], modality_of(context, batch, like.device))
     return caches
@@ -69,25 +70,26 @@ def random_caches(
 def time_attention(
     converted: PreTrainedModel, dense: LatentCache, latent: LatentCache, seconds: float
 ) -> Rows:
-    """Attention alone, from queries to the heads' outputs, over all layers: each dense way, and ours.
+    """Attention alone, from queries to the heads' outputs, over converted layers: each dense way, and ours.
 
     Ours includes what the up projections cost, which the original has behind it.
     """
-    modules = [layer.self_attn for layer in decoder_layers(converted)]
+    modules = latent_attentions(decoder_layers(converted))
     first = modules[0]
     like, batch = dense.layers[0].keys, dense.layers[0].keys.shape[0]
+    theirs, own = ([cache.layers[m.layer_idx] for m in modules] for cache in (dense, latent))
     queries = [like.new_empty(batch, first.heads, 1, first.head_dim).normal_() for _ in modules]
     split = [q.split([m.rope_dim, m.nope_dim], dim=-1) for q, m in zip(queries, modules, strict=True)]
 
     def originally(way: Callable[..., torch.Tensor]) -> Callable[[], None]:
         def run() -> None:
-            for q, layer in zip(queries, dense.layers, strict=True):
+            for q, layer in zip(queries, theirs, strict=True):
                 way(q, layer.keys, layer.values, first.scaling)
 
         return run
 
     def ours() -> None:
-        for (q_rope, q_nope), module, layer in zip(split, modules, latent.layers, strict=True):
+        for (q_rope, q_nope), module, layer in zip(split, modules, own, strict=True):
             module.attend_absorbed(layer.stored(), q_rope, q_nope, latent.token_modality, None, None)
 
     ways = {name: originally(way) for name, way in dense_ways(like.device).items()}

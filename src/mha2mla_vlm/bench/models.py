@@ -23,7 +23,7 @@ from mha2mla_vlm.bench.timing import Timing, peak_memory, time_in_turn
 from mha2mla_vlm.config import AttentionSizes
 from mha2mla_vlm.errors import InputError
 from mha2mla_vlm.model.cache.latent import LatentCache, bytes_per_token, cache_bytes
-from mha2mla_vlm.model.modeling import decoder_layers
+from mha2mla_vlm.model.modeling import decoder_layers, latent_attentions
 from mha2mla_vlm.utils.compat import cache_argument
 from mha2mla_vlm.utils.progress import track
 
@@ -67,7 +67,8 @@ def check_pair(original: PreTrainedModel, converted: PreTrainedModel) -> None:
     """Raise `InputError` unless the second is a conversion of a model like the first."""
     if getattr(converted.config, "mla", None) is None:
         raise InputError(f"{converted.config.model_type} is not a converted model; convert it first")
-    if any(converted.mla_config.layer(index)[1] is None for index in range(len(decoder_layers(converted)))):
+    specs = converted.mla_config.layers(AttentionSizes.of(converted.config))
+    if any(spec is not None and spec.rank is None for spec in specs):
         raise InputError("this model has partial RoPE alone and caches no latents; convert it with --d-kv")
     if getattr(original.config, "mla", None) is not None:
         raise InputError("the baseline is a converted model; give the original")
@@ -86,12 +87,13 @@ def bench_row(
 ) -> dict[str, Any]:
     """All figures for one context and batch size."""
     dense, latent = random_caches(converted, context, batch, quantization)
-    layers = len(decoder_layers(converted))
+    layers = decoder_layers(converted)
     attention = time_attention(converted, dense, latent, seconds)
     modules = time_layers(original, converted, dense, latent, seconds)
     row: dict[str, Any] = {"context": context, "batch": batch}
     row |= byte_counts(converted, dense, latent)
-    row |= compared("attention", attention, layers) | compared("layer", modules, layers)
+    row |= compared("attention", attention, len(latent_attentions(layers)))
+    row |= compared("layer", modules, len(layers))
     row |= _steps(original, converted, dense, latent, seconds)
     row |= prefill(original, converted, context, batch, seconds)
     return row

@@ -21,9 +21,9 @@ from mha2mla_vlm.utils.remote import remote_tensors
 def describe(name: str) -> dict[str, Any]:
     """Layers, sizes, kept pairs and bytes per token (16 bits an element) of a converted checkpoint.
 
-    `pairs` lists, for each layer and KV head, the frequency pairs that stay rotated; of a checkpoint on the
-    hub they alone are read. `predicted_kl` is, for each layer, what converting it alone was
-    foretold to cost, by which sizes were allotted.
+    `pairs` lists, for each layer and KV head, the frequency pairs that stay rotated, none for a layer left as
+    it was; of a checkpoint on the hub they alone are read. `predicted_kl` is, for each layer, what converting
+    it alone was foretold to cost, by which sizes were allotted.
     """
     config = load_config(name)
     if getattr(config, "mla", None) is None:
@@ -43,7 +43,7 @@ def describe(name: str) -> dict[str, Any]:
         "folded": mla.folded,
         "kl": mla.kl,
         "predicted_kl": mla.predicted_kl,
-        "pairs": _pairs(resolve(name)),
+        "pairs": _pairs(resolve(name), layers),
     }
 
 
@@ -62,10 +62,10 @@ def conversion_summary(original: Any, mla: MLAConfig, dtype: torch.dtype) -> dic
     }
 
 
-def _pairs(source: str) -> list[list[list[int]]]:
+def _pairs(source: str, layers: int) -> list[list[list[int]]]:
     tensors = _local_pairs(Path(source)) if Path(source).is_dir() else remote_tensors(source, _holds_pairs)
     found = {int(key.split(".layers.")[1].split(".")[0]): pairs.tolist() for key, pairs in tensors}
-    return [found[layer] for layer in sorted(found)]
+    return [found.get(layer, []) for layer in range(layers)]
 
 
 def _holds_pairs(key: str) -> bool:
@@ -93,9 +93,10 @@ def print_layers(description: dict[str, Any]) -> None:
         qk_rope_head_dim=description["qk_rope_head_dim"], kv_lora_rank=description["kv_lora_rank"]
     )
     for layer in range(description["layers"]):
-        rope, rank = mla.layer(layer)
+        spec = mla.layer(layer)
         pairs = description["pairs"][layer] if description["pairs"] else []
         shown = "\n".join(" ".join(map(str, head)) for head in pairs)
         cost = f"{alone[layer]:.4f}" if alone else "-"
-        table.add_row(str(layer), str(rope), "-" if rank is None else str(rank), cost, shown)
+        sizes = ["as it was", "-"] if spec is None else [str(spec.rope_dim), str(spec.rank or "-")]
+        table.add_row(str(layer), *sizes, cost, shown)
     console().print(table)

@@ -92,7 +92,7 @@ class LayerwiseConversion(Sweep):
             with self.phases.phase("partial RoPE"):
                 partial = layer.self_attn
                 if self.is_original:
-                    partial = self.partial(layer.self_attn, profile, self.mla, index)
+                    partial = self.partial(layer.self_attn, profile, self.spec(index))
             stats = profile.stats
             if self.after_rope:
                 with self.phases.phase("calibration"), attending(layer, partial):
@@ -124,9 +124,11 @@ class LayerwiseConversion(Sweep):
         if not self.factorises:
             return partial, {}
         whole = partial.state_dict()
-        factors = layer_factors(whole, stats, self.mla, index, self.sizes.head_dim, warn=self.warn)
+        method, warned = self.methods.factorization, index if self.warn else None
+        given = (whole, stats, self.spec(index), method)
+        factors = layer_factors(*given, head_dim=self.sizes.head_dim, layer=warned)
         spectra = {k: thinned(f.spectrum) for k, f in factors.items() if f.spectrum is not None}
-        return converted_layer(source, factored_weights(whole, factors), self.mla, index), spectra
+        return converted_layer(source, factored_weights(whole, factors), self.spec(index)), spectra
 
     @torch.no_grad()
     def kl(self) -> dict[str, float]:

@@ -97,8 +97,8 @@ def _rank(
 
 def _check_sizes(mla: MLAConfig, method: Factorization, sizes: AttentionSizes) -> None:
     """Raise `InputError` for sizes that the model or the method cannot have; they are the same by layer."""
-    rope, rank = mla.layer(0)
     replace(mla, kv_lora_rank=None).check(sizes)
+    rope, rank = cast(int, mla.qk_rope_head_dim), cast(int | None, mla.kv_lora_rank)
     if rank is None:
         return
     keys, values = sizes.kv_heads * (sizes.head_dim - rope), sizes.kv_heads * sizes.head_dim
@@ -154,7 +154,7 @@ def _plan_factors(model_config: Any, config: ConversionConfig) -> MLAConfig:
         )
     mla = replace(
         mla,
-        kv_lora_rank=_rank(method, sizes, mla.layer(0)[0], config),
+        kv_lora_rank=_rank(method, sizes, cast(int, mla.qk_rope_head_dim), config),
         modalities=DECOUPLED if method.per_modality else SHARED,
         factorization=config.factorization,
         kv_bias=method.centered,
@@ -179,11 +179,11 @@ def print_plan(original: Any, mla: MLAConfig) -> None:
     """Say what was chosen, and what a token costs in the cache before and after (16 bits a number)."""
     sizes = AttentionSizes.of(original)
     before, after = bytes_per_token(original), bytes_per_token(converted_config(original, mla))
-    layers = [mla.layer(index) for index in range(sizes.layers)]
-    rope = by_layer([rope for rope, _ in layers])
+    specs = [spec for spec in mla.layers(sizes) if spec is not None]
+    rope = by_layer([spec.rope_dim for spec in specs])
     latent = "keys and values whole"
     if mla.kv_lora_rank is not None:
-        ranks = [cast(int, rank) for _, rank in layers]
+        ranks = [cast(int, spec.rank) for spec in specs]
         per_head = by_layer([f"{rank / sizes.kv_heads:g}" for rank in ranks])
         latent = f"d_kv = {per_head} latent dims per KV head (r = {by_layer(ranks)} a token)"
     console().print(

@@ -115,8 +115,8 @@ class LayerwiseProfile(Sweep):
         rope_units, latent_units = tried_units(self.sizes)
         with resident(layer.modules(), self.device):
             with self.phases.phase("tried sizes"):
-                sizes = [replace(self.mla, qk_rope_head_dim=units * unit) for units in rope_units]
-                tried = [self.partial(layer.self_attn, profile, mla, index) for mla in sizes]
+                specs = [replace(self.spec(index), rope_dim=units * unit) for units in rope_units]
+                tried = [self.partial(layer.self_attn, profile, spec) for spec in specs]
                 d_kvs = [units * unit for units in latent_units]
                 tried += self._factored(layer.self_attn, profile, index, d_kvs)
             with self.phases.phase("sensitivity"):
@@ -135,14 +135,12 @@ class LayerwiseProfile(Sweep):
         self, source: Any, profile: LayerProfile, index: int, d_kvs: Sequence[int]
     ) -> list[MLAAttention]:
         """The layer with half of its rope dims, whole and at each number of latent dims per KV head."""
-        half = self.sizes.head_dim // 2
         ranks = [d_kv * self.sizes.kv_heads for d_kv in d_kvs]
-        mla = replace(self.mla, qk_rope_head_dim=half, kv_lora_rank=ranks[-1])
-        partial = self.partial(source, profile, mla, index)
-        whole = partial.state_dict()
-        given = (whole, profile.stats, mla, index, self.sizes.head_dim)
-        factors, made = layer_factors(*given, warn=False), [partial]
+        spec = replace(self.spec(index), rope_dim=self.sizes.head_dim // 2, rank=ranks[-1])
+        partial = self.partial(source, profile, spec)
+        given = (partial.state_dict(), profile.stats, spec, self.methods.factorization)
+        factors, made = layer_factors(*given, head_dim=self.sizes.head_dim), [partial]
         for rank in ranks:
-            weights = factored_weights(whole, {k: factor.of_rank(rank) for k, factor in factors.items()})
-            made.append(converted_layer(source, weights, replace(mla, kv_lora_rank=rank), index))
+            weights = factored_weights(given[0], {k: factor.of_rank(rank) for k, factor in factors.items()})
+            made.append(converted_layer(source, weights, replace(spec, rank=rank)))
         return made

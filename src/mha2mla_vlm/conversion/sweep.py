@@ -10,7 +10,7 @@ from mha2mla_vlm.algorithms.factorization import factorization
 from mha2mla_vlm.algorithms.pair_selection import pair_selection
 from mha2mla_vlm.calibration.activations import Chat, begin
 from mha2mla_vlm.calibration.layer_profile import LayerProfile, Methods
-from mha2mla_vlm.config import AttentionSizes, MLAConfig
+from mha2mla_vlm.config import AttentionSizes, LayerSpec, MLAConfig
 from mha2mla_vlm.conversion.config import ConversionConfig
 from mha2mla_vlm.conversion.weights import partial_layer, table_scale
 from mha2mla_vlm.conversion.work import Work
@@ -59,7 +59,13 @@ class Sweep:
         with self.phases.phase("vision and embeddings"):
             return begin(self.model, own_share(batches), visual, self.device, self.states, streams)
 
-    def partial(self, source: Any, profile: LayerProfile, mla: MLAConfig, index: int) -> MLAAttention:
+    def spec(self, index: int) -> LayerSpec:
+        """What a layer becomes."""
+        spec = self.mla.layer(index)
+        assert spec is not None, "all layers are converted"
+        return spec
+
+    def partial(self, source: Any, profile: LayerProfile, spec: LayerSpec) -> MLAAttention:
         """A layer's attention with partial RoPE only."""
-        selection = profile.selection(mla.layer(index)[0], self.sizes, self.methods)
-        return partial_layer(source, selection, mla, index, table_scale(self.model))
+        selection = profile.selection(spec.rope_dim, self.sizes, self.methods)
+        return partial_layer(source, selection, spec, table_scale(self.model))

@@ -8,19 +8,18 @@ import copy
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from mha2mla_vlm.algorithms.factorization import factorization
-from mha2mla_vlm.algorithms.factorization.base import Outputs
+from mha2mla_vlm.algorithms.factorization.base import Factorization, Outputs
 from mha2mla_vlm.algorithms.factorization.low_rank import Factors
 from mha2mla_vlm.algorithms.folding import fold_keys
 from mha2mla_vlm.algorithms.pair_selection.base import RopeSelection, split_dims
 from mha2mla_vlm.calibration.statistics import LayerStats
-from mha2mla_vlm.config import SHARED, MLAConfig
+from mha2mla_vlm.config import SHARED, LayerSpec, MLAConfig
 from mha2mla_vlm.model.attention import MLAAttention
 from mha2mla_vlm.model.modeling import layer_prefixes, mla_classes
 from mha2mla_vlm.utils.compat import attention_name, set_attention_name
@@ -87,55 +86,47 @@ def factored_weights(
 def layer_factors(
     whole: dict[str, torch.Tensor],
     stats: LayerStats,
-    mla: MLAConfig,
-    layer: int,
-    head_dim: int,
+    spec: LayerSpec,
+    method: Factorization,
     *,
-    warn: bool = True,
+    head_dim: int,
+    layer: int | None = None,
 ) -> dict[str, Factors]:
     """Factors of one layer's keys and values by modality, from its parameters after partial RoPE.
 
     A modality with fewer calibration tokens than input dims has no moment of full rank of its own:
-    it gets the pooled one, with a warning unless told not to `warn`.
+    it gets the pooled one, with a warning that names the `layer`, if that is given.
     """
-    method = factorization(mla.factorization)
     assert method.factors is not None, "keys and values stay whole"
+    assert spec.rank is not None, "keys and values stay whole"
     outputs = Outputs(whole["kv_a_proj.shared.weight"], split_dims(whole["rope_pairs"], head_dim)[1])
-    rank, hidden = cast(int, mla.layer(layer)[1]), outputs.weight.shape[1]
-    if mla.modalities == SHARED:
+    if spec.modalities == SHARED:
         tokens = None if method.statistics == "nothing" else stats.pooled()
-        return {"shared": method.factors(outputs, tokens, rank)}
-    factors = {}
-    for modality in mla.modalities:
+        return {"shared": method.factors(outputs, tokens, spec.rank)}
+    factors, hidden = {}, outputs.weight.shape[1]
+    for modality in spec.modalities:
         tokens = stats.tokens.get(modality)
         count = 0 if tokens is None else tokens.count
         if tokens is None or count < hidden:
-            logger.log(
-                logging.WARNING if warn else logging.DEBUG,
-                "layer %d: %d %s tokens in calibration for %d input dims; using the statistics of all tokens",
-                layer, count, modality, hidden,
-            )  # fmt: skip
+            if layer is not None:
+                logger.warning(
+                    "layer %d: %d %s tokens in calibration for %d input dims; using the statistics of all "
+                    "tokens", layer, count, modality, hidden,
+                )  # fmt: skip
             tokens = stats.pooled()
-        factors[modality] = method.factors(outputs, tokens, rank)
+        factors[modality] = method.factors(outputs, tokens, spec.rank)
     return factors
 
 
-def partial_layer(
-    source: nn.Module, selection: RopeSelection, mla: MLAConfig, layer: int, scale: float
-) -> MLAAttention:
-    """One layer's attention with partial RoPE alone; `scale` is `table_scale`."""
-    mla = replace(mla, kv_lora_rank=None, kv_bias=False, modalities=SHARED)
-    return converted_layer(source, partial_rope_weights(source, selection, scale), mla, layer)
+def partial_layer(source: nn.Module, selection: RopeSelection, spec: LayerSpec, scale: float) -> MLAAttention:
+    """One layer's attention with partial RoPE only; `scale` is `table_scale`."""
+    spec = replace(spec, rank=None, bias=False, modalities=SHARED)
+    return converted_layer(source, partial_rope_weights(source, selection, scale), spec)
 
 
-def converted_layer(
-    source: nn.Module, weights: dict[str, torch.Tensor], mla: MLAConfig, layer: int
-) -> MLAAttention:
-    """One layer's converted attention alone, in the place of `source`."""
-    rope_dim, rank = mla.layer(layer)
-    module = MLAAttention(
-        source, rope_dim=rope_dim, rank=rank, modalities=mla.modalities, kv_bias=mla.kv_bias
-    )
+def converted_layer(source: nn.Module, weights: dict[str, torch.Tensor], spec: LayerSpec) -> MLAAttention:
+    """One layer's converted attention by itself, in the place of `source`."""
+    module = MLAAttention(source, spec)
     missing, unexpected = module.load_state_dict(weights, strict=False, assign=True)
     assert not unexpected, unexpected
     assert all(key.startswith(("o_proj.", *REPLACED)) for key in missing), missing

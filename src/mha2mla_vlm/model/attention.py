@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import Cache
 
-from mha2mla_vlm.config import SHARED
+from mha2mla_vlm.config import SHARED, LayerSpec
 from mha2mla_vlm.errors import InputError
 from mha2mla_vlm.model.absorbed import (
     Piece,
@@ -56,25 +56,18 @@ class MLAAttention(nn.Module):
     """Takes the place of a decoder layer's `self_attn`; caches `G * R + r` numbers a token.
 
     `source` is the attention module that it replaces, original or converted; it gives sizes and biases,
-    and its `o_proj` is kept. `rank` None leaves keys and values unfactorised: `kv_a_proj` then computes
-    them and `kv_b_proj` is the identity. With `kv_bias` the up projections have a bias in any case.
+    and its `o_proj` is kept. A `spec` without rank leaves keys and values unfactorised: `kv_a_proj` then
+    computes them and `kv_b_proj` is the identity.
 
     Two paths give the same result. The expanded one builds keys and values of all tokens from their
     latents and calls the model's attention backend. The absorbed one moves the up projections to
     the queries and outputs and attends over the latents themselves.
     """
 
-    def __init__(
-        self,
-        source: nn.Module,
-        *,
-        rope_dim: int,
-        rank: int | None,
-        modalities: tuple[str, ...],
-        kv_bias: bool = False,
-    ) -> None:
+    def __init__(self, source: nn.Module, spec: LayerSpec) -> None:
         super().__init__()
         self.config = source.config
+        rope_dim, rank, modalities = spec.rope_dim, spec.rank, spec.modalities
         self.layer_idx = source.layer_idx
         self.head_dim, self.rope_dim, self.nope_dim = source.head_dim, rope_dim, source.head_dim - rope_dim
         self.heads, self.kv_heads = self.config.num_attention_heads, self.config.num_key_value_heads
@@ -100,7 +93,7 @@ class MLAAttention(nn.Module):
         )
         self.kv_b_proj = nn.ModuleDict(
             {
-                m: nn.Linear(rank, outputs, bias=bias or kv_bias, **new) if rank else nn.Identity()
+                m: nn.Linear(rank, outputs, bias=bias or spec.bias, **new) if rank else nn.Identity()
                 for m in modalities
             }
         )

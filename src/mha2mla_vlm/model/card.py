@@ -68,11 +68,11 @@ def model_card(config: Any) -> str:
 def _facts(config: Any, mla: MLAConfig) -> dict[str, str]:
     """Sizes, method and losses."""
     before, after = bytes_per_token(config, original=True), bytes_per_token(config)
-    layers = [mla.layer(index) for index in range(AttentionSizes.of(config).layers)]
+    specs = mla.layers(AttentionSizes.of(config))
     facts = {
         "cache bytes per token (16 bits)": f"{before:,} to {after:,} ({after / before:.1%})",
-        "rotated dims per head (R), by layer": by_layer([rope for rope, _ in layers]),
-        "latent dims (r), by layer": by_layer([rank for _, rank in layers]),
+        "rotated dims per head (R), by layer": by_layer([spec and spec.rope_dim for spec in specs]),
+        "latent dims (r), by layer": by_layer([spec and spec.rank for spec in specs]),
         "choice of pairs": f"{mla.rope_selection or 'not recorded'}{', folded' if mla.folded else ''}",
         "factorisation": f"{mla.factorization or 'none'}, for {' and '.join(mla.modalities)} tokens",
     }

@@ -4,6 +4,7 @@ import functools
 import inspect
 import json
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -57,6 +58,11 @@ __all__ = "{names}".split(", ")
 def decoder_layers(model: PreTrainedModel) -> torch.nn.ModuleList:
     """The language model's layers, of an original or a converted model."""
     return model.model.language_model.layers
+
+
+def latent_attentions(layers: Iterable[Any]) -> list[MLAAttention]:
+    """The attention of those decoder layers that are converted."""
+    return [layer.self_attn for layer in layers if isinstance(layer.self_attn, MLAAttention)]
 
 
 def loading_errors(info: dict[str, Any]) -> str:
@@ -113,9 +119,8 @@ class MLACheckpoint(_Model):
     def initialize_weights(self) -> None:
         """As transformers does, and the buffers of attention that no checkpoint gave."""
         super().initialize_weights()
-        for layer in self.text_model.layers:
-            if isinstance(layer.self_attn, MLAAttention):
-                layer.self_attn.reset_buffers(keep=is_loaded)
+        for attention in latent_attentions(self.text_model.layers):
+            attention.reset_buffers(keep=is_loaded)
 
     def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
         """As transformers does, plus the module that loads the folder with `trust_remote_code=True`."""
@@ -140,8 +145,8 @@ class MLACheckpoint(_Model):
             info["mismatched_keys"] = ()
         if found := loading_errors(info):
             raise InputError(f"the weights do not match the config: {found}; convert the model again")
-        for layer in model.text_model.layers:
-            layer.self_attn.check_pairs()
+        for attention in latent_attentions(model.text_model.layers):
+            attention.check_pairs()
         return (model, info) if output_loading_info else model
 
     @classmethod
@@ -159,15 +164,10 @@ class MLAInnerMixin(MLACheckpoint):
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
         self._prepare_config(config)
-        for layer in self.text_model.layers:
-            rope_dim, rank = self.mla_config.layer(layer.self_attn.layer_idx)
-            layer.self_attn = MLAAttention(
-                layer.self_attn,
-                rope_dim=rope_dim,
-                rank=rank,
-                modalities=self.mla_config.modalities,
-                kv_bias=self.mla_config.kv_bias,
-            )
+        for index, layer in enumerate(self.text_model.layers):
+            spec = self.mla_config.layer(index)
+            if spec is not None:
+                layer.self_attn = MLAAttention(layer.self_attn, spec)
         without_attention_plan(self.text_model)
         self.post_init()  # once more, for what it gathers from the parts
 
@@ -184,7 +184,8 @@ class MLAInnerMixin(MLACheckpoint):
         if inputs["use_cache"] and cache is None:
             cache = LatentCache()
         if cache is not None:
-            hold_latents(cache)
+            layers = self.text_model.layers
+            hold_latents(cache, [isinstance(layer.self_attn, MLAAttention) for layer in layers])
         if self.mla_config.modalities != SHARED:
             inputs["token_modality"] = track_modality(cache, self._modality(inputs, cache))
         return inputs | {CACHE: cache}
@@ -251,9 +252,9 @@ class MLAMixin(GenerationCompat, MLACheckpoint):
     def _quantization_group(self) -> int:
         """Of transformers' quantised caches: 64, their default, or what divides latents and rotated keys."""
         sizes = AttentionSizes.of(self.config)
-        layers = [self.mla_config.layer(index) for index in range(sizes.layers)]
-        widths = [rope * sizes.kv_heads for rope, _ in layers] + [rank for _, rank in layers if rank]
-        return math.gcd(64, *widths)
+        own = (sizes.kv_heads * sizes.head_dim,) * 2  # keys and values of a layer left as it was
+        specs = self.mla_config.layers(sizes)
+        return math.gcd(64, *(n for spec in specs for n in (spec.widths(sizes) if spec else own)))
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         """Refused: transformers' continuous batching pages keys and values, which converted models lack."""

@@ -26,11 +26,11 @@ ORIGINAL, CHANGED = "original", "changed"  # streams
 
 @dataclass(frozen=True, kw_only=True)
 class Layer:
-    """A decoder layer: R, r, the `pairs` that stay rotated by KV head, what converting it alone was foretold
-    to cost and what it was measured to, and its spectra by modality.
+    """A decoder layer: R (None if it is left as it was), r, the `pairs` that stay rotated by KV head, what
+    converting it alone was foretold to cost and what it was measured to, and its spectra by modality.
     """
 
-    rope_dim: int
+    rope_dim: int | None
     rank: int | None
     pairs: list[list[int]]
     foretold: float | None
@@ -118,15 +118,16 @@ def gather(
 def _layers(
     model: PreTrainedModel, spectra: list[dict[str, Any]] | None, measured: list[float] | None
 ) -> list[Layer]:
-    found = []
+    found, sizes = [], AttentionSizes.of(model.config)
+    every_pair = [list(range(sizes.head_dim // 2))] * sizes.kv_heads
     for index, layer in enumerate(decoder_layers(model)):
-        rope_dim, rank = model.mla_config.layer(index)
+        spec = model.mla_config.layer(index)
         foretold = model.mla_config.predicted_kl
         found.append(
             Layer(
-                rope_dim=rope_dim,
-                rank=rank,
-                pairs=layer.self_attn.rope_pairs.tolist(),
+                rope_dim=spec and spec.rope_dim,
+                rank=spec and spec.rank,
+                pairs=layer.self_attn.rope_pairs.tolist() if spec else every_pair,
                 foretold=None if foretold is None else foretold[index],
                 measured=None if measured is None else measured[index],
                 spectra={} if spectra is None else spectra[index],

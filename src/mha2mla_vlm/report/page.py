@@ -58,7 +58,7 @@ def _facts(report: Report) -> dict[str, str]:
         "heads": f"{sizes.heads} for queries, {sizes.kv_heads} for keys and values, of {sizes.head_dim} dims",
         "pairs chosen by": f"{mla.rope_selection or 'not recorded'}{', folded' if mla.folded else ''}",
         "factorisation": f"{mla.factorization or 'none'}, for {' and '.join(mla.modalities)} tokens",
-        "rotated dims a head (R)": _range([layer.rope_dim for layer in report.layers]),
+        "rotated dims a head (R)": _range([layer.rope_dim for layer in report.layers if layer.rope_dim]),
         "latent dims (r)": _range(latents) if latents else "keys and values whole",
     }
     if report.settings:

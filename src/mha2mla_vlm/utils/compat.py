@@ -8,7 +8,7 @@ torch 2.9 to 2.15 where nothing else is said. `serving/vllm/compat.py` does the 
 
 import contextlib
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import Cache, DynamicCache, LlamaForCausalLM, PreTrainedModel, StaticCache
+from transformers.cache_utils import DynamicLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
 from transformers.models.llama.modeling_llama import eager_attention_forward
@@ -76,19 +77,20 @@ class GenerationCompat(_Generation):
         """None: a static cache takes the shapes of latents from the first of them, not from the config."""
 
 
-def replace_layers(cache: Cache, kinds: dict[type[Any], Any]) -> bool:
-    """Give an empty cache layers of our own in the place of transformers' `kinds`; whether it now has them.
+def replace_layers(cache: Cache, kinds: dict[type[Any], Any], replaced: Sequence[bool]) -> bool:
+    """Give an empty cache layers of our own in the place of transformers' `kinds`, where they are to be
+    `replaced`; whether it now has them.
 
     `layer_class_to_replicate` and `layers` are how caches are made of layers; there is no public way to ask
     for others once `generate` or a user made the cache.
     """
     made = []
-    for layer in cache.layers:
+    for layer, ours in zip(cache.layers, replaced, strict=False):
         kind = kinds.get(type(layer))
         if kind is None or layer.is_initialized:
             return False
         room = {"max_cache_len": layer.max_cache_len} if isinstance(cache, StaticCache) else {}
-        made.append(kind(**room))
+        made.append(kind(**room) if ours else layer)
     replicated: Any = cache.layer_class_to_replicate
     if replicated is not None:
         if replicated not in kinds:
@@ -106,6 +108,12 @@ def replicate(cache: DynamicCache, kind: Any) -> None:
 def add_layer(cache: Cache) -> None:
     """Let a cache that makes its layers as they are needed make the next one now."""
     cache.layers.append(cache.layer_class_to_replicate())
+
+
+def make_layers(cache: Cache, replicated: Sequence[bool]) -> None:
+    """Let such a cache make all its layers now, transformers' own where they are not to be `replicated`."""
+    kind: Any = cache.layer_class_to_replicate
+    cache.layers = [kind() if ours else DynamicLayer() for ours in replicated]
 
 
 def static_room(layer: Any) -> int:

@@ -4,7 +4,7 @@ Shapes: B batch, T new tokens, S all tokens, G KV heads, R rope dims per head, r
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from mha2mla_vlm.model.modality import Kind, Run, TokenModality
 from mha2mla_vlm.utils.compat import (
     add_layer,
     keep_address,
+    make_layers,
     replace_layers,
     replicate,
     static_length,
@@ -45,7 +46,7 @@ class LatentLayer(DynamicLayer):
     """One layer: `keys` is the latent `[B, 1, S, r]`, `values` the rotated key part `[B, G, S, R]`.
 
     Both are views of buffers that grow in steps, so that a new token does not copy the old ones. The first
-    layer of a cache holds the modality of its tokens, so that it follows what happens to rows.
+    such layer of a cache holds the modality of its tokens, so that it follows what happens to rows.
     """
 
     def __init__(self, **kwargs: Any) -> None:
@@ -181,18 +182,21 @@ _OURS = {
 }
 
 
-def hold_latents(cache: Cache) -> None:
-    """Make an empty cache of keys and values, which transformers or a user made, one of latents.
+def hold_latents(cache: Cache, converted: Sequence[bool]) -> None:
+    """Make an empty cache of keys and values, which transformers or a user made, one of latents in the layers
+    that are `converted`.
 
     Caches of other layers, quantised ones, stay as they are. Raises `InputError` for a static cache that
     is not empty.
     """
-    if all(isinstance(layer, _HOLDERS) for layer in cache.layers) and cache.layers:
+    if any(isinstance(layer, _HOLDERS) for layer in cache.layers):
         return
-    if not replace_layers(cache, _OURS) and isinstance(cache, StaticCache):
+    if not replace_layers(cache, _OURS, converted) and isinstance(cache, StaticCache):
         raise InputError(
             "this static cache was set up for keys and values; give a new StaticCache(config, max_cache_len)"
         )
+    if not cache.layers and not all(converted):
+        make_layers(cache, converted)
 
 
 def filled_length(cache: Cache, layer_idx: int) -> torch.Tensor | None:
@@ -201,10 +205,16 @@ def filled_length(cache: Cache, layer_idx: int) -> torch.Tensor | None:
     return static_length(layer) if isinstance(layer, LatentStaticLayer) else None
 
 
+def _holder(cache: Cache) -> Any:
+    """Where the modality of cached tokens is: the first layer of latents, whose rows it follows, or the cache
+    itself where its layers are transformers' quantised ones.
+    """
+    return next((layer for layer in cache.layers if isinstance(layer, _HOLDERS)), cache)
+
+
 def known_modality(cache: Cache) -> TokenModality | None:
-    """The modality of cached tokens; quantised layers of transformers do not keep it, so the cache does."""
-    first = cache.layers[0] if cache.layers else None
-    holder: Any = first if isinstance(first, _HOLDERS) else cache
+    """The modality of cached tokens."""
+    holder = _holder(cache) if cache.layers else None
     return getattr(holder, "token_modality", None)
 
 
@@ -212,9 +222,7 @@ def remember_modality(cache: Cache, modality: TokenModality) -> None:
     """Keep the modality of all tokens that the cache will hold after this step."""
     if not cache.layers:
         add_layer(cache)
-    first: Any = cache.layers[0]
-    holder: Any = first if isinstance(first, _HOLDERS) else cache
-    holder.token_modality = modality
+    _holder(cache).token_modality = modality
 
 
 def track_modality(cache: Cache | None, new: TokenModality | torch.Tensor) -> TokenModality:
@@ -283,19 +291,14 @@ def bytes_per_token(config: Any, *, itemsize: int = 2, original: bool = False) -
     """Bytes that a token adds to the cache, over all layers, for `itemsize` bytes an element.
 
     `config` is that of an original model, `2 * G * D` elements a layer, or of a converted one,
-    `G * R + r` elements; without factorisation r is `G * (2 * D - R)`. With `original` they are those
-    of the model that a converted one was made of.
+    `G * R + r` elements in the layers that are; without factorisation r is `G * (2 * D - R)`. With `original`
+    they are those of the model that a converted one was made of.
     """
     sizes = AttentionSizes.of(config)
     values = getattr(config, "mla", None)
     if values is None or original:
-        return sizes.layers * 2 * sizes.kv_heads * sizes.head_dim * itemsize
-    mla = MLAConfig.from_dict(values)
-    elements = 0
-    for rope, rank in map(mla.layer, range(sizes.layers)):
-        elements += sizes.kv_heads * rope
-        elements += sizes.kv_heads * (2 * sizes.head_dim - rope) if rank is None else rank
-    return elements * itemsize
+        return sizes.layers * sizes.numbers_per_token * itemsize
+    return MLAConfig.from_dict(values).numbers_per_token(sizes) * itemsize
 
 
 def cache_bytes(cache: Cache, *, allocated: bool = False) -> int:

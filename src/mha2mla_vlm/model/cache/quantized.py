@@ -203,13 +203,16 @@ def quantized_bytes_per_token(config: Any, quantization: QuantizationConfig, *, 
     """Bytes that a token adds to a long cache of a converted model in few bits, over all layers.
 
     Ranges are included: for each channel of a block two numbers of `itemsize` bytes, those of the weights.
+    A layer left as the original keeps its keys and values as they are.
     """
     sizes, mla = AttentionSizes.of(config), MLAConfig.from_dict(config.mla)
     total, ranges = 0.0, 2 * itemsize / quantization.q_group_size
-    for rope, rank in map(mla.layer, range(sizes.layers)):
-        latent = sizes.kv_heads * (2 * sizes.head_dim - rope) if rank is None else rank
-        for channels, bits in ((latent, quantization.nbits), (sizes.kv_heads * rope, quantization.key_bits)):
-            total += channels * (bits / 8 + ranges if bits < 16 else itemsize)
+    for spec in mla.layers(sizes):
+        if spec is None:
+            total += sizes.numbers_per_token * itemsize
+            continue
+        widths = zip(spec.widths(sizes), (quantization.nbits, quantization.key_bits), strict=True)
+        total += sum(n * (bits / 8 + ranges if bits < 16 else itemsize) for n, bits in widths)
     return total
 
 

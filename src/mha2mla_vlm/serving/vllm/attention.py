@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mha2mla_vlm.config import DECOUPLED, MLAConfig
+from mha2mla_vlm.config import DECOUPLED, LayerSpec
 from mha2mla_vlm.errors import InputError
 from mha2mla_vlm.model.absorbed import Up
 from mha2mla_vlm.model.rope import rotate
@@ -52,15 +52,12 @@ class LatentAttention(nn.Module, AttentionLayerBase):
     each process has the query heads and the rotated keys of its KV heads, and the whole latent.
     """
 
-    def __init__(
-        self, stock: Any, index: int, mla: MLAConfig, modality: Modality, config: VllmConfig
-    ) -> None:
+    def __init__(self, stock: Any, spec: LayerSpec, modality: Modality, config: VllmConfig) -> None:
         super().__init__()
-        rope_dim, rank = mla.layer(index)
-        _check(rank, stock, config)
-        self.layer_name = stock.attn.layer_name
-        self.rope_dim, self.rank, self.modalities = rope_dim, int(rank or 0), mla.modalities
-        self.decoupled = mla.modalities == DECOUPLED
+        _check(spec, stock, config)
+        self.layer_name, rope_dim = stock.attn.layer_name, spec.rope_dim
+        self.rope_dim, self.rank, self.modalities = rope_dim, int(spec.rank or 0), spec.modalities
+        self.decoupled = spec.modalities == DECOUPLED
         self.num_heads, self.kv_heads, self.head_dim = stock.num_heads, stock.num_kv_heads, stock.head_dim
         self.all_kv_heads = stock.total_num_kv_heads
         self.modality, self.o_proj, self.rotary_emb = modality, stock.o_proj, stock.rotary_emb
@@ -77,7 +74,7 @@ class LatentAttention(nn.Module, AttentionLayerBase):
         self.widths = [self.rank] * len(self.modalities) + [self.kv_heads * rope_dim]
         self.down_proj = nn.Linear(hidden, sum(self.widths), bias=bias)
         self.kv_b_proj = nn.ModuleDict(
-            {name: nn.Linear(self.rank, outputs, bias=bias or mla.kv_bias) for name in self.modalities}
+            {name: nn.Linear(self.rank, outputs, bias=bias or spec.bias) for name in self.modalities}
         )
         pairs = torch.zeros(self.kv_heads, rope_dim // 2, dtype=torch.long)
         self.register_buffer("rope_pairs", pairs, persistent=False)
@@ -161,9 +158,9 @@ class LatentAttention(nn.Module, AttentionLayerBase):
         return heads.flatten(0, 1)
 
 
-def _check(rank: int | None, stock: Any, config: VllmConfig) -> None:
+def _check(spec: LayerSpec, stock: Any, config: VllmConfig) -> None:
     """Raise `InputError` for what cannot be served."""
-    if rank is None:
+    if spec.rank is None:
         raise InputError(
             "this checkpoint has partial RoPE alone, its keys and values are not factorised, so there is no "
             "small cache to serve; convert it with `mha2mla convert CHECKPOINT --d-kv`, or serve the original"

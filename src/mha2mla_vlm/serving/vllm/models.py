@@ -2,7 +2,7 @@
 
 import functools
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,18 +19,8 @@ if TYPE_CHECKING:  # a mixin to one of vLLM's models
 else:
     _Model = object
 
-_NAMES = (  # of a converted checkpoint, as vLLM has them
-    # it would take a `q_proj` for a part of its `qkv_proj`
-    (re.compile(r"(language_model\.(?:model\.)?layers\.\d+\.self_attn\.)q_proj\."), r"\1query_proj."),
-    # transformers 5 names what is in a tower without its `vision_model`
-    (
-        re.compile(r"(vision_tower\.)(embeddings|encoder|pre_layrnorm|post_layernorm)\."),
-        r"\1vision_model.\2.",
-    ),
-)
-
-
-_REPLACED = re.compile(r"language_model\..*\.self_attn\.[kv]_proj\.")  # `attention.Replaced`
+_ATTENTION = re.compile(r"language_model\.(?:model\.)?layers\.(\d+)\.self_attn\.")
+_TOWER = re.compile(r"(vision_tower\.)(embeddings|encoder|pre_layrnorm|post_layernorm)\.")
 
 
 class LatentMixin(_Model):
@@ -41,13 +31,14 @@ class LatentMixin(_Model):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         config: Any = vllm_config.model_config.hf_config
-        mla = MLAConfig.from_dict(config.mla)
+        self.mla = MLAConfig.from_dict(config.mla)
         ids = get_family(config.model_type).visual_token_ids(config)
         self.modality = Modality(ids, vllm_config.scheduler_config.max_num_batched_tokens)
         layers: Any = self.language_model.model.layers
         for index, layer in enumerate(layers):
-            if not isinstance(layer, PPMissingLayer):  # another process has it
-                layer.self_attn = LatentAttention(layer.self_attn, index, mla, self.modality, vllm_config)
+            spec = self.mla.layer(index)
+            if spec is not None and not isinstance(layer, PPMissingLayer):  # else another process has it
+                layer.self_attn = LatentAttention(layer.self_attn, spec, self.modality, vllm_config)
 
     def forward(self, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """As the family's class does, once the modality of the new tokens is known."""
@@ -56,14 +47,20 @@ class LatentMixin(_Model):
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Weights of a converted checkpoint."""
-        kept = ((name, value) for name, value in weights if not _REPLACED.search(name))
-        return super().load_weights((_renamed(name), value) for name, value in kept)
+        return super().load_weights(self._renamed(weights))
 
-
-def _renamed(name: str) -> str:
-    for pattern, replacement in _NAMES:
-        name = pattern.sub(replacement, name)
-    return name
+    def _renamed(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Weights under the names that vLLM's classes have, without what `attention.Replaced` holds."""
+        for name, value in weights:
+            found = _ATTENTION.search(name)
+            if found and self.mla.layer(int(found[1])) is not None:
+                place, kind = name[: found.end()], name[found.end() :]
+                if kind.startswith(("k_proj.", "v_proj.")):
+                    continue
+                if kind.startswith("q_proj."):  # vLLM would take it for a part of its `qkv_proj`
+                    name = f"{place}query_{kind[2:]}"
+            # transformers 5 names what is in a tower without its `vision_model`
+            yield _TOWER.sub(r"\1vision_model.\2.", name), value
 
 
 @functools.cache
