@@ -18,10 +18,11 @@ from mha2mla_vlm.model.chunked import attend_chunks
 from mha2mla_vlm.model.kernels import DecodeBackend, attend_latents
 from mha2mla_vlm.model.modality import Kind, Run, TokenModality
 from mha2mla_vlm.model.projections import ByModality, Replaced
-from mha2mla_vlm.model.rope import one_table, rotate
+from mha2mla_vlm.model.rope import rotate
 from mha2mla_vlm.utils.compat import (
     attention_backend,
     is_plain,
+    one_table,
     pop_cache,
     record_attentions,
     records_attentions,
