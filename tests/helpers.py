@@ -68,7 +68,7 @@ def random_mla(name, *, rope_dim=16, rank=40, modalities=("text", "vision"), see
         for parameter in attention.parameters():
             torch.nn.init.normal_(parameter, std=0.12 if parameter.ndim == 2 else 0.3)
         pairs = attention.head_dim // 2
-        for head in attention.rope_pairs:
+        for head in getattr(attention, "rope_pairs", ()):  # not of a layer left as it was
             head.copy_(torch.randperm(pairs)[: len(head)].sort().values)
     return model.eval(), processor
 

@@ -5,7 +5,7 @@ import cmath
 import torch
 from torch import nn
 
-from mha2mla_vlm.model.rope import one_table
+from mha2mla_vlm.utils.compat import one_table
 
 
 class ReferenceAttention(nn.Module):

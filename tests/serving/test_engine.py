@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import as_on_the_hub, engine
-from helpers import original, record, with_partial_rope
+from helpers import original, random_mla, record, with_partial_rope
 from transformers.video_utils import VideoMetadata
 
 from mha2mla_vlm.algorithms.pair_selection import high
@@ -108,6 +108,12 @@ def test_random_models_of_low_rank(family, random_folder):
 
 def test_one_factor_for_all_tokens(random_folder):
     check(random_folder("llava", ("shared",)), "llava")
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "llava"])
+def test_layers_left_as_they_were(name, tmp_path):
+    model, processor = random_mla(name, rope_dim=[None, 16, None, 8], rank=[None, 40, None, 24])
+    check(save(model, processor, tmp_path / "mixed"), name)
 
 
 def test_compiled(random_folder):

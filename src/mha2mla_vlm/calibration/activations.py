@@ -4,9 +4,9 @@ Shapes: T tokens, C hidden, A answer tokens, P pairs of rotary dims.
 """
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import nn
@@ -16,7 +16,6 @@ from mha2mla_vlm.calibration.statistics import MAX_QUERIES, query_weights, visua
 from mha2mla_vlm.evaluation.answers import predicted
 from mha2mla_vlm.model.attention import MLAAttention
 from mha2mla_vlm.model.modality import TokenModality
-from mha2mla_vlm.model.modeling import decoder_layers
 from mha2mla_vlm.model.offload import front_modules, resident
 
 Tables = tuple[torch.Tensor, torch.Tensor]  # cos and sin
@@ -52,13 +51,15 @@ Observe = Callable[["Chat", nn.Module, torch.Tensor, Tables], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Chat:
-    """One chat: what every layer is `given` besides hidden states, and what its tokens are.
+    """One chat: what each layer is `given` besides hidden states, what the model adds to these between layers
+    (`layer_arguments`), and what its tokens are.
 
     `visual [T]` tells visual tokens, `weights [T]` how much each counts as a query, `answers [T - 1]`
     where the next token is one of an answer.
     """
 
-    given: dict[str, Any]
+    given: Sequence[dict[str, Any]]
+    added: dict[int, torch.Tensor]
     visual: torch.Tensor
     weights: torch.Tensor
     answers: torch.Tensor
@@ -69,10 +70,6 @@ class Chat:
         rows = self.weights.flip(0).argsort(descending=True, stable=True)[:MAX_QUERIES]
         rows = (len(self.weights) - 1 - rows).sort().values
         return rows, self.weights[rows] / self.weights[rows].sum()
-
-
-class _ReachedDecoder(Exception):  # noqa: N818 (no error)
-    """Raised where the decoder would begin."""
 
 
 @torch.no_grad()
@@ -88,13 +85,11 @@ def begin(
     chats: list[Chat] = []
     with resident(front_modules(model), device):
         for batch in batches:
-            with _stopped_at(decoder_layers(model)[0]) as reached, contextlib.suppress(_ReachedDecoder):
-                inputs = {k: v for k, v in batch.to(device).items() if k != "labels"}
-                model(**inputs, use_cache=False, logits_to_keep=1)
-            hidden, given = reached
+            hidden, given, added = layer_arguments(model, batch.to(device))
             visual = visual_mask(batch, visual_token_ids)
             chat = Chat(
                 given=given,
+                added=added,
                 visual=visual,
                 weights=query_weights(batch, visual),
                 answers=predicted(batch)[0],
@@ -106,21 +101,50 @@ def begin(
     return chats
 
 
+Call = tuple[torch.Tensor | None, dict[str, Any]]  # hidden states (None: zeros), and keyword arguments
+
+
+@torch.no_grad()
+def layer_arguments(
+    model: PreTrainedModel, inputs: Mapping[str, Any]
+) -> tuple[torch.Tensor, list[dict[str, Any]], dict[int, torch.Tensor]]:
+    """What the model's own forward gives its decoder layers, found by one pass over layers that return zeros.
+
+    Returns hidden states `[B, T, C]` before the first layer, each layer's keyword arguments, and what is
+    added to hidden states before a layer (or, numbered as one more, before the norm), where anything is.
+    """
+    with _stubbed(model) as calls:
+        model.model(**{k: v for k, v in inputs.items() if k != "labels"}, use_cache=False)
+    (first, _), *others = calls
+    added = {index: hidden for index, (hidden, _) in enumerate(others, 1) if hidden is not None}
+    return cast(torch.Tensor, first), [given for _, given in calls[:-1]], added
+
+
+class _Stub(nn.Module):
+    """Stands for a decoder layer: keeps what it is called with, and returns zeros."""
+
+    def __init__(self, calls: list[Call]) -> None:
+        super().__init__()
+        self.calls = calls
+
+    def forward(self, *args: Any, **given: Any) -> torch.Tensor:
+        hidden = args[0] if args else given.pop("hidden_states")
+        self.calls.append((hidden if not self.calls or hidden.any() else None, given))
+        return torch.zeros_like(hidden)
+
+
 @contextlib.contextmanager
-def _stopped_at(layer: nn.Module) -> Iterator[list[Any]]:
-    """Within the context, a call of `layer` raises `_ReachedDecoder`; yields a list for its arguments."""
-    reached: list[Any] = []
-
-    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = dict(kwargs)
-        reached.extend([args[0] if args else given.pop("hidden_states"), given])
-        raise _ReachedDecoder
-
-    handle = layer.register_forward_pre_hook(hook, with_kwargs=True)
+def _stubbed(model: PreTrainedModel) -> Iterator[list[Call]]:
+    """Within the context, stubs are in the place of the decoder layers and of the norm behind them; yields a
+    list for what they are called with.
+    """
+    text: Any = model.model.language_model
+    layers, norm, calls = text.layers, text.norm, list[Call]()
+    text.layers, text.norm = nn.ModuleList(_Stub(calls) for _ in layers), _Stub(calls)
     try:
-        yield reached
+        yield calls
     finally:
-        handle.remove()
+        text.layers, text.norm = layers, norm
 
 
 @torch.no_grad()
@@ -137,10 +161,12 @@ def advance(
     """
     converted = isinstance(layer.self_attn, MLAAttention)
     for number, chat in enumerate(chats):
-        given = chat.given | ({"token_modality": chat.modality} if converted else {})
+        given = chat.given[index] | ({"token_modality": chat.modality} if converted else {})
         hidden = states[stream, index, number].to(chat.visual.device)
         with _observed(layer, chat, observe):
-            states[stream, index + 1, number] = layer(hidden, **given)
+            output = layer(hidden, **given)
+        added = chat.added.get(index + 1)
+        states[stream, index + 1, number] = output if added is None else output + added
 
 
 @contextlib.contextmanager

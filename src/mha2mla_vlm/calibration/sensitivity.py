@@ -74,7 +74,7 @@ def project_errors(
     for number, chat in enumerate(chats):
         hidden = states[stream, index, number].to(chat.visual.device).detach().requires_grad_()
         with calls_of(layer.self_attn) as calls, torch.enable_grad():
-            output = layer(hidden, **chat.given)
+            output = layer(hidden, **chat.given[index])
         args, kwargs, (attended, *_) = calls[0]
         gradients = states[GRADIENT, index + 1, number].to(hidden.device)
         both = [

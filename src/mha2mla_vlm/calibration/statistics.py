@@ -15,7 +15,8 @@ from mha2mla_vlm.algorithms.error_metric import attention_usage
 from mha2mla_vlm.algorithms.token_stats import TokenStats
 from mha2mla_vlm.config import DECOUPLED
 from mha2mla_vlm.data.records import IGNORE_INDEX
-from mha2mla_vlm.model.rope import one_table, rotate
+from mha2mla_vlm.model.rope import rotate
+from mha2mla_vlm.utils.compat import one_table
 from mha2mla_vlm.utils.distributed import sum_over_processes
 
 ANSWER_WEIGHT = 8.0  # of a query whose output is an answer's token, against other text

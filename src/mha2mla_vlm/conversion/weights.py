@@ -25,7 +25,7 @@ from mha2mla_vlm.model.modeling import layer_prefixes, mla_classes
 from mha2mla_vlm.utils.compat import attention_name, set_attention_name
 
 logger = logging.getLogger(__name__)
-REPLACED = ("k_proj.weight", "v_proj.weight")  # of `attention.Replaced`
+REPLACED = ("k_proj.weight", "v_proj.weight")  # of `projections.Replaced`
 
 
 def table_scale(model: PreTrainedModel) -> float:

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 
 from mha2mla_vlm.model.modality import Kind, Run, runs_between
+from mha2mla_vlm.model.softmax import RunningSoftmax
 
 Piece = tuple[torch.Tensor, torch.Tensor]  # latents [B, n, r] and rotated keys [B, G, n, R] of n tokens
 
@@ -78,6 +79,13 @@ class Sums(NamedTuple):
 
     latent: tuple[torch.Tensor | None, ...]
     text_mass: torch.Tensor | None
+
+
+def absorb_limit(heads: int, kv_heads: int, nope_dim: int, head_dim: int) -> int:
+    """Most new tokens for which absorbing is less arithmetic than making keys and values of latents:
+    T * 2 * H * r against r * G * (N + D) for each cached token.
+    """
+    return kv_heads * (nope_dim + head_dim) // (2 * heads)
 
 
 def absorb(q_rope: torch.Tensor, q_nope: torch.Tensor, ups: Sequence[Up], scaling: float) -> Queries:
@@ -144,10 +152,9 @@ def attend_pieces(
     """Attention over tokens that come piece by piece, of which one at a time is in memory.
 
     `runs` are the modalities of all tokens in their order; where rows of a batch differ, in runs of
-    kind MIXED, `visual [B, S]` tells. `mask` is over all tokens, as `dense_mask` gives it. Softmax over
-    pieces is merged by their log-sum-exp, in float32.
+    kind MIXED, `visual [B, S]` tells. `mask` is over all tokens, as `dense_mask` gives it.
     """
-    merged, total, start = None, None, 0
+    running, start = RunningSoftmax(), 0
     for piece in pieces:
         stop = start + piece[0].shape[1]
         inside = runs_between(runs, start, stop)
@@ -156,20 +163,13 @@ def attend_pieces(
         scores = _scores(queries, *piece, inside, which, seen)
         lse = scores.float().logsumexp(-1, keepdim=True)
         sums = _sums(scores.softmax(-1), piece[0], inside, which, len(queries.latent))
-        if merged is None or total is None:
-            merged, total = _scaled(sums, torch.ones_like(lse)), lse
-        else:
-            both = torch.logaddexp(total, lse)
-            merged = _added(_scaled(merged, (total - both).exp()), _scaled(sums, (lse - both).exp()))
-            total = both
+        mass = sums.text_mass
+        if mass is None and len(sums.latent) == 2 and sums.latent[0] is not None:  # text alone
+            mass = torch.ones_like(lse)
+        running.add((*sums.latent, mass), lse)
         start = stop
-    if merged is None:
-        raise ValueError("no tokens to attend to")
-    dtype = queries.rope.dtype
-    return Sums(
-        tuple(x if x is None else x.to(dtype) for x in merged.latent),
-        None if merged.text_mass is None else merged.text_mass.to(dtype),
-    )
+    *latent, mass = (None if x is None else x.to(queries.rope.dtype) for x in running.result())
+    return Sums(tuple(latent), mass)
 
 
 def _scores(
@@ -236,23 +236,6 @@ def _sums(
             masses.append(shares[0].sum(-1, keepdim=True))
     one = modalities == 1 or any(x is None for x in sums)
     return Sums(tuple(sums), None if one else torch.stack(masses).sum(0))
-
-
-def _scaled(sums: Sums, factor: torch.Tensor) -> Sums:
-    mass = sums.text_mass
-    if mass is None and len(sums.latent) == 2:  # pieces of one modality meet others
-        mass = torch.zeros_like(factor) if sums.latent[0] is None else torch.ones_like(factor)
-    return Sums(
-        tuple(None if x is None else x * factor for x in sums.latent), None if mass is None else mass * factor
-    )
-
-
-def _added(one: Sums, two: Sums) -> Sums:
-    pairs = zip(one.latent, two.latent, strict=True)
-    latent = tuple(b if a is None else a if b is None else a + b for a, b in pairs)
-    if one.text_mass is None or two.text_mass is None:
-        return Sums(latent, None)
-    return Sums(latent, one.text_mass + two.text_mass)
 
 
 def _known(visual: torch.Tensor | None) -> torch.Tensor:

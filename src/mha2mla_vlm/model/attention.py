@@ -9,47 +9,26 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 from transformers import Cache
 
 from mha2mla_vlm.config import SHARED, LayerSpec
-from mha2mla_vlm.errors import InputError
-from mha2mla_vlm.model.absorbed import (
-    Piece,
-    Up,
-    absorb,
-    attend,
-    attend_pieces,
-    dense_mask,
-    expand,
-)
+from mha2mla_vlm.model.absorbed import Piece, absorb_limit, dense_mask
 from mha2mla_vlm.model.cache.latent import Pieces, filled_length
 from mha2mla_vlm.model.chunked import attend_chunks
-from mha2mla_vlm.model.kernels import DecodeBackend, find_kernel
+from mha2mla_vlm.model.kernels import DecodeBackend, attend_latents
 from mha2mla_vlm.model.modality import Kind, Run, TokenModality
-from mha2mla_vlm.model.rope import one_table, rotate
+from mha2mla_vlm.model.projections import ByModality, Replaced
+from mha2mla_vlm.model.rope import rotate
 from mha2mla_vlm.utils.compat import (
     attention_backend,
     is_plain,
+    one_table,
     pop_cache,
     record_attentions,
     records_attentions,
 )
 
 EXPAND_CHUNK = 1024  # cached tokens expanded at a time when many new ones meet four times as many
-
-
-class Replaced(nn.Module):
-    """Where the original's `k_proj` or `v_proj` was, so that what is meant for it fails instead of vanishing.
-
-    transformers makes up weights where a family's own class finds none in a converted folder, but refuses
-    those of another shape; peft leaves out an adapter's modules that are not there, but refuses those that
-    are not layers it knows.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        super().__init__()
-        self.register_buffer("weight", torch.zeros(1, device=device))
 
 
 class MLAAttention(nn.Module):
@@ -78,8 +57,7 @@ class MLAAttention(nn.Module):
         self.modalities = modalities
         self.expand_chunk = EXPAND_CHUNK
         self.decode_backend: DecodeBackend = "auto"
-        # the rule below which absorbed arithmetic is less: T * 2 * H * r against r * G * (N + D)
-        self.absorb_limit = self.kv_heads * (self.nope_dim + self.head_dim) // (2 * self.heads)
+        self.absorb_limit = absorb_limit(self.heads, self.kv_heads, self.nope_dim, self.head_dim)
         hidden, outputs = source.q_proj.in_features, self.kv_heads * (self.nope_dim + self.head_dim)
         keys: Any = source.get_submodule("k_rope_proj" if isinstance(source, MLAAttention) else "k_proj")
         bias = keys.bias is not None
@@ -88,10 +66,10 @@ class MLAAttention(nn.Module):
             hidden, self.heads * self.head_dim, bias=source.q_proj.bias is not None, **new
         )
         self.k_rope_proj = nn.Linear(hidden, self.kv_heads * rope_dim, bias=bias, **new)
-        self.kv_a_proj = nn.ModuleDict(
+        self.kv_a_proj = ByModality(
             {m: nn.Linear(hidden, rank or outputs, bias=bias and rank is None, **new) for m in modalities}
         )
-        self.kv_b_proj = nn.ModuleDict(
+        self.kv_b_proj = ByModality(
             {
                 m: nn.Linear(rank, outputs, bias=bias or spec.bias, **new) if rank else nn.Identity()
                 for m in modalities
@@ -110,18 +88,6 @@ class MLAAttention(nn.Module):
         for module in (self.k_proj, self.v_proj):
             if not keep(module.weight):
                 module.weight.zero_()
-
-    def check_pairs(self) -> None:
-        """Raise `InputError` unless `rope_pairs` are different pairs of each KV head."""
-        pairs = self.rope_pairs
-        if pairs.is_meta:
-            return
-        inside = not pairs.is_floating_point() and bool(((pairs >= 0) & (pairs < self.head_dim // 2)).all())
-        if not inside or any(len(set(head)) < len(head) for head in pairs.tolist()):
-            raise InputError(
-                f"layer {self.layer_idx}: rope_pairs {pairs.tolist()} are not different whole numbers from 0 "
-                f"to {self.head_dim // 2 - 1}; the checkpoint is broken, convert the model again"
-            )
 
     def forward(
         self,
@@ -199,46 +165,16 @@ class MLAAttention(nn.Module):
 
     def _down(self, hidden_states: torch.Tensor, modality: TokenModality | None) -> torch.Tensor:
         """Latents of the new tokens, `[B, T, r]`."""
-        new = hidden_states.shape[1]
-        latest = None if modality is None else modality.new or modality
-        return self._by_modality(self.kv_a_proj, hidden_states, latest, 0, new)
-
-    def _by_modality(
-        self,
-        projections: nn.ModuleDict,
-        x: torch.Tensor,
-        modality: TokenModality | None,
-        start: int,
-        stop: int,
-    ) -> torch.Tensor:
-        """Project `x`, the tokens `start` to `stop`, each with the projection of its modality."""
-        if self.modalities == SHARED:
-            return projections["shared"](x)
-        tokens = self._known(modality).part(start, stop)
-        parts = []
-        for a, b, kind in tokens.runs:
-            piece = x[:, a:b]
-            if kind == Kind.MIXED:
-                visual = tokens.mask[:, a:b, None].to(x.device)
-                parts.append(torch.where(visual, projections["vision"](piece), projections["text"](piece)))
-            else:
-                parts.append(projections["vision" if kind == Kind.VISION else "text"](piece))
-        if self.training:  # processes must agree on the parameters that have a gradient
-            parts += [projections[name](x[:, :0]) for name in self.modalities]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-
-    def _known(self, modality: TokenModality | None) -> TokenModality:
-        if modality is None:
-            raise ValueError("token_modality is missing; call the whole converted model, which computes it")
-        return modality
+        tokens = None if modality is None else (modality.new or modality).part(0, hidden_states.shape[1])
+        return self.kv_a_proj(hidden_states, tokens)
 
     def _expand(
         self, latent: torch.Tensor, k_rope: torch.Tensor, modality: TokenModality | None, start: int = 0
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values `[B, G, S, D]` of latents `[B, S, r]`, tokens `start` onwards."""
         batch, total, _ = latent.shape
-        both = self._by_modality(self.kv_b_proj, latent, modality, start, start + total)
-        both = both.view(batch, total, self.kv_heads, -1).transpose(1, 2)
+        tokens = None if modality is None else modality.part(start, start + total)
+        both = self.kv_b_proj(latent, tokens).view(batch, total, self.kv_heads, -1).transpose(1, 2)
         k_nope, values = both.split([self.nope_dim, self.head_dim], dim=-1)
         return torch.cat([k_rope, k_nope], dim=-1), values
 
@@ -253,11 +189,6 @@ class MLAAttention(nn.Module):
     def _can_absorb(self, new: int) -> bool:
         return new <= self.absorb_limit and all(is_plain(up) for up in self.kv_b_proj.values())
 
-    def _ups(self) -> tuple[Up, ...]:
-        """The up projection of each modality; gathering shards needs all, in order, in every process."""
-        ups = (self.kv_b_proj[name] for name in self.modalities)
-        return tuple(Up(_whole(up.weight), _whole(up.bias), self.kv_heads, self.nope_dim) for up in ups)
-
     def attend_absorbed(
         self,
         stored: Piece | Pieces,
@@ -268,22 +199,13 @@ class MLAAttention(nn.Module):
         filled: torch.Tensor | None,
     ) -> torch.Tensor:
         """Attention over latents of rotated and other query parts `[B, H, T, R / N]`; `[B, T, H, D]`."""
-        ups = self._ups()
         total = stored.length if isinstance(stored, Pieces) else stored[0].shape[1]
         runs: tuple[Run, ...] = (Run(0, total, Kind.TEXT),)
         visual = None
-        if self.modalities != SHARED:
-            known = self._known(modality)
-            runs, visual = known.runs, known.mask.to(q_rope.device)
-        kernel = find_kernel(self.decode_backend, q_rope, q_nope, ups, stored, mask)
-        if kernel is not None:
-            return kernel(q_rope, q_nope, ups, self.scaling, stored, visual, mask, filled)
-        queries = absorb(q_rope, q_nope, ups, self.scaling)
-        if isinstance(stored, Pieces):
-            sums = attend_pieces(queries, stored, runs, visual, mask)
-        else:
-            sums = attend(queries, stored, runs, visual, mask)
-        return expand(sums, ups, q_rope.shape[2])
+        if modality is not None and self.modalities != SHARED:
+            runs, visual = modality.runs, modality.mask.to(q_rope.device)
+        ups, given = self.kv_b_proj.ups(self.kv_heads, self.nope_dim), (runs, visual, mask, filled)
+        return attend_latents(self.decode_backend, q_rope, q_nope, ups, self.scaling, stored, *given)
 
     def _expanded_chunks(
         self, stored: Piece | Pieces, modality: TokenModality | None
@@ -295,8 +217,3 @@ class MLAAttention(nn.Module):
                 b = a + self.expand_chunk
                 yield self._expand(latent[:, a:b], k_rope[:, :, a:b], modality, start + a)
             start += latent.shape[1]
-
-
-def _whole(parameter: Any) -> Any:
-    """A parameter that is read beside its module's `forward`: FSDP gathers it there alone."""
-    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter

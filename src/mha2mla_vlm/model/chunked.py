@@ -8,6 +8,7 @@ from collections.abc import Iterable
 import torch
 
 from mha2mla_vlm.model.absorbed import masked
+from mha2mla_vlm.model.softmax import RunningSoftmax
 
 QUERY_BLOCK = 256  # new tokens that meet a chunk at a time
 
@@ -20,25 +21,19 @@ def attend_chunks(
 ) -> torch.Tensor:
     """Attention of `queries [B, H, T, D]` over chunks of keys and values `[B, G, n, D]`; `[B, T, H, D]`.
 
-    `mask` is a `dense_mask` over all tokens. Softmax is accumulated over chunks in float32, as in
-    online softmax.
+    `mask` is a `dense_mask` over all tokens.
     """
-    top = queries.new_full((*queries.shape[:3], 1), -torch.inf, dtype=torch.float32)
-    mass, output = torch.zeros_like(top), torch.zeros(queries.shape, device=queries.device)
-    start = 0
+    blocks = range(0, queries.shape[2], QUERY_BLOCK)
+    running, start = [RunningSoftmax() for _ in blocks], 0
     for keys, values in chunks:
         stop = start + keys.shape[2]
-        for first in range(0, queries.shape[2], QUERY_BLOCK):
+        for first, sums in zip(blocks, running, strict=True):
             rows = slice(first, first + QUERY_BLOCK)
             seen = None if mask is None else mask[..., rows, start:stop]
-            part, part_mass, part_top = _softmax_part(queries[:, :, rows], keys, values, seen, scaling)
-            new_top = torch.maximum(top[:, :, rows], part_top)
-            old, fresh = (top[:, :, rows] - new_top).exp(), (part_top - new_top).exp()
-            output[:, :, rows] = output[:, :, rows] * old + part * fresh
-            mass[:, :, rows] = mass[:, :, rows] * old + part_mass * fresh
-            top[:, :, rows] = new_top
+            output, mass, top = _softmax_part(queries[:, :, rows], keys, values, seen, scaling)
+            sums.add((output,), top, mass)
         start = stop
-    return (output / mass).to(queries.dtype).transpose(1, 2)
+    return torch.cat([sums.result()[0] for sums in running], dim=2).to(queries.dtype).transpose(1, 2)
 
 
 def _softmax_part(

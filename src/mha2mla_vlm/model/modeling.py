@@ -31,6 +31,7 @@ from mha2mla_vlm.model.cache.quantized import quantized_cache
 from mha2mla_vlm.model.families import FAMILIES, get_family
 from mha2mla_vlm.model.families.base import Family
 from mha2mla_vlm.model.modality import TokenModality
+from mha2mla_vlm.model.soundness import check_pairs
 from mha2mla_vlm.utils.compat import (
     CACHE,
     GenerationCompat,
@@ -146,7 +147,7 @@ class MLACheckpoint(_Model):
         if found := loading_errors(info):
             raise InputError(f"the weights do not match the config: {found}; convert the model again")
         for attention in latent_attentions(model.text_model.layers):
-            attention.check_pairs()
+            check_pairs(attention.rope_pairs, attention.head_dim, attention.layer_idx)
         return (model, info) if output_loading_info else model
 
     @classmethod

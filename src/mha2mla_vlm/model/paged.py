@@ -9,10 +9,11 @@ from collections.abc import Sequence
 import torch
 from torch.nn import functional
 
-from mha2mla_vlm.model.absorbed import Up, absorb, attend, expand
+from mha2mla_vlm.model.absorbed import Up, absorb_limit
 from mha2mla_vlm.model.cache.pages import Paged, as_piece
-from mha2mla_vlm.model.kernels import find_kernel
+from mha2mla_vlm.model.kernels import attend_latents, find_kernel
 from mha2mla_vlm.model.modality import Kind, Run
+from mha2mla_vlm.model.softmax import RunningSoftmax
 from mha2mla_vlm.utils.compat import flash_with_mass
 
 CHUNK = 8192  # earlier tokens whose keys and values are made at a time
@@ -42,7 +43,7 @@ def prefill(
     """
     (new, heads, head_dim), past = query.shape, len(rows) - len(query)
     queries = query.transpose(0, 1)[None]
-    if past and new * 2 * heads <= ups[0].kv_heads * (ups[0].nope_dim + head_dim):  # absorbing is less work
+    if past and new <= absorb_limit(heads, ups[0].kv_heads, ups[0].nope_dim, head_dim):
         causal = torch.ones(new, len(rows), dtype=torch.bool, device=rows.device).tril(past)
         which = None if visual is None else visual[None]
         return _absorbed(queries, rows[None], which, causal[None, None], ups, scaling)[0]
@@ -53,12 +54,14 @@ def prefill(
         )
         return output[0].transpose(0, 1)
     keys, values = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (keys, values))
-    output, lse = flash_with_mass(queries, keys, values, scaling, causal=True)
+    running, (output, lse) = RunningSoftmax(), flash_with_mass(queries, keys, values, scaling, causal=True)
+    running.add((output,), lse[..., None])
     folded = queries.reshape(1, ups[0].kv_heads, -1, head_dim)  # all see all that is past: heads share keys
     for start in range(0, past, CHUNK):
         keys, values = keys_and_values(rows, visual, ups, start, min(start + CHUNK, past))
         part, part_lse = flash_with_mass(folded, keys, values, scaling, causal=False)
-        output, lse = _merged(output, lse, part.reshape(output.shape), part_lse.reshape(lse.shape))
+        running.add((part.reshape(output.shape),), part_lse.reshape(*lse.shape, 1))
+    (output,) = running.result()
     return output[0].transpose(0, 1).to(query.dtype)
 
 
@@ -72,15 +75,6 @@ def keys_and_values(
     both = both.view(1, len(latent), ups[0].kv_heads, -1).transpose(1, 2)
     k_nope, values = both.tensor_split([ups[0].nope_dim], dim=-1)
     return torch.cat([k_rope, k_nope], dim=-1), values
-
-
-def _merged(
-    output: torch.Tensor, lse: torch.Tensor, part: torch.Tensor, part_lse: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention over two sets of tokens together, from that over each."""
-    both = torch.logaddexp(lse, part_lse)
-    first, second = ((x - both).exp()[..., None] for x in (lse, part_lse))
-    return output * first + part * second, both
 
 
 def _parts(queries: torch.Tensor, ups: Sequence[Up]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -100,9 +94,5 @@ def _absorbed(
     """Attention of `queries [n, H, T, D]` over `rows [n, S, C]`; `[n, T, H, D]`."""
     q_rope, q_nope = _parts(queries, ups)
     piece = as_piece(rows, ups[0].weight.shape[-1], ups[0].kv_heads)
-    kernel = find_kernel("auto", q_rope, q_nope, ups, piece, mask)
-    if kernel is not None:
-        return kernel(q_rope, q_nope, ups, scaling, piece, visual, mask)
     runs = (Run(0, rows.shape[1], Kind.TEXT if visual is None else Kind.MIXED),)
-    sums = attend(absorb(q_rope, q_nope, ups, scaling), piece, runs, visual, mask)
-    return expand(sums, ups, queries.shape[2])
+    return attend_latents("auto", q_rope, q_nope, ups, scaling, piece, runs, visual, mask)

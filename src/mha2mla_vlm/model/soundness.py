@@ -1,4 +1,4 @@
-"""What the config of a model must say before anything is computed by it."""
+"""What a model's config, and a converted one's pairs, must say before anything is computed by them."""
 
 import math
 from typing import Any
@@ -95,6 +95,18 @@ def _check_feature_layers(config: Any) -> None:
     for layer in value if isinstance(value, list) else [value]:
         if value is not None and not (type(layer) is int and -layers <= layer <= layers):
             raise InputError(f"vision_feature_layer = {shown(value)}: the vision model has {layers} layers")
+
+
+def check_pairs(pairs: torch.Tensor, head_dim: int, layer: int) -> None:
+    """Raise `InputError` unless a layer's `rope_pairs [G, R/2]` are different pairs of each KV head."""
+    if pairs.is_meta:
+        return
+    inside = not pairs.is_floating_point() and bool(((pairs >= 0) & (pairs < head_dim // 2)).all())
+    if not inside or any(len(set(head)) < len(head) for head in pairs.tolist()):
+        raise InputError(
+            f"layer {layer}: rope_pairs {pairs.tolist()} are not different whole numbers from 0 "
+            f"to {head_dim // 2 - 1}; the checkpoint is broken, convert the model again"
+        )
 
 
 def _check_mla(config: Any, sizes: AttentionSizes) -> None:

@@ -132,6 +132,19 @@ def keep_address(tensor: torch.Tensor) -> None:
         torch._dynamo.mark_static_address(tensor)
 
 
+def one_table(table: torch.Tensor, config: Any) -> torch.Tensor:
+    """A rotary table as `[B, T, D]`, under a language model's config.
+
+    transformers 5.16 hands Qwen2.5-VL's layers the time, height and width tables of multimodal RoPE apart,
+    `[3, B, T, D]`, and merges their sections within its attention; later versions do it before.
+    """
+    if table.ndim == 3:
+        return table
+    sections = 2 * list(config.rope_parameters["mrope_section"])
+    parts = table.split(sections, dim=-1)
+    return torch.cat([part[i % 3] for i, part in enumerate(parts)], dim=-1)
+
+
 def attention_backend(config: Any) -> Any:
     """The attention function that a text config is set to. A model's own `eager_attention_forward` is not
     among those registered; Llama's is that of all supported families.

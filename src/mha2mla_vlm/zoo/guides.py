@@ -5,6 +5,8 @@ import torch
 from mha2mla_vlm.zoo.architectures import PATCH, TILE
 from mha2mla_vlm.zoo.chats import Chat, Page
 
+COARSE_TOKENS = {"llava_next": (TILE // PATCH) ** 2}  # a page's first, which show it whole
+
 
 def token_points(name: str, page: Page) -> list[tuple[float, float] | None]:
     """Centre (y, x in pixels) of the patch of the page behind each image token; None for separators."""
@@ -13,7 +15,7 @@ def token_points(name: str, page: Page) -> list[tuple[float, float] | None]:
     points: list[tuple[float, float] | None] = [
         ((i + 0.5) * PATCH, (j + 0.5) * PATCH) for i in range(rows) for j in range(columns)
     ]
-    if name != "llava_next":
+    if name not in COARSE_TOKENS:
         return points
     whole: list[tuple[float, float] | None] = [
         ((i + 0.5) * height / side, (j + 0.5) * width / side) for i in range(side) for j in range(side)
@@ -21,6 +23,12 @@ def token_points(name: str, page: Page) -> list[tuple[float, float] | None]:
     for row in range(rows):
         whole += [*points[row * columns : (row + 1) * columns], None]
     return whole
+
+
+def own_tokens(name: str, page: Page) -> list[int]:
+    """Which of a page's image tokens are patches of their own, neither coarse nor separators; row by row."""
+    first = COARSE_TOKENS.get(name, 0)
+    return [i for i, point in enumerate(token_points(name, page)) if i >= first and point is not None]
 
 
 def token_targets(name: str, chats: list[Chat]) -> torch.Tensor:
@@ -47,9 +55,8 @@ def answer_sources(
         for number, page in enumerate(chat.pages):
             points = token_points(name, page)
             mine, places = places[: len(points)], places[len(points) :]
-            # LLaVA-NeXT's view of the whole page is coarse: the tiles tell
-            first = (TILE // PATCH) ** 2 if name == "llava_next" else 0
-            for place, point in list(zip(mine, points, strict=True))[first:]:
+            for token in own_tokens(name, page):
+                place, point = mine[token], points[token]
                 found = page.digit_at(*point) if point else None
                 if found:
                     tokens.setdefault((number, *found[1:]), []).append(place)

@@ -28,10 +28,19 @@ from mha2mla_vlm.evaluation.answers import answer_log_probs, answers_right
 from mha2mla_vlm.model.checkpoint import pick_device
 from mha2mla_vlm.model.families import get_family
 from mha2mla_vlm.utils.progress import console
-from mha2mla_vlm.zoo.architectures import LAYERS, new_model
-from mha2mla_vlm.zoo.chats import MAX_SIDE, PAGE_MULTIPLE, Chat, Page, make_chat, make_page, sample_chats
+from mha2mla_vlm.zoo.architectures import LAYERS, PATCH, new_model
+from mha2mla_vlm.zoo.chats import (
+    MAX_SIDE,
+    PAGE_MULTIPLE,
+    VISUAL_TOKENS,
+    Chat,
+    Page,
+    make_chat,
+    make_page,
+    sample_chats,
+)
 from mha2mla_vlm.zoo.digits import CELL, Split
-from mha2mla_vlm.zoo.guides import answer_sources, token_targets
+from mha2mla_vlm.zoo.guides import answer_sources, own_tokens, token_targets
 
 LOG = "training_log.jsonl"
 SAVE_EVERY = 120.0  # seconds between resumable states
@@ -227,19 +236,9 @@ def page_features(
 ) -> torch.Tensor:
     """Visual tokens of pages of one size as the language model gets them, `[B, rows, columns, C]`."""
     inputs = processor.image_processor([page.image for page in pages], return_tensors="pt").to(model.device)
-    inner = model.model
-    if name == "qwen2_5_vl":
-        grid = inputs["image_grid_thw"]
-        tokens = inner.visual(inputs["pixel_values"], grid_thw=grid).pooler_output
-        rows, columns = (int(n) // 2 for n in grid[0, 1:])
-        return tokens.view(len(pages), rows, columns, -1)
-    pixels = inputs["pixel_values"]
-    if pixels.ndim == 5:  # LLaVA-NeXT: the page is one tile, after its view of the whole
-        pixels = pixels[:, -1]
-    hidden = inner.vision_tower(pixels, output_hidden_states=True).hidden_states[-1]
-    tokens = inner.multi_modal_projector(hidden[:, 1:])
-    side = math.isqrt(tokens.shape[1])
-    return tokens.view(len(pages), side, side, -1)
+    tokens = torch.stack(list(model.model.get_image_features(**inputs).pooler_output))
+    width, height = pages[0].image.size
+    return tokens[:, own_tokens(name, pages[0])].unflatten(1, (height // PATCH, width // PATCH))
 
 
 def digit_logits(
@@ -252,8 +251,13 @@ def digit_logits(
     return logits.unfold(1, per_side, per_side).unfold(2, per_side, per_side).flatten(-2).transpose(-1, -2)
 
 
+def _warmup_side(name: str) -> int:
+    """Digits a side of the least page that is full."""
+    return max(PAGE_MULTIPLE[name] // CELL, 2)
+
+
 def _warmup_pages(name: str, rng: random.Random, *, split: Split, count: int, augment: bool) -> list[Page]:
-    side = max(PAGE_MULTIPLE[name] // CELL, 2)
+    side = _warmup_side(name)
     return [
         make_page(rng, split=split, multiple=CELL, rows=side, columns=side, augment=augment)
         for _ in range(count)
@@ -269,7 +273,7 @@ def warmup_loss(
     count: int,
 ) -> torch.Tensor:
     """Cross-entropy of naming the digit under each visual token, over full pages."""
-    count = count if name != "llava" else max(1, count // 4)  # its pages hold four times the digits
+    count = max(1, 4 * count // _warmup_side(name) ** 2)  # as many digits whatever a page holds
     pages = _warmup_pages(name, rng, split="train", count=count, augment=True)
     logits = digit_logits(name, model, processor, head, pages)
     target = (
@@ -294,8 +298,9 @@ def training_chats(name: str, rng: random.Random, progress: float, tokens: int) 
     pages = 2 if rng.random() < 0.12 else 1
     sides = [(rng.randint(1, side), rng.randint(1, side)) for _ in range(pages)]
     turns = rng.randint(3, 9)
-    visual = {"qwen2_5_vl": 4 * sum(r * c for r, c in sides), "llava_next": 70 * pages, "llava": 64 * pages}
-    count = max(4, min(48, tokens // (visual[name] + 20 * turns)))
+    per_cell, per_page = VISUAL_TOKENS[name]
+    visual = per_cell * sum(r * c for r, c in sides) + per_page * pages
+    count = max(4, min(48, tokens // (visual + 20 * turns)))
     weights = (1, 2, 1, 1)  # counting is the hardest
     page: dict[str, Any] = {"split": "train", "multiple": PAGE_MULTIPLE[name], "augment": True}
     return [make_chat(rng, sides=sides, turns=turns, weights=weights, **page) for _ in range(count)]

@@ -13,6 +13,7 @@ from torch import nn
 from mha2mla_vlm.config import DECOUPLED, LayerSpec
 from mha2mla_vlm.errors import InputError
 from mha2mla_vlm.model.absorbed import Up
+from mha2mla_vlm.model.projections import ByModality
 from mha2mla_vlm.model.rope import rotate
 from mha2mla_vlm.serving.vllm.backend import LatentBackend, LatentImpl, LatentMetadata
 from mha2mla_vlm.serving.vllm.compat import (
@@ -73,7 +74,7 @@ class LatentAttention(nn.Module, AttentionLayerBase):
         )
         self.widths = [self.rank] * len(self.modalities) + [self.kv_heads * rope_dim]
         self.down_proj = nn.Linear(hidden, sum(self.widths), bias=bias)
-        self.kv_b_proj = nn.ModuleDict(
+        self.kv_b_proj = ByModality(
             {name: nn.Linear(self.rank, outputs, bias=bias or spec.bias) for name in self.modalities}
         )
         pairs = torch.zeros(self.kv_heads, rope_dim // 2, dtype=torch.long)
@@ -110,8 +111,7 @@ class LatentAttention(nn.Module, AttentionLayerBase):
 
     def ups(self) -> tuple[Up, ...]:
         """The up projection of each modality."""
-        nope_dim = self.head_dim - self.rope_dim
-        return tuple(Up(up.weight, up.bias, self.kv_heads, nope_dim) for up in self.kv_b_proj.values())
+        return self.kv_b_proj.ups(self.kv_heads, self.head_dim - self.rope_dim)
 
     def get_attn_backend(self) -> type[LatentBackend]:
         """For vLLM."""

@@ -50,7 +50,7 @@ class LatentMixin(_Model):
         return super().load_weights(self._renamed(weights))
 
     def _renamed(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
-        """Weights under the names that vLLM's classes have, without what `attention.Replaced` holds."""
+        """Weights under the names that vLLM's classes have, without what `projections.Replaced` holds."""
         for name, value in weights:
             found = _ATTENTION.search(name)
             if found and self.mla.layer(int(found[1])) is not None:
