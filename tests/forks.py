@@ -77,13 +77,13 @@ class Ended:
 
 
 class Forks:
-    """A server of forks, as a context.
+    """A server of forks, as a context, that also imports some `modules` before.
 
     The folder `disk` is a small file system for it, which we see at `disk_seen`; it is None where the
     system lets nobody mount.
     """
 
-    def __init__(self, scratch):
+    def __init__(self, scratch, *modules):
         self.names = (str(scratch / f"{number}") for number in itertools.count())
         self.stopped = set()
         self.disk = scratch / "disk"
@@ -101,7 +101,7 @@ class Forks:
         }
         environment |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        program = [*mounted, sys.executable, str(SERVER)]
+        program = [*mounted, sys.executable, str(SERVER), *modules]
         self.process = subprocess.Popen(program, env=environment, **pipes)
 
     @property

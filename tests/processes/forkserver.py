@@ -136,8 +136,8 @@ if __name__ == "__main__":
     os.dup2(2, 1)
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # which is ignored in the background
-    for module in MODULES:
-        importlib.import_module(f"mha2mla_vlm.{module}")
+    for module in (*(f"mha2mla_vlm.{name}" for name in MODULES), *sys.argv[1:]):
+        importlib.import_module(module)
     register()
     for part in ("modeling", "processing"):
         importlib.import_module(f"transformers.models.llava.{part}_llava")
