@@ -15,7 +15,8 @@ TORCH ?= torch==2.14.1 torchvision==0.29.1
 export MALLOC_MMAP_THRESHOLD_ ?= 4294967296
 export MALLOC_TRIM_THRESHOLD_ ?= 8589934592
 
-.PHONY: demo test test-eval test-pages test-vllm test-upstream oldest latest nightly check format constraints clean
+.PHONY: demo test test-eval test-pages test-vllm test-upstream oldest oldest-quick latest nightly check format \
+	constraints clean
 
 demo: $(STAMP)
 	$(VENV)/bin/mha2mla demo --model $(MODEL)
@@ -44,6 +45,11 @@ test-upstream: $(VENV)/.installed-upstream
 oldest: $(OLDEST_VENV)/.installed
 	$(OLDEST_VENV)/bin/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow" tests/equivalence tests/cli
 
+# of those: one family, and the commands that rest on other packages most; what files, locks and signals do is the same everywhere
+oldest-quick: $(OLDEST_VENV)/.installed
+	$(OLDEST_VENV)/bin/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow" -k "not llava" tests/equivalence \
+		$(foreach name,commands finetune report bench hub,tests/cli/test_$(name).py)
+
 # the newest versions there are, whatever pyproject.toml declares; then how they differ from constraints.txt
 latest:
 	$(PYTHON) -m venv --clear $(LATEST_VENV)
@@ -53,7 +59,7 @@ latest:
 	$(LATEST_VENV)/bin/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow" $(TESTS); result=$$?; \
 	$(LATEST_VENV)/bin/python scripts/versions.py changes constraints.txt; exit $$result
 
-# all that CI has no time for, too
+# what `.ci/run` runs, and all that it has no time for
 nightly: check test test-eval oldest test-pages test-vllm $(if $(TRANSFORMERS),test-upstream)
 	$(VENV)/bin/python -m pytest -m slow $(TESTS)
 

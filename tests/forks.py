@@ -77,13 +77,13 @@ class Ended:
 
 
 class Forks:
-    """A server of forks, as a context.
+    """A server of forks, as a context, that also imports some `modules` before.
 
     The folder `disk` is a small file system for it, which we see at `disk_seen`; it is None where the
     system lets nobody mount.
     """
 
-    def __init__(self, scratch):
+    def __init__(self, scratch, *modules):
         self.names = (str(scratch / f"{number}") for number in itertools.count())
         self.stopped = set()
         self.disk = scratch / "disk"
@@ -92,10 +92,16 @@ class Forks:
         mounted += [f'mount -t tmpfs -o size=256m none {self.disk} && exec "$@"', "sh"]
         if shutil.which("unshare") is None or subprocess.run([*mounted, "true"]).returncode:
             self.disk, mounted = None, []
-        self.hub = f"http://127.0.0.1:{free_port()}"  # there is none
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_ENDPOINT": self.hub, "HF_HOME": str(scratch)}
+        self.hub_port, self.home = free_port(), scratch / "home"
+        self.hub = f"http://127.0.0.1:{self.hub_port}"  # there is none, unless a test starts one
+        environment = os.environ | {
+            "OMP_NUM_THREADS": "1",
+            "HF_ENDPOINT": self.hub,
+            "HF_HOME": str(self.home),
+        }
+        environment |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        program = [*mounted, sys.executable, str(SERVER)]
+        program = [*mounted, sys.executable, str(SERVER), *modules]
         self.process = subprocess.Popen(program, env=environment, **pipes)
 
     @property
@@ -122,13 +128,14 @@ class Forks:
     def run(self, *arguments, folder, signal="SIGKILL", out=None, **when):
         """Run a command in a folder, to its end or to a signal.
 
-        The signal comes at the n-th `event` of a file whose path has `below` in it, `after` one of a file
-        whose name ends so; or after some `seconds`. No file can grow beyond `largest` bytes; as a `plain`
-        user, root may write no more than another.
+        The signal comes at the n-th `event` of a file whose path has `below` in it, or that is `renamed` to a
+        name that ends so, `after` one of a file whose name ends so; or after some `seconds`. No file can grow
+        beyond `largest` bytes; as a `plain` user, root may write no more than another. With `script`, that
+        runs with the arguments. Several `processes` are told of each other as `torch.distributed.run` does.
         """
         request = {"arguments": list(map(str, arguments)), "folder": str(folder), "signal": signal}
-        request |= dict.fromkeys(("event", "seconds", "largest", "after", "plain"))
-        request |= {"below": str(folder)} | when
+        request |= dict.fromkeys(("event", "seconds", "largest", "after", "plain", "renamed", "processes"))
+        request |= {"below": str(folder), "script": None, "environment": {}, "port": free_port()} | when
         files = {name: next(self.names) for name in ("out", "err", "count")}
         return self._ask(request, files | ({} if out is None else {"out": out}))
 

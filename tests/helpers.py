@@ -73,6 +73,13 @@ def random_mla(name, *, rope_dim=16, rank=40, modalities=("text", "vision"), see
     return model.eval(), processor
 
 
+def shallow(model, count=2):
+    """The model with only its first layers."""
+    model.model.language_model.layers = decoder_layers(model)[:count]
+    model.config.text_config.num_hidden_layers = count
+    return model
+
+
 def with_partial_rope(model, selections, mla):
     """The model with only these pairs rotated, and keys and values not factorised."""
     pairs = zip(decoder_layers(model), selections, strict=True)

@@ -1,6 +1,7 @@
 """A hub on loopback: as much of its HTTP interface as sending and reading one model takes, in memory."""
 
 import base64
+import contextlib
 import json
 import re
 import threading
@@ -81,9 +82,11 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(404, {"error": f"no {self.path}"})
 
 
-def start():
-    """A running server; `server_port` tells where."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.files, server.made, server.asked = {}, False, []
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    return server
+@contextlib.contextmanager
+def running(port):
+    """A server at a port, within the context."""
+    with ThreadingHTTPServer(("127.0.0.1", port), Handler) as server:
+        server.files, server.made, server.asked = {}, False, []
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()

@@ -148,13 +148,14 @@ def test_importing_does_nothing():
     assert shown.stdout.strip() == "ok", shown.stderr
 
 
-def test_public_names_are_not_hidden_by_modules():
-    code = (
+def test_public_names_are_not_hidden_by_modules(forks, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
         "import importlib, pkgutil, mha2mla_vlm as package\n"
         "for module in pkgutil.iter_modules(package.__path__):\n"
         "    importlib.import_module(f'mha2mla_vlm.{module.name}')\n"
         "from mha2mla_vlm import convert, evaluate, load\n"
         "print(all(callable(getattr(package, name)) for name in package.__all__))"
     )
-    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert shown.stdout.strip() == "True", shown.stderr
+    ended = forks.run(script=str(script), folder=tmp_path)
+    assert ended.out.strip() == "True", ended.said

@@ -1,11 +1,6 @@
 """`mha2mla finetune` as a user runs it: what it writes, gains, survives and refuses."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -100,29 +95,23 @@ def test_two_stages_as_published(monkeypatch, capsys, workspace, tmp_path):
     assert load(stage2).mla_config.original == "model"
 
 
-def test_a_killed_run_goes_on_as_if_it_had_not_been(workspace, tmp_path):
+def test_a_killed_run_goes_on_as_if_it_had_not_been(forks, workspace, tmp_path):
     """`kill -9` in the middle: the same losses and weights as an unbroken run's."""
     options = ("--max-steps", 8, "--save-every", 1, "--learning-rate", 1e-3, "--seed", 3)
     whole = command(workspace, "latent", tmp_path / "whole", *options)
     broken = command(workspace, "latent", tmp_path / "broken", *options)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    start = [sys.executable, "-m", "mha2mla_vlm"]
-    subprocess.run([*start, *whole], check=True, env=environment, capture_output=True)
-    process = subprocess.Popen(
-        [*start, *broken], env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE
-    )
-    partial, limit = tmp_path / "broken.partial", time.monotonic() + 120
-    while not (partial / "checkpoint-3" / "trainer_state.json").exists() and time.monotonic() < limit:
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
-    assert partial.exists()
+    ended = forks.run(*whole, folder=tmp_path)
+    assert ended.code == 0, ended.said
+    moment = {"after": "checkpoint-3/trainer_state.json", "below": "", "event": 1}
+    assert forks.run(*broken, folder=tmp_path, **moment).code == -9
+    partial = tmp_path / "broken.partial"
+    assert (partial / "checkpoint-3" / "trainer_state.json").exists()
     unfinished = partial / "checkpoint-7"  # as a kill in the middle of writing leaves one
     unfinished.mkdir(exist_ok=True)
     (unfinished / "trainer_state.json").unlink(missing_ok=True)
-    ended = subprocess.run([*start, *broken], check=True, env=environment, capture_output=True, text=True)
-    result = json.loads(ended.stdout.splitlines()[-1])
+    ended = forks.run(*broken, folder=tmp_path)
+    assert ended.code == 0, ended.said
+    result = json.loads(ended.out.splitlines()[-1])
     expected = json.loads((tmp_path / "whole" / "finetune.json").read_text())["result"]
     assert losses(tmp_path / "broken") == losses(tmp_path / "whole")
     for name in KEYS - {"output"}:
@@ -145,27 +134,19 @@ def test_other_settings_do_not_go_on_with_an_unfinished_run(monkeypatch, capsys,
     assert json.loads((partial / "state.json").read_text()) == state
 
 
-def test_two_processes_are_one_with_twice_the_accumulation(workspace, tmp_path):
+def test_two_processes_are_one_with_twice_the_accumulation(forks, workspace, tmp_path):
     """Two gloo processes, both phases: the same losses, measures and weights."""
     # not AdamW, whose first step makes as much of a gradient that is noise as of any other
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("training_arguments: {optim: sgd}\nlearning_rate: 0.1\n")
     options = ("--max-steps", 4, "--config", recipe, "--alignment", 0.5, "--gradient-checkpointing")
     options += ("--eval-data", workspace / "data" / "chats.jsonl")  # so that 16 chats fill every step
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    for name, start, accumulation in (("one", [sys.executable], 4), ("two", launch, 2)):
+    for name, processes, accumulation in (("one", None, 4), ("two", 2, 2)):
         arguments = command(workspace, "latent", tmp_path / name, *options)
-        arguments += ["--gradient-accumulation", str(accumulation)]
-        done = subprocess.run(
-            [*start, "-m", "mha2mla_vlm", *arguments],
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-        assert done.stdout.count('{"output"') == 1  # one process reports
+        arguments += ["--gradient-accumulation", accumulation]
+        ended = forks.run(*arguments, processes=processes, folder=tmp_path)
+        assert ended.code == 0, ended.said[-3000:]
+        assert ended.out.count('{"output"') == 1  # one process reports
     one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
     assert two == pytest.approx(one, rel=1e-4)
     assert len(one) == 4
@@ -240,16 +221,12 @@ def test_a_checkpoint_that_does_not_know_its_original(monkeypatch, capsys, works
     assert result["exact_match"] is not None
 
 
-def test_sharded_weights_are_gathered_where_they_are_read():
+def test_sharded_weights_are_gathered_where_they_are_read(forks, tmp_path):
     """FSDP2 over two gloo processes: absorbed decoding and gradients as without it."""
     script = Path(__file__).parents[1] / "processes" / "fsdp.py"
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*launch, str(script), "qwen2_5_vl"], env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.splitlines()[-1] == "same"  # PyTorch 2.9 prints, too
+    ended = forks.run("qwen2_5_vl", script=str(script), processes=2, folder=tmp_path)
+    assert ended.code == 0, ended.said[-3000:]
+    assert ended.out.splitlines()[-1] == "same"  # PyTorch 2.9 prints, too
 
 
 def test_without_autocast_a_bfloat16_checkpoint_trains_in_float32(workspace, tmp_path, monkeypatch, capsys):

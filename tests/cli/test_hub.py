@@ -1,56 +1,34 @@
 """Models on their way to the hub and read from there, against one on loopback."""
 
 import json
-import os
-import subprocess
-import sys
+import shutil
 
 import hub
 import pytest
-from helpers import original
+from forks import SIZES
 from huggingface_hub import ModelCard
-
-from mha2mla_vlm.model.checkpoint import save
-from mha2mla_vlm.zoo.chats import write_chats
-
-FAMILY = "llava"
-SIZES = ("--rope-dim", "16", "--d-kv", "8")
 
 
 @pytest.fixture
-def server():
+def server(forks):
     """A hub that runs while a test does."""
-    running = hub.start()
-    yield running
-    running.shutdown()
+    with hub.running(forks.hub_port) as server:
+        yield server
 
 
-@pytest.fixture(scope="module")
-def workspace(tmp_path_factory):
-    """A random original and chats."""
-    folder = tmp_path_factory.mktemp("hub")
-    save(*original(FAMILY), folder / "model")
-    (folder / "data").mkdir()
-    write_chats(FAMILY, folder / "data", split="train", count=4, seed=0)
-    return folder
+@pytest.fixture
+def mha2mla(forks, tmp_path):
+    """The command in a fork whose hub is the server's, with nothing of it in the cache."""
+
+    def run(*arguments, token="hf_test"):
+        shutil.rmtree(forks.home, ignore_errors=True)
+        return forks.run(*arguments, folder=tmp_path, environment={"HF_TOKEN": token})
+
+    return run
 
 
-def mha2mla(server, home, *arguments, token="hf_test"):
-    """The command in a process whose hub is the server's."""
-    environment = os.environ | {
-        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
-        "HF_HOME": str(home),
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-    }
-    environment |= {"HF_TOKEN": token} if token else {}
-    program = [sys.executable, "-m", "mha2mla_vlm", *map(str, arguments)]
-    return subprocess.run(program, env=environment, capture_output=True, text=True)
-
-
-def convert(workspace, output, *more):
-    data = workspace / "data" / "chats.jsonl"
-    return ("convert", workspace / "model", "--data", data, "-o", output, *SIZES, *more)
+def convert(workspace, *more):
+    return ("convert", workspace / "model", "--data", workspace / "data", "-o", "small", *SIZES, *more)
 
 
 def shards_asked_for(server):
@@ -62,12 +40,10 @@ def shards_asked_for(server):
     ]
 
 
-def test_a_converted_model_is_sent_and_read_from_there(server, workspace, tmp_path):
-    sent = mha2mla(
-        server, tmp_path / "home", *convert(workspace, tmp_path / "small", "--push-to-hub", "me/small")
-    )
-    assert sent.returncode == 0, sent.stderr
-    assert json.loads(sent.stdout)["pushed"].endswith("/me/small")
+def test_a_converted_model_is_sent_and_read_from_there(server, workspace_for_forks, mha2mla, tmp_path):
+    sent = mha2mla(*convert(workspace_for_forks, "--push-to-hub", "me/small"))
+    assert sent.code == 0, sent.said
+    assert json.loads(sent.out)["pushed"].endswith("/me/small")
     written = {path.name: path.read_bytes() for path in (tmp_path / "small").iterdir()}
     assert {name: server.files.get(name) for name in written} == written
 
@@ -78,32 +54,29 @@ def test_a_converted_model_is_sent_and_read_from_there(server, workspace, tmp_pa
     assert "Built with Llama" in card.text
 
     server.asked.clear()
-    seen = mha2mla(server, tmp_path / "other", "inspect", "me/small")
-    assert seen.returncode == 0, seen.stderr
-    local = mha2mla(server, tmp_path / "other", "inspect", tmp_path / "small")
-    assert json.loads(seen.stdout) == json.loads(local.stdout)
-    assert json.loads(seen.stdout)["pairs"]
+    seen = mha2mla("inspect", "me/small")
+    assert seen.code == 0, seen.said
+    local = mha2mla("inspect", tmp_path / "small")
+    assert json.loads(seen.out) == json.loads(local.out)
+    assert json.loads(seen.out)["pairs"]
     assert shards_asked_for(server) == []
 
 
-def test_who_may_not_write_learns_it_before_work_starts(server, workspace, tmp_path):
-    arguments = convert(workspace, tmp_path / "small", "--push-to-hub", "me/small")
-    refused = mha2mla(server, tmp_path / "home", *arguments, token="hf_wrong")
-    assert refused.returncode == 2
-    assert "hf auth login" in " ".join(refused.stderr.split())
+def test_who_may_not_write_learns_it_before_work_starts(server, workspace_for_forks, mha2mla, tmp_path):
+    refused = mha2mla(*convert(workspace_for_forks, "--push-to-hub", "me/small"), token="hf_wrong")
+    assert refused.code == 2
+    assert "hf auth login" in refused.said
     assert not list(tmp_path.glob("small*"))
-    bad = mha2mla(
-        server, tmp_path / "home", *convert(workspace, tmp_path / "small", "--push-to-hub", "a/b/c")
-    )
-    assert bad.returncode == 2
-    assert "a/b/c" in bad.stderr
+    bad = mha2mla(*convert(workspace_for_forks, "--push-to-hub", "a/b/c"))
+    assert bad.code == 2
+    assert "a/b/c" in bad.said
 
 
-def test_a_dry_run_reads_no_shard_of_a_model_on_the_hub(server, workspace, tmp_path):
+def test_a_dry_run_reads_no_shard_of_a_model_on_the_hub(server, workspace_for_forks, mha2mla):
     server.made = True
-    server.files |= {path.name: path.read_bytes() for path in (workspace / "model").iterdir()}
-    data = ("--data", workspace / "data" / "chats.jsonl", "-o", tmp_path / "small", *SIZES)
-    done = mha2mla(server, tmp_path / "home", "convert", "me/small", *data, "--dry-run")
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["output_bytes"] > 0
+    server.files |= {path.name: path.read_bytes() for path in (workspace_for_forks / "model").iterdir()}
+    data = ("--data", workspace_for_forks / "data", "-o", "small", *SIZES)
+    done = mha2mla("convert", "me/small", *data, "--dry-run")
+    assert done.code == 0, done.said
+    assert json.loads(done.out)["output_bytes"] > 0
     assert shards_asked_for(server) == []

@@ -5,10 +5,8 @@ import json
 import os
 import shutil
 import struct
-import subprocess
 import sys
 import zlib
-from pathlib import Path
 
 import pytest
 import torch
@@ -22,7 +20,6 @@ from mha2mla_vlm.data.records import MAX_PIXELS
 from mha2mla_vlm.evaluation.generation import answer, prompt_record
 from mha2mla_vlm.zoo.chats import write_chats
 
-KILLED = Path(__file__).parents[1] / "processes" / "killed.py"
 SIZES = ("--rope-dim", "16", "--d-kv", "8")
 
 
@@ -168,11 +165,13 @@ def test_a_work_folder_that_is_not_ours_is_refused(monkeypatch, capsys, workspac
     assert [p.name for p in folder.iterdir()] == [content]
 
 
-def test_a_run_is_not_resumed_with_other_weights(monkeypatch, capsys, workspace, tmp_path):
+SHARD = {"renamed": "model-00002-of-00005.safetensors", "event": 1}  # the moment a shard gets its name
+
+
+def test_a_run_is_not_resumed_with_other_weights(monkeypatch, capsys, forks, workspace, tmp_path):
     copied(workspace, "model", tmp_path / "model")
     given = ["convert", tmp_path / "model", *command(workspace, tmp_path / "out")[2:]]
-    program = [sys.executable, str(KILLED), "model-00002-of-00005.safetensors", *map(str, given)]
-    assert subprocess.run(program, capture_output=True).returncode == -9
+    assert forks.run(*given, folder=tmp_path, **SHARD).code == -9
     assert (tmp_path / "out.partial").is_dir()
     changed(tmp_path / "model", lambda weights: next(iter(weights.values())).flatten()[:1].add_(1))
     refused(*run_command(monkeypatch, capsys, *given, "--resume"), "begun with another weights")
@@ -184,18 +183,16 @@ def named(weights, suffix):
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
-def test_an_interrupt_says_that_work_is_kept(monkeypatch, capsys, workspace, tmp_path, name):
+def test_an_interrupt_says_that_work_is_kept(forks, workspace, tmp_path, name):
     given = command(workspace, tmp_path / "out")
-    program = [sys.executable, str(KILLED), f"model-00002-of-00005.safetensors:1:{name}", *map(str, given)]
-    done = subprocess.run(program, capture_output=True, text=True)
-    assert done.returncode == 130
-    assert done.stdout == ""
-    said = " ".join(done.stderr.split())
-    assert "interrupted: what is done is kept in" in said
-    assert "--resume" in said
-    assert "Traceback" not in said
-    code, _, err = run_command(monkeypatch, capsys, *given, "--resume")
-    assert code == 0, err
+    ended = forks.run(*given, folder=tmp_path, signal=name, **SHARD)
+    assert ended.code == 130
+    assert ended.out == ""
+    assert "interrupted: what is done is kept in" in ended.said
+    assert "--resume" in ended.said
+    assert "Traceback" not in ended.said
+    ended = forks.run(*given, "--resume", folder=tmp_path)
+    assert ended.code == 0, ended.said
 
 
 def test_files_get_the_modes_of_new_files(workspace, tmp_path):

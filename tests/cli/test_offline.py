@@ -1,18 +1,13 @@
 """Without a hub: what needs it is told so at once, and what is in its cache is read from there."""
 
-import os
+import contextlib
+import shutil
 import socket
-import subprocess
-import sys
 import threading
 
 import hub
 import pytest
 from forks import SIZES
-from helpers import original
-from test_hub import mha2mla
-
-from mha2mla_vlm.model.checkpoint import save
 
 CONVERT = ("convert", "model", "--data", "data", "-o", "out", *SIZES)
 RANKS = ("--ranks", "ranks.pth")
@@ -60,36 +55,34 @@ def test_what_needs_the_hub_is_told_at_once(case, forks, workspace_for_forks, tm
     assert set(tmp_path.iterdir()) == before
 
 
-def test_a_hub_that_does_not_answer_is_asked_once(tmp_path):
+def test_a_hub_that_does_not_answer_is_asked_once(forks, tmp_path):
     """It takes connections and says nothing: no second is tried."""
     connections, asked = [], []
 
     def take():
-        while True:
-            connections.append(server.accept()[0])
-            asked.append(connections[-1].recv(200))
+        with contextlib.suppress(OSError):  # at the end
+            while True:
+                connections.append(server.accept()[0])
+                asked.append(connections[-1].recv(200))
 
-    with socket.create_server(("127.0.0.1", 0)) as server:
+    with socket.create_server(("127.0.0.1", forks.hub_port)) as server:
         threading.Thread(target=take, daemon=True).start()
-        home = {"HF_ENDPOINT": f"http://127.0.0.1:{server.getsockname()[1]}", "HF_HOME": str(tmp_path)}
-        program = [sys.executable, "-m", "mha2mla_vlm", "inspect", "some/model"]
-        done = subprocess.run(program, env=os.environ | home, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 2
-    assert "cannot be reached (timed out)" in " ".join(done.stderr.split())
+        ended = forks.run("inspect", "some/model", folder=tmp_path)
+        server.shutdown(socket.SHUT_RDWR)  # or `accept` would hold the port
+    assert ended.code == 2
+    assert "cannot be reached (timed out)" in ended.said
     assert len([line for line in asked if line.startswith(b"HEAD ")]) == 1
 
 
-def test_the_cache_is_read_without_a_hub(tmp_path):
-    save(*original("llava"), tmp_path / "model")
-    server = hub.start()
-    server.made = True
-    server.files |= {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()}
+def test_the_cache_is_read_without_a_hub(forks, workspace_for_forks, tmp_path):
+    shutil.rmtree(forks.home, ignore_errors=True)
     ask = ("generate", "me/small", "--prompt", "Which?", "--max-new-tokens", "2")
-    first = mha2mla(server, tmp_path / "home", *ask)
-    assert first.returncode == 0, first.stderr
-    server.shutdown()
-    server.server_close()
-    again = mha2mla(server, tmp_path / "home", *ask)
-    assert again.returncode == 0, again.stderr
-    assert again.stdout == first.stdout
-    assert "Retrying" not in again.stderr
+    with hub.running(forks.hub_port) as server:
+        server.made = True
+        server.files |= {path.name: path.read_bytes() for path in (workspace_for_forks / "model").iterdir()}
+        first = forks.run(*ask, folder=tmp_path)
+        assert first.code == 0, first.said
+    again = forks.run(*ask, folder=tmp_path)
+    assert again.code == 0, again.said
+    assert again.out == first.out
+    assert "Retrying" not in again.said

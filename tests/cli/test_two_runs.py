@@ -1,8 +1,5 @@
 """Two runs to one output: the second is told at once and touches nothing, however the first ends."""
 
-import subprocess
-import sys
-
 import pytest
 from forks import COMMANDS, contents
 
@@ -85,16 +82,16 @@ dist.destroy_process_group()
 """
 
 
-def test_one_of_several_processes_holds_the_lock(tmp_path):
+def test_one_of_several_processes_holds_the_lock(forks, tmp_path):
     """And all of them are refused, so that none waits for the first."""
-    (tmp_path / "script.py").write_text(TOGETHER)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    script = tmp_path / "script.py"
+    script.write_text(TOGETHER)
     with claimed(tmp_path / "taken"):
-        program = [*launch, tmp_path / "script.py", tmp_path / "free", tmp_path / "taken"]
-        done = subprocess.run(list(map(str, program)), capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("another run is writing to") == 2
-    assert "claimed" not in done.stdout
+        given = (tmp_path / "free", tmp_path / "taken")
+        ended = forks.run(*given, script=str(script), processes=2, folder=tmp_path)
+    assert ended.code == 0, ended.said
+    assert ended.out.count("another run is writing to") == 2
+    assert "claimed" not in ended.out
     assert [path.name for path in tmp_path.iterdir()] == ["script.py"]
 
 

@@ -10,7 +10,15 @@ import pytest
 import torch
 import transformers
 from accelerate import disk_offload
-from helpers import original, piecewise_logits, prompt_inputs, random_mla, set_attention, whole_logits
+from helpers import (
+    original,
+    piecewise_logits,
+    prompt_inputs,
+    random_mla,
+    set_attention,
+    shallow,
+    whole_logits,
+)
 from torch import nn
 from transformers import AutoModel, DynamicCache
 
@@ -137,6 +145,7 @@ def test_exported_forward_is_the_forward():
 
 def test_decoding_over_a_dynamic_cache_is_one_graph():
     model, processor = random_mla("llava")
+    model = shallow(model)
     inputs = prompt_inputs("llava", processor, ["image"])
     expected = decoded(model, inputs)
     torch._dynamo.reset()

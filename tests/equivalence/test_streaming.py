@@ -1,12 +1,10 @@
 """Conversion from disk, a layer at a time: the model that conversion in memory gives, whatever happens."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -22,7 +20,6 @@ from mha2mla_vlm.errors import InputError
 from mha2mla_vlm.model.checkpoint import load, load_processor, save
 from mha2mla_vlm.zoo.chats import write_chats
 
-KILLED = Path(__file__).parents[1] / "processes" / "killed.py"
 SIZES = ("--rope-dim", "16", "--d-kv", "8")
 FAMILY = "qwen2_5_vl"  # where one is enough
 
@@ -132,6 +129,44 @@ def files(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+@pytest.fixture(scope="module")
+def unbroken(forks, checkpoints, tmp_path_factory):
+    """Files of a conversion of one family that nothing interrupts, by its sizes."""
+    made = {}
+
+    def get(sizes):
+        if sizes not in made:
+            folder = tmp_path_factory.mktemp("unbroken")
+            ended = forks.run(*command(checkpoints(FAMILY), folder / "small", sizes=sizes), folder=folder)
+            assert ended.code == 0, ended.said
+            made[sizes] = files(folder / "small")
+        return made[sizes]
+
+    return get
+
+
+@pytest.fixture
+def assert_resumed(forks, checkpoints, unbroken, tmp_path):
+    """A run that is killed as a file gets its name goes on to what an unbroken one makes."""
+
+    def check(place, sizes, *more, times=1):
+        output = tmp_path / "small"
+        arguments = command(checkpoints(FAMILY), output, *more, sizes=sizes)
+        killed = forks.run(*arguments, folder=tmp_path, renamed=place, event=times)
+        assert killed.code == -9
+        assert not output.exists()
+        again = forks.run(*arguments, folder=tmp_path)
+        assert again.code == 2
+        assert "--resume" in again.said
+        resumed = forks.run(*arguments, "--resume", folder=tmp_path)
+        assert resumed.code == 0, resumed.said
+        assert json.loads(resumed.out)["output"] == str(output)
+        assert files(output) == unbroken(sizes)
+        assert not [path for path in tmp_path.rglob("*") if "partial" in path.name or "states" in path.name]
+
+    return check
+
+
 @pytest.mark.parametrize(
     "place",
     [
@@ -141,70 +176,57 @@ def files(folder):
     ],
 )
 @pytest.mark.parametrize("spill", [False, True])
-def test_a_killed_run_is_resumed_to_the_same_bytes(monkeypatch, capsys, place, spill, checkpoints, tmp_path):
+def test_a_killed_run_is_resumed_to_the_same_bytes(assert_resumed, place, spill, tmp_path):
     more = ("--spill", tmp_path / "spilled") if spill else ()
-    assert_resumed(monkeypatch, capsys, place, checkpoints(FAMILY), tmp_path, SIZES, more)
+    assert_resumed(place, SIZES, *more)
 
 
 @pytest.mark.parametrize(
-    "place",
+    ("place", "times"),
     [
-        "layer 2.safetensors",  # while layers are measured
-        "progress.json:6",  # while their losses are
-        "model-00002-of-00005.safetensors",
+        ("layer 2.safetensors", 1),  # while layers are measured
+        ("progress.json", 6),  # while their losses are
+        ("model-00002-of-00005.safetensors", 1),
     ],
 )
-def test_a_budget_is_resumed_to_the_same_bytes(monkeypatch, capsys, place, checkpoints, tmp_path):
-    sizes = ("--budget", "0.3")
-    assert_resumed(monkeypatch, capsys, place, checkpoints(FAMILY), tmp_path, sizes, ())
+def test_a_budget_is_resumed_to_the_same_bytes(assert_resumed, place, times):
+    assert_resumed(place, ("--budget", "0.3"), times=times)
 
 
-def assert_resumed(monkeypatch, capsys, place, folder, tmp_path, sizes, more):
-    """A run that is killed as a file gets its name goes on to what an unbroken one makes."""
-    whole = tmp_path / "whole" / "small"
-    code, _, err = run_command(monkeypatch, capsys, *command(folder, whole, sizes=sizes))
-    assert code == 0, err
-    output = tmp_path / "small"
-    arguments = command(folder, output, *more, sizes=sizes)
-    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # sums differ with their number
-    program = [sys.executable, str(KILLED), place, *arguments]
-    killed = subprocess.run(program, capture_output=True, env=os.environ | threads)
-    assert killed.returncode == -9
-    assert not output.exists()
-    code, _, err = run_command(monkeypatch, capsys, *arguments)
-    assert code == 2
-    assert "--resume" in err
-    code, out, err = run_command(monkeypatch, capsys, *arguments, "--resume")
-    assert code == 0, err
-    assert json.loads(out)["output"] == str(output)
-    assert files(output) == files(whole)
-    assert not [path for path in tmp_path.rglob("*") if "partial" in path.name or "states" in path.name]
+def test_a_run_is_not_resumed_with_other_settings(forks, checkpoints, tmp_path):
+    arguments = command(checkpoints(FAMILY), tmp_path / "small")
+    killed = forks.run(*arguments, folder=tmp_path, renamed="model-00002-of-00005.safetensors", event=1)
+    assert killed.code == -9
+    again = forks.run(*arguments, "--resume", "--no-fold", folder=tmp_path)
+    assert again.code == 2
+    assert "begun with another config" in again.said
 
 
-def test_a_run_is_not_resumed_with_other_settings(monkeypatch, capsys, checkpoints, tmp_path):
-    folder, output = checkpoints(FAMILY), tmp_path / "small"
-    arguments = command(folder, output)
-    subprocess.run([sys.executable, str(KILLED), "model-00002-of-00005.safetensors", *arguments], check=False)
-    code, _, err = run_command(monkeypatch, capsys, *arguments, "--resume", "--no-fold")
-    assert code == 2
-    assert "begun with another config" in " ".join(err.split())
+def launched(arguments):
+    """Two processes of the command, as users start them; the last line of what they print."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    program = [*launch, "-m", "mha2mla_vlm", *arguments]
+    done = subprocess.run(program, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 @pytest.mark.parametrize("sizes", [SIZES, ("--budget", "0.3")])
-def test_two_processes_give_what_one_gives(sizes, checkpoints, tmp_path):
+def test_two_processes_give_what_one_gives(sizes, forks, checkpoints, tmp_path):
     folder, data = checkpoints(FAMILY), tmp_path / "data"
     data.mkdir()
     write_chats(FAMILY, data, split="train", count=10, seed=3)
-    python = [sys.executable, "-m"]
-    launch = [*python, "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
-    results = []
-    for name, start in (("one", python), ("two", launch)):
-        options = ("--data", data / "chats.jsonl", "-o", tmp_path / name, *sizes)
-        program = [*start, "mha2mla_vlm", "convert", folder / "model", *options]
-        done = subprocess.run([str(x) for x in program], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        results.append(json.loads(done.stdout.splitlines()[-1]))
-    assert results[1]["kl"] == pytest.approx(results[0]["kl"], rel=1e-3)
+    arguments = ("convert", folder / "model", "--data", data, *sizes, "-o")
+    alone = forks.run(*arguments, tmp_path / "one", folder=tmp_path)
+    assert alone.code == 0, alone.said
+    if sizes == SIZES:
+        printed = launched([str(x) for x in (*arguments, tmp_path / "two")])
+    else:
+        together = forks.run(*arguments, tmp_path / "two", folder=tmp_path, processes=2)
+        assert together.code == 0, together.said
+        printed = together.out
+    one, two = (json.loads(text.splitlines()[-1]) for text in (alone.out, printed))
+    assert two["kl"] == pytest.approx(one["kl"], rel=1e-3)
     inputs = prompt_inputs(FAMILY, load_processor(folder / "model"), ["two images"])
     expected, found = (whole_logits(load(tmp_path / name), inputs) for name in ("one", "two"))
     torch.testing.assert_close(found, expected, atol=1e-2, rtol=1e-2)
@@ -222,17 +244,14 @@ if dist.get_rank() == 0:
 """
 
 
-def test_one_process_of_a_group_may_convert_by_itself(checkpoints, tmp_path):
+def test_one_process_of_a_group_may_convert_by_itself(forks, checkpoints, tmp_path):
     """A process group does not say that the others call it too: it would wait for them."""
-    folder, script, data = checkpoints(FAMILY), tmp_path / "alone.py", tmp_path / "data"
+    folder, script = checkpoints(FAMILY), tmp_path / "alone.py"
     script.write_text(ALONE)
-    data.mkdir()
-    write_chats(FAMILY, data, split="train", count=5, seed=3)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    program = [*launch, script, folder / "model", data / "chats.jsonl"]
-    done = subprocess.run([str(x) for x in program], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert 0 < float(done.stdout.splitlines()[-1]) < 10  # PyTorch 2.9 prints, too
+    arguments = (folder / "model", folder / "data" / "chats.jsonl")
+    ended = forks.run(*arguments, script=str(script), processes=2, folder=tmp_path)
+    assert ended.code == 0, ended.said
+    assert 0 < float(ended.out.splitlines()[-1]) < 10  # PyTorch 2.9 prints, too
 
 
 def test_an_adapter_is_merged_first(checkpoints, tmp_path, monkeypatch, capsys):
@@ -263,13 +282,11 @@ def test_an_adapter_is_merged_first(checkpoints, tmp_path, monkeypatch, capsys):
     assert not list(tmp_path.glob("three*"))
 
 
-def test_too_many_processes_for_the_chats_are_refused(checkpoints, tmp_path):
-    folder = checkpoints(FAMILY)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
-    program = [*launch, "mha2mla_vlm", *command(folder, tmp_path / "small")]
-    done = subprocess.run(program, capture_output=True, text=True)
-    assert done.returncode != 0
-    assert "too few for 2 processes" in " ".join(done.stderr.split())
+def test_too_many_processes_for_the_chats_are_refused(forks, checkpoints, tmp_path):
+    arguments = command(checkpoints(FAMILY), tmp_path / "small")
+    ended = forks.run(*arguments, processes=2, folder=tmp_path)
+    assert ended.code != 0
+    assert "too few for 2 processes" in ended.said
     assert not list(tmp_path.glob("small*"))
 
 
@@ -319,17 +336,14 @@ def test_numbers_that_are_not_finite_name_their_layer(checkpoints, tmp_path):
     assert json.loads((tmp_path / "small.partial" / "progress.json").read_text())["done"] == 2
 
 
-def test_a_full_disk_is_said_and_what_was_done_is_kept(checkpoints, tmp_path):
-    folder, output = checkpoints(FAMILY), tmp_path / "small"
-    arguments = " ".join(command(folder, output))
-    limited = f"ulimit -f 1000; exec {sys.executable} -m mha2mla_vlm {arguments}"  # 1 MB a file
-    done = subprocess.run(["bash", "-c", limited], capture_output=True, text=True)
-    assert done.returncode == 2, done.stderr
-    said = " ".join(done.stderr.split())
-    assert "layer 0: cannot write in" in said
-    assert "resume with --resume" in said
-    done = subprocess.run([sys.executable, "-m", "mha2mla_vlm", *command(folder, output, "--resume")])
-    assert done.returncode == 0
+def test_a_full_disk_is_said_and_what_was_done_is_kept(forks, checkpoints, tmp_path):
+    output = tmp_path / "small"
+    arguments = command(checkpoints(FAMILY), output)
+    full = forks.run(*arguments, largest=1_000_000, folder=tmp_path)
+    assert full.code == 2, full.said
+    assert "layer 0: cannot write in" in full.said
+    assert "resume with --resume" in full.said
+    assert forks.run(*arguments, "--resume", folder=tmp_path).code == 0
     load(output)
 
 

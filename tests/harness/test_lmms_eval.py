@@ -1,11 +1,11 @@
 """The real lmms-eval on our models: it finds them, and its score is ours."""
 
 import json
-import subprocess
-import sys
 
+import lmms_eval.__main__
 import pytest
 import torch
+from forks import Forks
 from lmms_eval.models import get_model, list_available_models
 from PIL import Image
 
@@ -24,8 +24,15 @@ pytestmark = pytest.mark.eval
 CHATS = 8
 
 
+@pytest.fixture(scope="module")
+def harness(tmp_path_factory):
+    """A server of forks that know lmms-eval, too: to import it takes longer than to evaluate."""
+    with Forks(tmp_path_factory.mktemp("forks"), "lmms_eval.__main__", "lmms_eval.cli.dispatch") as running:
+        yield running
+
+
 @pytest.fixture(scope="module", params=ZOO_NAMES)
-def zoo(request, tmp_path_factory):
+def zoo(request, harness, tmp_path_factory):
     """A zoo model's name, its conversion on disk, and a task of held-out chats with its records."""
     name, folder = request.param, tmp_path_factory.mktemp(request.param)
     model, processor = load(f"zoo:{name}", dtype=torch.float32), load_processor(f"zoo:{name}")
@@ -34,30 +41,29 @@ def zoo(request, tmp_path_factory):
     save(convert(model, processor, chats, sizes), processor, folder / "small")
     (folder / "data").mkdir()
     data = write_chats(name, folder / "data", split="test", count=CHATS, seed=0)
-    program = ["task", data, "-o", folder / "task", "--name", "held_out_digits"]
-    subprocess.run([sys.executable, "-m", "mha2mla_vlm", *map(str, program)], check=True)
+    ended = harness.run("task", data, "-o", folder / "task", "--name", "held_out_digits", folder=folder)
+    assert ended.code == 0, ended.said
     return name, folder, load_records(data)
 
 
-def run(folder, checkpoint, output, *more):
+def run(harness, folder, checkpoint, output, *more):
     """What the harness scores, by its own command line."""
     arguments = [f"pretrained={checkpoint}", "dtype=float32", *more]
     program = ["--model", "mha2mla", "--model_args", ",".join(arguments), "--batch_size", "4"]
     program += ["--tasks", "held_out_digits", "--include_path", folder / "task", "--output_path", output]
-    command = [sys.executable, "-m", "lmms_eval", *map(str, program)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
-    assert done.returncode == 0, done.stdout + done.stderr
+    ended = harness.run(*program, script=lmms_eval.__main__.__file__, folder=folder)
+    assert ended.code == 0, ended.out + ended.said
     (results,) = output.rglob("*_results.json")
     return json.loads(results.read_text())["results"]["held_out_digits"]["exact_match,none"]
 
 
 @pytest.mark.parametrize("converted", [False, True])
-def test_its_score_is_ours(zoo, converted, tmp_path):
+def test_its_score_is_ours(zoo, harness, converted, tmp_path):
     name, folder, records = zoo
     checkpoint = folder / "small" if converted else f"zoo:{name}"
     model = load(checkpoint, dtype=torch.float32)
     expected = evaluate(model, load_processor(checkpoint), records, batch_size=4)
-    assert run(folder, checkpoint, tmp_path) == pytest.approx(expected["exact_match"])
+    assert run(harness, folder, checkpoint, tmp_path) == pytest.approx(expected["exact_match"])
 
 
 def test_it_knows_our_model():
@@ -65,11 +71,11 @@ def test_it_knows_our_model():
     assert get_model("mha2mla") is MHA2MLA
 
 
-def test_a_quantised_cache_is_for_converted_models(zoo, tmp_path):
+def test_a_quantised_cache_is_for_converted_models(zoo, harness, tmp_path):
     name, folder, _ = zoo
     with pytest.raises(InputError, match="cache_bits is for converted models"):
         MHA2MLA(f"zoo:{name}", cache_bits=4)
-    assert 0 <= run(folder, folder / "small", tmp_path, "cache_bits=4") <= 1
+    assert 0 <= run(harness, folder, folder / "small", tmp_path, "cache_bits=4") <= 1
 
 
 def test_a_task_holds_the_chat_before_every_answer(zoo):

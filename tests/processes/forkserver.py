@@ -9,6 +9,7 @@ import importlib.util
 import json
 import os
 import resource
+import runpy
 import signal
 import sys
 import threading
@@ -29,9 +30,10 @@ EVENTS = ("open", "os.", "shutil.", "tempfile.")
 
 def prepare(request):
     """In the fork: its folder, its output, the largest file it may write, and the moment at which it ends."""
+    os.environ.update(request["environment"])
     os.chdir(request["folder"])
     for number, path in ((1, request["out"]), (2, request["err"])):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     if request["largest"] is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (request["largest"],) * 2)
     if request["plain"]:
@@ -40,14 +42,24 @@ def prepare(request):
     name = signal.Signals[request["signal"]]
     if request["seconds"] is not None:
         threading.Timer(request["seconds"], os.kill, (os.getpid(), name)).start()
-    after, below, seen = request["after"], request["below"], [0]
+    return watch(request, name)
+
+
+def watch(request, name):
+    """Signal this process at its moment; returns a list of the number of events so far."""
+    after, below, renamed, seen = request["after"], request["below"], request["renamed"], [0]
     begun = [after is None]
+
+    def counts(event, arguments):
+        if renamed is not None:
+            return event == "os.rename" and str(arguments[1]).endswith(renamed)
+        return any(below in str(argument) for argument in arguments)
 
     def hook(event, arguments):
         """An audit hook."""
         if not event.startswith(EVENTS):
             return
-        if begun[0] and any(below in str(argument) for argument in arguments):
+        if begun[0] and counts(event, arguments):
             seen[0] += 1
             if seen[0] == request["event"]:
                 os.kill(os.getpid(), name)
@@ -58,11 +70,11 @@ def prepare(request):
 
 
 def run(request):
-    """In the fork: the command; never returns."""
-    seen, code = prepare(request), 0
-    sys.argv = ["mha2mla", *request["arguments"]]
+    """In the fork: the command, or the script; never returns."""
+    seen, code, script = prepare(request), 0, request["script"]
+    sys.argv = [script or "mha2mla", *request["arguments"]]
     try:
-        main()
+        main() if script is None else runpy.run_path(script, run_name="__main__")
     except SystemExit as end:
         code = end.code or 0
     except BaseException:
@@ -77,8 +89,37 @@ def run(request):
     os._exit(code)
 
 
+def group_environment(rank, count, port):
+    """What `torch.distributed.run` tells one of its processes."""
+    local = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+    group = {"GROUP_RANK": 0, "GROUP_WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    agent = {"TORCHELASTIC_RUN_ID": port, "TORCHELASTIC_MAX_RESTARTS": 0}
+    return {name: str(value) for name, value in (local | group | agent).items()}
+
+
+def run_group(request):
+    """Run several processes that work together; the first code that is not 0 ends the others, as there."""
+    count, environment, left, first = request["processes"], request["environment"], set(), 0
+    for rank in range(count):
+        told = environment | group_environment(rank, count, request["port"])
+        if not (process := os.fork()):
+            run(request | {"environment": told})
+        left.add(process)
+    while left:
+        process, status = os.waitpid(-1, 0)
+        left.discard(process)
+        code = os.waitstatus_to_exitcode(status)
+        if code and not first:
+            first = code
+            for other in left:
+                os.kill(other, signal.SIGTERM)
+    return {"code": first}
+
+
 def answer(request):
     """Run a command, or go on with one that was stopped or end it; what came of it."""
+    if request.get("processes") is not None:
+        return run_group(request)
     if "stopped" in request:
         process = request["stopped"]
         os.kill(process, signal.Signals[request["signal"]])
@@ -95,8 +136,8 @@ if __name__ == "__main__":
     os.dup2(2, 1)
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # which is ignored in the background
-    for module in MODULES:
-        importlib.import_module(f"mha2mla_vlm.{module}")
+    for module in (*(f"mha2mla_vlm.{name}" for name in MODULES), *sys.argv[1:]):
+        importlib.import_module(module)
     register()
     for part in ("modeling", "processing"):
         importlib.import_module(f"transformers.models.llava.{part}_llava")

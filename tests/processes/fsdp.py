@@ -1,4 +1,4 @@
-"""For `torch.distributed.run`: a sharded model decodes as a whole one, and gets the same gradients.
+"""For two processes: a sharded model decodes as a whole one, and gets the same gradients.
 
 Also projections that are units of their own, so that no forward of theirs gathers them for the
 absorbed path. Prints `same` from the first process.
