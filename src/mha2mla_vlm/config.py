@@ -7,6 +7,8 @@ from typing import Any, Literal, Self, cast, get_args, get_origin
 from mha2mla_vlm.errors import InputError, shown
 
 OnBadRecord = Literal["fail", "skip"]
+ROTATE_AT = ("write", "read")
+POSITION_BYTES = 4  # of each number in a token's position
 SHARED: tuple[str, ...] = ("shared",)
 DECOUPLED: tuple[str, ...] = ("text", "vision")
 _KIND_NAMES = {
@@ -79,18 +81,29 @@ class LayerSpec:
 
     `rope_dim` (R) numbers of each KV head's key are rotated. The others and the values are made of a latent
     of `rank` numbers (r), by factors for each of `modalities`; None means that they are not factorised. With
-    `bias` the up projections have a bias even if the original has none.
+    `bias` the up projections have a bias even if the original has none. Rotated numbers are cached beside the
+    latent (`rotate_at` "write"), or made of it too and rotated each time they are read ("read").
     """
 
     rope_dim: int
     rank: int | None = None
     modalities: tuple[str, ...] = SHARED
     bias: bool = False
+    rotate_at: str = "write"
+
+    @property
+    def at_read(self) -> bool:
+        """Whether keys are rotated when they are read."""
+        return self.rotate_at == "read"
+
+    def outputs(self, sizes: "AttentionSizes") -> int:
+        """Numbers of keys and values, over all KV heads, that are made of the latent."""
+        return sizes.kv_heads * (2 * sizes.head_dim - (0 if self.at_read else self.rope_dim))
 
     def widths(self, sizes: "AttentionSizes") -> tuple[int, int]:
         """Numbers that a token caches: its latent, and its rotated keys."""
-        whole = sizes.kv_heads * (2 * sizes.head_dim - self.rope_dim)
-        return whole if self.rank is None else self.rank, sizes.kv_heads * self.rope_dim
+        latent = self.outputs(sizes) if self.rank is None else self.rank
+        return latent, 0 if self.at_read else sizes.kv_heads * self.rope_dim
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,16 +112,18 @@ class MLAConfig(Strict):
 
     `qk_rope_head_dim` (R) and `kv_lora_rank` (r) hold for all layers or list one value a layer. None in the
     list of `qk_rope_head_dim` is a layer left as the original has it; a list of `kv_lora_rank` has None there
-    too. `kv_lora_rank` None means keys and values are not factorised. `kv_bias` tells that up projections
-    have a bias even if the original has none. `folded` tells that the mean rotation of dropped pairs
-    is in the weights. `kl` holds what conversion measured after each transform, against the
-    original, on held-out chats; `predicted_kl`, for each layer, what converting it alone costs.
+    too. `kv_lora_rank` None means keys and values are not factorised. `rotate_at` says whether rotated keys
+    are cached ("write") or made of the latent when they are read ("read"), for all layers or for each.
+    `kv_bias` says that up projections have a bias even if the original has none, `folded` that the mean
+    rotation of dropped pairs is in the weights. `kl` holds what conversion measured after each transform,
+    against the original, on held-out chats; `predicted_kl`, for each layer, what converting it only costs.
     `original` names the model that was converted, for fine-tuning to learn from: a hub id, `zoo:NAME`, or
     the name of a folder.
     """
 
     qk_rope_head_dim: int | list[int | None]
     kv_lora_rank: int | list[int | None] | None = None
+    rotate_at: str | list[str] = "write"
     modalities: tuple[str, ...] = SHARED
     rope_selection: str | None = None
     factorization: str | None = None
@@ -124,16 +139,26 @@ class MLAConfig(Strict):
         check_types(self)
         if self.modalities not in (SHARED, DECOUPLED):
             raise InputError(f"modalities {self.modalities} are not known; known: {SHARED}, {DECOUPLED}")
+        modes = self.rotate_at if isinstance(self.rotate_at, list) else [self.rotate_at]
+        if unknown := [mode for mode in modes if mode not in ROTATE_AT]:
+            raise InputError(f"rotate_at {shown(unknown[0])}: give {' or '.join(ROTATE_AT)}")
 
     def layer(self, index: int) -> LayerSpec | None:
         """What a decoder layer's attention is; None for one left as the original has it."""
-        rope, rank = (
-            value[index] if isinstance(value, list) else value
-            for value in (self.qk_rope_head_dim, self.kv_lora_rank)
-        )
-        if rope is None:
+
+        def own(value: Any) -> Any:
+            """This layer's of what is for all layers or for each."""
+            return value[index] if isinstance(value, list) else value
+
+        if own(self.qk_rope_head_dim) is None:
             return None
-        return LayerSpec(rope_dim=rope, rank=rank, modalities=self.modalities, bias=self.kv_bias)
+        return LayerSpec(
+            rope_dim=own(self.qk_rope_head_dim),
+            rank=own(self.kv_lora_rank),
+            modalities=self.modalities,
+            bias=self.kv_bias,
+            rotate_at=own(self.rotate_at),
+        )
 
     def layers(self, sizes: "AttentionSizes") -> list[LayerSpec | None]:
         """What the attention of each decoder layer is."""
@@ -144,9 +169,14 @@ class MLAConfig(Strict):
         specs = self.layers(sizes)
         return sum(sizes.numbers_per_token if spec is None else sum(spec.widths(sizes)) for spec in specs)
 
+    def position_bytes(self, sizes: "AttentionSizes") -> int:
+        """Bytes of a token's position, once for all layers, where keys are rotated when they are read."""
+        specs = self.layers(sizes)
+        return POSITION_BYTES * sizes.position_axes if any(spec and spec.at_read for spec in specs) else 0
+
     def check(self, sizes: "AttentionSizes") -> None:
         """Raise `InputError` if a model of these sizes cannot have this configuration."""
-        for name in ("qk_rope_head_dim", "kv_lora_rank", "predicted_kl"):
+        for name in ("qk_rope_head_dim", "kv_lora_rank", "rotate_at", "predicted_kl"):
             value = getattr(self, name)
             if isinstance(value, list) and len(value) != sizes.layers:
                 raise InputError(f"{name} lists {len(value)} layers, the model has {sizes.layers}")
@@ -169,13 +199,13 @@ class MLAConfig(Strict):
             raise InputError(
                 f"rope dims R = {rope}: give an even number from 2 to the head dim {sizes.head_dim}"
             )
-        if spec.rank is not None:
-            self._check_rank(spec.rank, rope, sizes)
-
-    def _check_rank(self, rank: int, rope: int, sizes: "AttentionSizes") -> None:
-        largest = sizes.kv_heads * (2 * sizes.head_dim - rope)
-        if not 1 <= rank <= largest:
-            raise InputError(f"kv_lora_rank {rank}: give 1 to {largest} at R = {rope}")
+        largest = spec.outputs(sizes)
+        if spec.rank is not None and not 1 <= spec.rank <= largest:
+            raise InputError(f"kv_lora_rank {spec.rank}: give 1 to {largest} at R = {rope}")
+        if spec.rank is None and spec.at_read:
+            raise InputError(
+                "rotate_at read needs kv_lora_rank: keys are made of a latent when they are read"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,6 +217,7 @@ class AttentionSizes:
     kv_heads: int
     head_dim: int
     hidden: int
+    position_axes: int = 1  # numbers in a token's position: three with multimodal RoPE
 
     @property
     def numbers_per_token(self) -> int:
@@ -196,11 +227,16 @@ class AttentionSizes:
     @classmethod
     def of(cls, config: Any) -> Self:
         """Sizes under a whole model's config."""
-        text = config.get_text_config(decoder=True)
+        return cls.of_text(config.get_text_config(decoder=True))
+
+    @classmethod
+    def of_text(cls, text: Any) -> Self:
+        """Sizes under a language model's config."""
         return cls(
             layers=text.num_hidden_layers,
             heads=text.num_attention_heads,
             kv_heads=text.num_key_value_heads,
             head_dim=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
             hidden=text.hidden_size,
+            position_axes=3 if "mrope_section" in (getattr(text, "rope_parameters", None) or {}) else 1,
         )

@@ -25,12 +25,15 @@ class ReferenceAttention(nn.Module):
         down, up = source.kv_a_proj[name], source.kv_b_proj[name]
         latent = down.weight.double() @ x
         both = up.weight.double() @ latent + (up.bias.double() if up.bias is not None else 0)
-        width = source.nope_dim + source.head_dim
+        width = len(both) // source.kv_heads
         both = both[head * width : (head + 1) * width]
-        rope = source.k_rope_proj.weight.double() @ x
-        if source.k_rope_proj.bias is not None:
-            rope = rope + source.k_rope_proj.bias.double()
-        rope = rope[head * source.rope_dim : (head + 1) * source.rope_dim]
+        if source.at_read:
+            rope, both = both[: source.rope_dim], both[source.rope_dim :]
+        else:
+            rope = source.k_rope_proj.weight.double() @ x
+            if source.k_rope_proj.bias is not None:
+                rope = rope + source.k_rope_proj.bias.double()
+            rope = rope[head * source.rope_dim : (head + 1) * source.rope_dim]
         key = torch.cat([self._rotate(rope, cos, sin, head), both[: source.nope_dim]])
         return key, both[source.nope_dim :]
 

@@ -68,8 +68,8 @@ def test_all_pairs_and_full_rank_reproduce_the_original(converted_whole, family,
 
 
 @pytest.mark.parametrize("prompts", [[name] for name in PROMPTS] + [BATCH], ids=str)
-def test_expanded_path_is_the_reference(family, prompts):
-    model, processor = random_mla(family)
+def test_expanded_path_is_the_reference(mla, family, prompts):
+    model, processor = mla(family)
     layers = decoder_layers(model)
     del layers[1:]  # the reference is slow, and one layer shows it
     model.config.get_text_config().num_hidden_layers = 1
@@ -84,8 +84,8 @@ def test_expanded_path_is_the_reference(family, prompts):
 @pytest.mark.parametrize("path", ["absorbed", "expanded", "chunked"])
 @pytest.mark.parametrize("cache", [LatentCache, DynamicCache])
 @pytest.mark.parametrize("prompt", list(PROMPTS))
-def test_cached_is_uncached(family, prompt, cache, path):
-    model, processor = random_mla(family)
+def test_cached_is_uncached(mla, family, prompt, cache, path):
+    model, processor = mla(family)
     inputs = prompt_inputs(family, processor, [prompt])
     expected = whole_logits(model, inputs)
     limits = {
@@ -110,9 +110,9 @@ def piece_cuts(model, inputs):
         yield [(gaps[-1] if gaps else places[0]) - 1]
 
 
-def test_all_text_cache_is_seen_as_wrong(family):
+def test_all_text_cache_is_seen_as_wrong(mla, family):
     """Negative control of the cached paths: factors of text for all tokens must change the logits."""
-    model, processor = random_mla(family)
+    model, processor = mla(family)
     inputs = prompt_inputs(family, processor, ["image"])
     right = piecewise_logits(model, inputs, [inputs["input_ids"].shape[1] - 1], LatentCache())
     for layer in decoder_layers(model):
@@ -122,8 +122,8 @@ def test_all_text_cache_is_seen_as_wrong(family):
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_padded_batch_is_single(family, side):
-    model, processor = random_mla(family)
+def test_padded_batch_is_single(mla, family, side):
+    model, processor = mla(family)
     batch = prompt_inputs(family, processor, BATCH, side=side)
     together = whole_logits(model, batch)
     for row, prompt in enumerate(BATCH):
@@ -137,8 +137,8 @@ def test_padded_batch_is_single(family, side):
 
 
 @pytest.mark.parametrize("shared", [("shared",), ("text", "vision")])
-def test_sdpa_is_eager(family, shared):
-    model, processor = random_mla(family, modalities=shared)
+def test_sdpa_is_eager(mla, family, shared):
+    model, processor = mla(family, modalities=shared)
     inputs = prompt_inputs(family, processor, BATCH)
     model.set_attn_implementation("sdpa")
     expected = real_tokens(whole_logits(model, inputs), inputs)
@@ -178,8 +178,8 @@ def random_mla_by_layer(family, *, rope_dim, rank):
     return model_class(config_class(**values)).eval(), processor
 
 
-def test_gradients_reach_every_factor(family):
-    model, processor = random_mla(family)
+def test_gradients_reach_every_factor(mla, family):
+    model, processor = mla(family)
     model.train()
     enable_checkpointing(model)
     inputs = prompt_inputs(family, processor, ["image"])

@@ -6,6 +6,7 @@ from helpers import original, prompt_inputs, random_mla, record, set_attention, 
 from transformers import DynamicCache, StaticCache, pipeline
 from transformers.utils import is_hqq_available, is_optimum_quanto_available
 
+from mha2mla_vlm.config import AttentionSizes
 from mha2mla_vlm.data.records import encode
 from mha2mla_vlm.errors import InputError
 from mha2mla_vlm.model.cache.latent import LatentCache, LatentLayer, bytes_per_token, cache_bytes
@@ -28,16 +29,18 @@ def generate(model, inputs, **kwargs):
 
 @pytest.mark.parametrize("prompts", [["image"], ["text"], ["two images"], BATCH], ids=str)
 @pytest.mark.parametrize("limit", [0, 10**6], ids=["expanded", "absorbed"])
-def test_cached_tokens_are_uncached_tokens(family, prompts, limit):
-    model, processor = random_mla(family)
+def test_cached_tokens_are_uncached_tokens(mla, family, prompts, limit):
+    model, processor = mla(family)
     inputs = prompt_inputs(family, processor, prompts)
     expected = generate(model, inputs, use_cache=False)
     assert torch.equal(generate(set_attention(model, absorb_limit=limit), inputs), expected)
 
 
-def test_default_cache_holds_the_bytes_of_the_formula(family):
+@pytest.mark.parametrize(("rotate_at", "share"), [("write", 0.375), ("read", 0.125)])
+def test_default_cache_holds_the_bytes_of_the_formula(family, rotate_at, share):
     base, processor = original(family)
-    model, _ = random_mla(family, rope_dim=32, rank=16 * base.config.text_config.num_key_value_heads)
+    rank = 16 * base.config.text_config.num_key_value_heads
+    model, _ = random_mla(family, rope_dim=32, rank=rank, rotate_at=rotate_at)
     base.visual_token_ids = model.visual_token_ids
     inputs = prompt_inputs(family, processor, ["two images"])
     sizes = {}
@@ -50,11 +53,12 @@ def test_default_cache_holds_the_bytes_of_the_formula(family):
         sizes[name] = cache_bytes(cache) / cache.get_seq_length()
     assert isinstance(cache, LatentCache)
     assert all(isinstance(layer, LatentLayer) for layer in cache.layers)
-    assert sizes["converted"] == 0.375 * sizes["original"]
+    positions = 4 * AttentionSizes.of(base.config).position_axes if rotate_at == "read" else 0
+    assert sizes["converted"] == share * sizes["original"] + positions
 
 
-def test_left_padded_batch_generates_as_single(family):
-    model, processor = random_mla(family)
+def test_left_padded_batch_generates_as_single(mla, family):
+    model, processor = mla(family)
     together = generate(model, prompt_inputs(family, processor, BATCH))
     for row, prompt in enumerate(BATCH):
         single = dict(encode(processor, [record(family, prompt, row)], generation_prompt=True))
@@ -63,17 +67,17 @@ def test_left_padded_batch_generates_as_single(family):
 
 @pytest.mark.parametrize("prompts", [["image"], BATCH], ids=str)
 @pytest.mark.parametrize("how", [{"num_beams": 3}, {"num_beams": 3, "num_return_sequences": 2}], ids=str)
-def test_beam_search_gives_the_tokens_of_the_expanded_path(family, prompts, how):
-    model, processor = random_mla(family)
+def test_beam_search_gives_the_tokens_of_the_expanded_path(mla, family, prompts, how):
+    model, processor = mla(family)
     inputs = prompt_inputs(family, processor, prompts)
     expected = generate(set_attention(model, absorb_limit=0), inputs, **cache_argument(DynamicCache()), **how)
     assert len(expected) == len(prompts) * how.get("num_return_sequences", 1)
     assert torch.equal(generate(set_attention(model, absorb_limit=10**6), inputs, **how), expected)
 
 
-def test_assisted_decoding_gives_the_tokens_of_plain_decoding(family):
-    model, processor = random_mla(family)
-    assistant, _ = random_mla(family)
+def test_assisted_decoding_gives_the_tokens_of_plain_decoding(mla, family):
+    model, processor = mla(family)
+    assistant, _ = mla(family)
     with torch.no_grad():  # close enough to agree at times, far enough to be cropped at others
         for parameter in assistant.lm_head.parameters():
             parameter += 0.1 * torch.randn_like(parameter)
@@ -84,8 +88,8 @@ def test_assisted_decoding_gives_the_tokens_of_plain_decoding(family):
     assert torch.equal(generate(model, inputs, prompt_lookup_num_tokens=3), expected)
 
 
-def test_several_samples_per_prompt(family):
-    model, processor = random_mla(family)
+def test_several_samples_per_prompt(mla, family):
+    model, processor = mla(family)
     # one picture a row at most: transformers 5.16 repeats pictures, not rows of pictures
     inputs = prompt_inputs(family, processor, ["image", "text", "image"])
     output = model.generate(
@@ -102,8 +106,8 @@ def test_several_samples_per_prompt(family):
 
 
 @pytest.mark.parametrize("limit", [0, 10**6], ids=["expanded", "absorbed"])
-def test_second_turn_with_an_image_over_the_cache_is_the_whole_chat(family, limit):
-    model, processor = random_mla(family)
+def test_second_turn_with_an_image_over_the_cache_is_the_whole_chat(mla, family, limit):
+    model, processor = mla(family)
     set_attention(model, absorb_limit=limit, expand_chunk=5)
     chat = record(family, "two images")
     first = dict(encode(processor, [chat.before(1)], generation_prompt=True))
@@ -164,8 +168,8 @@ def test_other_caches_run(family, how):
 @pytest.mark.parametrize("prompts", [["two images"], BATCH], ids=str)
 @pytest.mark.parametrize("limit", [0, 10**6], ids=["expanded", "absorbed"])
 @pytest.mark.parametrize("how", [{}, {"num_beams": 3}], ids=str)
-def test_a_cache_of_eight_bits_gives_the_same_tokens(family, prompts, limit, how):
-    model, processor = random_mla(family)
+def test_a_cache_of_eight_bits_gives_the_same_tokens(mla, family, prompts, limit, how):
+    model, processor = mla(family)
     set_attention(model, absorb_limit=limit, expand_chunk=5)
     inputs = prompt_inputs(family, processor, prompts)
     config = {"nbits": 8, "q_group_size": 4, "residual_length": 4}
@@ -173,8 +177,8 @@ def test_a_cache_of_eight_bits_gives_the_same_tokens(family, prompts, limit, how
     assert torch.equal(got, generate(model, inputs, **how))
 
 
-def test_assisted_decoding_crops_a_quantized_cache(family):
-    model, processor = random_mla(family)
+def test_assisted_decoding_crops_a_quantized_cache(mla, family):
+    model, processor = mla(family)
     inputs = prompt_inputs(family, processor, ["image"])
     config = {"nbits": 8, "q_group_size": 2, "residual_length": 2}
     how = {"cache_implementation": "quantized", "cache_config": config}
@@ -182,8 +186,8 @@ def test_assisted_decoding_crops_a_quantized_cache(family):
     assert torch.equal(generate(model, inputs, prompt_lookup_num_tokens=3, **how), expected)
 
 
-def test_a_quantized_cache_holds_few_bytes(family):
-    model, processor = random_mla(family, rope_dim=16, rank=40)
+def test_a_quantized_cache_holds_few_bytes(mla, family):
+    model, processor = mla(family, rope_dim=16, rank=40)
     inputs = prompt_inputs(family, processor, ["two images"])
     how = {"cache_implementation": "quantized", "return_dict_in_generate": True, "max_new_tokens": 4}
     sizes = {}
@@ -194,15 +198,15 @@ def test_a_quantized_cache_holds_few_bytes(family):
     assert sizes[2] < sizes[4] < sizes[8] < plain
 
 
-def test_unknown_quantization_is_refused(family):
-    model, processor = random_mla(family)
+def test_unknown_quantization_is_refused(mla, family):
+    model, processor = mla(family)
     inputs = prompt_inputs(family, processor, ["text"])
     with pytest.raises(InputError, match="nbits is 3"):
         generate(model, inputs, cache_implementation="quantized", cache_config={"nbits": 3})
 
 
-def test_plain_dynamic_cache_holds_latents_too(family):
-    model, processor = random_mla(family)
+def test_plain_dynamic_cache_holds_latents_too(mla, family):
+    model, processor = mla(family)
     inputs = prompt_inputs(family, processor, BATCH)
     cache = DynamicCache()
     assert torch.equal(generate(model, inputs, **cache_argument(cache)), generate(model, inputs))
@@ -213,8 +217,8 @@ def test_plain_dynamic_cache_holds_latents_too(family):
 
 @pytest.mark.parametrize("limit", [0, 10**6], ids=["expanded", "absorbed"])
 @pytest.mark.parametrize("prompts", [["text"], ["two images"], BATCH], ids=str)
-def test_a_static_cache_gives_the_same_tokens(family, prompts, limit):
-    model, processor = random_mla(family)
+def test_a_static_cache_gives_the_same_tokens(mla, family, prompts, limit):
+    model, processor = mla(family)
     inputs = prompt_inputs(family, processor, prompts)
     expected = generate(set_attention(model, absorb_limit=limit), inputs)
     output = model.generate(
@@ -231,8 +235,8 @@ def test_a_static_cache_gives_the_same_tokens(family, prompts, limit):
     assert cache_bytes(cache_of(output)) == bytes_per_token(model.config, itemsize=4) * room * len(prompts)
 
 
-def test_a_static_cache_serves_beams_and_a_second_prompt(family):
-    model, processor = random_mla(family)
+def test_a_static_cache_serves_beams_and_a_second_prompt(mla, family):
+    model, processor = mla(family)
     inputs = prompt_inputs(family, processor, ["image", "text"])
     expected = generate(model, inputs, num_beams=3)
     assert torch.equal(generate(model, inputs, num_beams=3, cache_implementation="static"), expected)
@@ -245,8 +249,8 @@ def test_a_static_cache_serves_beams_and_a_second_prompt(family):
 
 
 @pytest.mark.parametrize("shared", [("shared",), ("text", "vision")])
-def test_decoding_compiles_once_for_all_tokens_and_prompts(family, shared):
-    model, processor = random_mla(family, modalities=shared)
+def test_decoding_compiles_once_for_all_tokens_and_prompts(mla, family, shared):
+    model, processor = mla(family, modalities=shared)
     torch._dynamo.reset()
     step = torch.compile(model.forward, backend="eager", fullgraph=True)
     cache = StaticCache(config=model.config.get_text_config(), max_cache_len=ROOM)
@@ -276,15 +280,15 @@ def test_decoding_compiles_once_for_all_tokens_and_prompts(family, shared):
                 ).logits[0, -1]
 
 
-def test_unknown_decode_backend_is_refused(family):
-    model, processor = random_mla(family)
+def test_unknown_decode_backend_is_refused(mla, family):
+    model, processor = mla(family)
     inputs = prompt_inputs(family, processor, ["text"])
     with pytest.raises(InputError, match="decode_backend is 'cuda'"):
         generate(set_attention(model, decode_backend="cuda"), inputs)
 
 
-def test_embeddings_alone_need_token_types(family):
-    model, processor = random_mla(family)
+def test_embeddings_alone_need_token_types(mla, family):
+    model, processor = mla(family)
     inputs = prompt_inputs(family, processor, ["text"])
     embeddings = model.get_input_embeddings()(inputs["input_ids"])
     with pytest.raises(InputError, match="mm_token_type_ids"):
@@ -294,8 +298,8 @@ def test_embeddings_alone_need_token_types(family):
     torch.testing.assert_close(got, model(input_ids=inputs["input_ids"]).logits)
 
 
-def test_foreign_cache_is_refused(family):
-    model, processor = random_mla(family)
+def test_foreign_cache_is_refused(mla, family):
+    model, processor = mla(family)
     inputs = prompt_inputs(family, processor, ["text"])
     cache = DynamicCache()
     model(**inputs, **cache_argument(cache), use_cache=True)
@@ -304,8 +308,8 @@ def test_foreign_cache_is_refused(family):
         model(input_ids=inputs["input_ids"][:, -1:], **cache_argument(cache), use_cache=True)
 
 
-def test_pipeline_answers(family, tmp_path):
-    model, processor = random_mla(family)
+def test_pipeline_answers(mla, family, tmp_path):
+    model, processor = mla(family)
     image = record(family, "image").images[0]
     chat = [
         {
@@ -339,8 +343,8 @@ def test_video_tokens_are_visual_and_decode_alike():
     assert torch.equal(generate(set_attention(model, absorb_limit=10**6), inputs), expected)
 
 
-def test_static_cache_of_keys_and_values_is_refused(family):
-    model, processor = random_mla(family)
+def test_static_cache_of_keys_and_values_is_refused(mla, family):
+    model, processor = mla(family)
     inputs = prompt_inputs(family, processor, ["text"])
     cache = StaticCache(config=model.config.get_text_config(), max_cache_len=64)
     cache.early_initialization(1, 2, 64, torch.float32, torch.device("cpu"))
@@ -348,16 +352,16 @@ def test_static_cache_of_keys_and_values_is_refused(family):
         model(**inputs, **cache_argument(cache), use_cache=True)
 
 
-def test_unknown_cache_is_refused(family):
-    model, processor = random_mla(family)
+def test_unknown_cache_is_refused(mla, family):
+    model, processor = mla(family)
     inputs = prompt_inputs(family, processor, ["text"])
     with pytest.raises((InputError, ValueError), match="no_such_cache"):
         generate(model, inputs, cache_implementation="no_such_cache")
 
 
-def test_continuous_batching_is_refused(family):
+def test_continuous_batching_is_refused(mla, family):
     """It pages keys and values, and answered with nothing."""
-    model, processor = random_mla(family)
+    model, processor = mla(family)
     ids = prompt_inputs(family, processor, ["text"])["input_ids"]
     with pytest.raises(InputError, match="vllm serve"):
         model.generate(input_ids=ids, cache_implementation="paged", max_new_tokens=2)
@@ -365,9 +369,9 @@ def test_continuous_batching_is_refused(family):
         model.generate_batch(ids.tolist())
 
 
-def test_embeddings_with_token_types_are_the_ids(family):
+def test_embeddings_with_token_types_are_the_ids(mla, family):
     """Image features in `inputs_embeds`, as captioning and prompt-tuning code passes them."""
-    model, processor = random_mla(family)
+    model, processor = mla(family)
     inputs = prompt_inputs(family, processor, ["image"])
     seen = {}
     hook = model.model.language_model.register_forward_pre_hook(
@@ -384,8 +388,8 @@ def test_embeddings_with_token_types_are_the_ids(family):
     assert output.shape == (1, 2)
 
 
-def test_a_cache_may_leave_inference_mode(family):
-    model, processor = random_mla(family)
+def test_a_cache_may_leave_inference_mode(mla, family):
+    model, processor = mla(family)
     inputs = prompt_inputs(family, processor, ["text"])
     token = inputs["input_ids"][:, -1:]
     logits = []

@@ -9,6 +9,7 @@ Shapes: T tokens, H query heads, G KV heads, M = H / G, D head dim, C hidden.
 import torch
 
 QUERY_BLOCK = 512  # queries whose attention is held at a time
+TURNED_NUMBERS = 1 << 22  # numbers of queries turned back that are held at a time
 
 
 def attention_usage(
@@ -40,19 +41,92 @@ def attention_usage(
     for head in range(heads):
         group = head // (heads // kv_heads)
         gram = output[:, head].float().T @ output[:, head].float()
-        seen = values[group] @ gram
-        lengths = (seen * values[group]).sum(-1)
         for start in range(0, total, QUERY_BLOCK):
             rows = torch.arange(start, min(start + QUERY_BLOCK, total), device=keys.device)
-            logits = queries[head, rows] @ keys[group].T * scaling
-            later = torch.arange(total, device=keys.device) > rows[:, None]
-            attention = logits.masked_fill(later, -torch.inf).softmax(-1)
-            mean = attention @ values[group]
-            spread = lengths + ((mean @ gram) * mean).sum(-1, keepdim=True) - 2 * mean @ seen.T
+            attention, spread = _attend(queries[head, rows], keys[group], values[group], rows, gram, scaling)
             squared = attention.square() * weights[rows, None]
             received += squared.sum(0)
-            pull = (squared * spread.clamp_min(0)) @ one_hot  # [queries, E]
+            pull = (squared * spread) @ one_hot  # [queries, E]
             plain = plain_queries[head, rows] * scaling
             metric[:, 0, group] += torch.einsum("te,ta,tb->eab", pull, plain, plain).double()
             metric[:, 1, group] += (squared.sum(0) @ one_hot).double()[:, None, None] * gram.double()
     return received, metric
+
+
+def _attend(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    rows: torch.Tensor,
+    gram: torch.Tensor,
+    scaling: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of one head's rotated queries `[t, D]` of the tokens `rows [t]`: their attention p_ij, and how far each
+    value lies from the output, `|v_j - o_i|^2` in the metric `gram [D, D]`; both `[t, T]`.
+    """
+    later = torch.arange(len(keys), device=keys.device) > rows[:, None]
+    attention = (queries @ keys.T * scaling).masked_fill(later, -torch.inf).softmax(-1)
+    mean, seen = attention @ values, values @ gram
+    lengths = (seen * values).sum(-1)
+    spread = lengths + ((mean @ gram) * mean).sum(-1, keepdim=True) - 2 * mean @ seen.T
+    return attention, spread.clamp_min(0)
+
+
+def key_metric(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    plain_queries: torch.Tensor,
+    tables: tuple[torch.Tensor, torch.Tensor],
+    output: torch.Tensor,
+    modality: torch.Tensor,
+    chosen: tuple[torch.Tensor, torch.Tensor],
+    *,
+    modalities: int,
+    scaling: float,
+    rotated: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """In which directions errors of keys before RoPE matter, where keys are rotated when they are read.
+
+    An error e in the key of token j moves its score by `t_ij . e`, `t_ij = Rot_j^T Rot_i q_i`: what counts is
+    the query turned back by the key's position. For each modality this is the sum over i and its j of
+    `w_i p_ij^2 |v_j - o_i|^2 t_ij t_ij^T`, `[E, G, D, D]` in float64, to take the place of the keys' part of
+    `attention_usage`.
+
+    Arguments are those of `attention_usage`; `tables` are cos and sin `[T, P]`, `chosen` the queries to look
+    at `[t]` and their weights. Of a head with `rotated [G, P]` only those pairs are rotated when read; the
+    others meet plain queries, as after partial RoPE.
+    """
+    (heads, total, dim), kv_heads, (rows, weights) = queries.shape, len(keys), chosen
+    metric = torch.zeros(modalities, kv_heads, dim, dim, dtype=torch.float64, device=keys.device)
+    members = [(modality == number).nonzero()[:, 0] for number in range(modalities)]
+    block = max(1, TURNED_NUMBERS // (total * dim))
+    for head in range(heads):
+        group = head // (heads // kv_heads)
+        gram = output[:, head].float().T @ output[:, head].float()
+        kept = None if rotated is None else rotated[group]
+        for part, weight in zip(rows.split(block), weights.split(block), strict=True):
+            query, plain = queries[head, part], plain_queries[head, part]
+            attention, spread = _attend(query, keys[group], values[group], part, gram, scaling)
+            pull = (attention.square() * spread * weight[:, None]).sqrt() * scaling
+            for number, tokens in enumerate(members):
+                cos, sin = (table[tokens] for table in tables)
+                turned = turned_back(query, plain, cos, sin, kept) * pull[:, tokens, None]
+                turned = turned.flatten(0, 1)
+                metric[number, group] += (turned.T @ turned).double()
+    return metric
+
+
+def turned_back(
+    queries: torch.Tensor,
+    plain: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    rotated: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Rotated `queries [t, D]` turned back by the positions of keys, whose tables are `cos, sin [n, P]`:
+    `Rot_j^T q_i`, `[t, n, D]`. Pairs that are not `rotated [P]` are those of the `plain` queries.
+    """
+    a, b = queries[:, None].chunk(2, dim=-1)
+    turned = torch.cat([a * cos + b * sin, b * cos - a * sin], dim=-1)
+    return turned if rotated is None else turned.where(rotated.repeat(2), plain[:, None])

@@ -14,7 +14,8 @@ class TokenStats:
     """Sums over the tokens x of one modality that go into a layer's attention, each of weight w.
 
     `moment [C, C]` is the sum of w x x^T, `total [C]` of w x, `mass` of w, all in
-    float64; `metric [2, G, D, D]`, if there is one, that of `error_metric.attention_usage`.
+    float64; `metric [2, G, D, D]`, if there is one, that of `error_metric.attention_usage`, of
+    plain keys and values; where keys are rotated at read `[3, G, D, D]`, also of keys before RoPE.
     """
 
     count: int

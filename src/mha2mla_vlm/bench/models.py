@@ -70,6 +70,8 @@ def check_pair(original: PreTrainedModel, converted: PreTrainedModel) -> None:
     specs = converted.mla_config.layers(AttentionSizes.of(converted.config))
     if any(spec is not None and spec.rank is None for spec in specs):
         raise InputError("this model has partial RoPE alone and caches no latents; convert it with --d-kv")
+    if any(spec is not None and spec.at_read for spec in specs):
+        raise InputError("this model rotates keys at read, for which there is no kernel to time yet")
     if getattr(original.config, "mla", None) is not None:
         raise InputError("the baseline is a converted model; give the original")
     sizes = [AttentionSizes.of(model.config) for model in (original, converted)]

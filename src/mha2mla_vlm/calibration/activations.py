@@ -65,6 +65,11 @@ class Chat:
     answers: torch.Tensor
     modality: TokenModality
 
+    def some_queries(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same places, with weights that stand for all queries'."""
+        rows, share = self.queries()
+        return rows, share * self.weights.sum()
+
     def queries(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Places and weights of the `MAX_QUERIES` queries that count most, the last of equals."""
         rows = self.weights.flip(0).argsort(descending=True, stable=True)[:MAX_QUERIES]

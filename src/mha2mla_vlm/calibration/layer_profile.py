@@ -23,13 +23,14 @@ from mha2mla_vlm.utils.distributed import sum_over_processes
 
 @dataclass(frozen=True, kw_only=True)
 class Methods:
-    """What a conversion does to a layer: which pairs stay rotated, whether the others are folded, and how
-    keys and values are factorised.
+    """What a conversion does to a layer: which pairs stay rotated, whether the others are folded, how keys
+    and values are factorised, and whether keys are then rotated when they are read.
     """
 
     pairs: PairSelection
     fold: bool
     factorization: Factorization
+    at_read: bool = False
 
 
 @dataclass
@@ -109,7 +110,9 @@ def measure_layer(
             covariance = pair_covariance(*parts, *chat.queries(), module.scaling)
             found.covariance = _sum(found.covariance, share * covariance)
         if methods.factorization.statistics == "usage":
-            for name, tokens in layer_usage(module, heads, hidden, chat.visual.long(), chat.weights).items():
+            given = (module, heads, hidden, chat.visual.long(), chat.weights)
+            looked_at = chat.some_queries() if methods.at_read else None
+            for name, tokens in layer_usage(*given, turned=looked_at).items():
                 found.stats.add(name, tokens)
         elif moments:
             add_moments(found.stats, chat, hidden)

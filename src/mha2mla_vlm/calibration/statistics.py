@@ -11,7 +11,7 @@ from typing import Any, Self
 import torch
 from transformers import BatchFeature
 
-from mha2mla_vlm.algorithms.error_metric import attention_usage
+from mha2mla_vlm.algorithms.error_metric import attention_usage, key_metric
 from mha2mla_vlm.algorithms.token_stats import TokenStats
 from mha2mla_vlm.config import DECOUPLED
 from mha2mla_vlm.data.records import IGNORE_INDEX
@@ -99,23 +99,23 @@ def layer_usage(
     hidden: torch.Tensor,
     modality: torch.Tensor,
     weights: torch.Tensor,
+    *,
+    turned: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> dict[str, TokenStats]:
     """Tokens of one chat in an original layer, weighted by the squared attention that they receive, and
     metrics of the errors of their keys and values (`error_metric.attention_usage`).
 
     `hidden [1, T, hidden]` goes into attention, `modality [T]` numbers `DECOUPLED`, `weights [T]` are
-    `query_weights`.
+    `query_weights`. Where keys are rotated at read, `turned` are the queries to look at and their weights for
+    a third metric, of keys before RoPE (`error_metric.key_metric`).
     """
-    received, metric = attention_usage(
-        *heads.rotated(),
-        heads.values,
-        heads.queries,
-        module.o_proj.weight.unflatten(1, (-1, module.head_dim)),
-        modality,
-        weights,
-        modalities=len(DECOUPLED),
-        scaling=module.scaling,
-    )
+    output = module.o_proj.weight.unflatten(1, (-1, module.head_dim))
+    options = {"modalities": len(DECOUPLED), "scaling": module.scaling}
+    given = (*heads.rotated(), heads.values, heads.queries)
+    received, metric = attention_usage(*given, output, modality, weights, **options)
+    if turned is not None:
+        in_frame = key_metric(*given, (heads.cos, heads.sin), output, modality, turned, **options)
+        metric = torch.cat([metric, in_frame[:, None]], dim=1)
     masks = [modality == number for number in range(len(DECOUPLED))]
     return {
         name: TokenStats.of(hidden[0][mask], received[mask], metric[number])

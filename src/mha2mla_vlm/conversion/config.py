@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from mha2mla_vlm.algorithms.factorization import FACTORIZATIONS, factorization
 from mha2mla_vlm.algorithms.pair_selection import PAIR_SELECTIONS
 from mha2mla_vlm.algorithms.registry import check, described
-from mha2mla_vlm.config import Strict, option
-from mha2mla_vlm.errors import InputError
+from mha2mla_vlm.config import ROTATE_AT, Strict, option
+from mha2mla_vlm.errors import InputError, shown
 
-DEFAULT_BUDGET = 0.375
+DEFAULT_BUDGET = {"write": 0.375, "read": 0.125}
+DEFAULT_FACTORIZATION = {"write": "output-weighted", "read": "output-weighted-shrunk"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,27 +20,46 @@ class ConversionConfig(Strict):
     dims by the loss that each is predicted to cost. `rope_dim` (R) and `d_kv`, per KV head,
     are instead the same in every layer; given one of them and a budget, the other is allocated;
     given only one of them, the other is a half (R) or a quarter (d_kv) of the head dim.
-    With none of the three the budget is 37.5%. A share of the records is held out to measure the
-    loss on.
+    With none of the three the budget is 37.5%. With `rotate_at` "read" keys are made of the latent when they
+    are read and R costs no bytes: it is the whole head dim unless given, and the budget, by default 12.5%, is
+    allocated to latent dims. A share of the records is held out to measure the loss on.
     """
 
-    budget: float | None = option(None, "Share of the cache to keep, allocated to layers; else 0.375.")
+    budget: float | None = option(
+        None, "Share of the cache to keep, allocated to layers; else 0.375, or 0.125 at read."
+    )
     rope_dim: int | None = option(None, "R, rope dims kept per head, instead the same in every layer.")
     d_kv: int | None = option(None, "Latent dims per KV head, instead the same in every layer.")
     rope_selection: str = option("residual", f"Which pairs stay rotated. {described(PAIR_SELECTIONS)}")
     fold: bool = option(True, "Move the mean rotation of dropped pairs into the weights.")
     factorization: str = option(
-        "output-weighted", f"How keys and values are factorised. {described(FACTORIZATIONS)}"
+        None,
+        f"How keys and values are factorised. {described(FACTORIZATIONS)}  [default: output-weighted; "
+        "output-weighted-shrunk at read]",
+    )
+    rotate_at: str = option(
+        "write",
+        "write: rotated keys are cached beside the latent. read: keys are made of the latent and rotated "
+        "when they are read, which is far better at small sizes and takes more arithmetic.",
     )
     samples: int = option(128, "Chats to calibrate and measure on, at most.")
     held_out: float = 0.2
 
     def __post_init__(self) -> None:
+        if self.rotate_at not in ROTATE_AT:
+            raise InputError(f"rotate_at {shown(self.rotate_at)}: give {' or '.join(ROTATE_AT)}")
+        if self.factorization is None:
+            object.__setattr__(self, "factorization", DEFAULT_FACTORIZATION[self.rotate_at])
         check(PAIR_SELECTIONS, "rope selection", self.rope_selection)
         check(FACTORIZATIONS, "factorization", self.factorization)
         if self.samples < 2:
             raise InputError(
                 f"samples = {self.samples}: give at least 2, one to calibrate on and one held out"
+            )
+        if self.at_read and not factorization(self.factorization).takes_budget:
+            raise InputError(
+                f"factorization {self.factorization!r} does not go with rotate_at read, which makes keys and "
+                "values of one latent"
             )
         if not 0 < self.held_out < 1:
             raise InputError(f"held_out = {self.held_out}: give a share between 0 and 1")
@@ -62,9 +82,19 @@ class ConversionConfig(Strict):
             )
 
     @property
+    def at_read(self) -> bool:
+        """Whether keys are rotated when they are read."""
+        return self.rotate_at == "read"
+
+    @property
+    def drops_pairs(self) -> bool:
+        """Whether some pairs are not rotated any more: at read none is dropped unless rope dims are given."""
+        return not self.at_read or self.rope_dim is not None
+
+    @property
     def share(self) -> float | None:
         """The share of the cache to allocate to layers, or None if all have the same sizes."""
-        fixed = self.rope_dim is not None or self.d_kv is not None
+        fixed = self.d_kv is not None or (self.rope_dim is not None and not self.at_read)
         if self.budget is None and not fixed and factorization(self.factorization).takes_budget:
-            return DEFAULT_BUDGET
+            return DEFAULT_BUDGET[self.rotate_at]
         return self.budget

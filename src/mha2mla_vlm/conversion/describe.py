@@ -35,6 +35,7 @@ def describe(name: str) -> dict[str, Any]:
         "layers": layers,
         "qk_rope_head_dim": mla.qk_rope_head_dim,
         "kv_lora_rank": mla.kv_lora_rank,
+        "rotate_at": mla.rotate_at,
         "modalities": list(mla.modalities),
         "bytes_per_token": bytes_per_token(config),
         "bytes_per_token_original": bytes_per_token(config, original=True),

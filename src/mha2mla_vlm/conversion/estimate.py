@@ -13,10 +13,9 @@ from rich.table import Table
 from safetensors import safe_open
 from transformers import AutoModelForImageTextToText, BatchFeature, PreTrainedModel
 
-from mha2mla_vlm.algorithms.budget import unit_dims
 from mha2mla_vlm.calibration.activations import advance
 from mha2mla_vlm.config import AttentionSizes, MLAConfig
-from mha2mla_vlm.conversion.allocation import budget_units
+from mha2mla_vlm.conversion.allocation import budget_units, dims_in_unit
 from mha2mla_vlm.conversion.config import ConversionConfig
 from mha2mla_vlm.conversion.layer import LayerwiseConversion
 from mha2mla_vlm.conversion.on_disk import rest_shards
@@ -185,9 +184,11 @@ def _one_layer(
 
 
 def _evenly(mla: MLAConfig, sizes: AttentionSizes, config: ConversionConfig) -> MLAConfig:
-    """Sizes as a budget may give them, the same in every layer: two of three dims for RoPE."""
-    unit = unit_dims(sizes.head_dim)
+    """Sizes as a budget may give them, the same in every layer: two of three dims for RoPE, if cached."""
+    unit = dims_in_unit(sizes, at_read=config.at_read)
     units = budget_units(sizes, config) // sizes.layers
+    if config.at_read:
+        return replace(mla, kv_lora_rank=units * unit * sizes.kv_heads)
     rope = (config.rope_dim or 0) // unit or units - ((config.d_kv or 0) // unit or max(1, units // 3))
     rope = min(rope, sizes.head_dim // unit)
     return replace(mla, qk_rope_head_dim=rope * unit, kv_lora_rank=(units - rope) * unit * sizes.kv_heads)

@@ -60,7 +60,8 @@ class LayerwiseConversion(Sweep):
         method = self.methods.factorization
         self.is_original = getattr(self.model.config, "mla", None) is None
         self.factorises = method.factors is not None
-        self.ends = {"partial_rope": PARTIAL} if self.is_original else {}  # streams that losses are read from
+        # streams that losses are read from
+        self.ends = {"partial_rope": PARTIAL} if self.is_original and self.drops_pairs else {}
         self.ends |= {"factorization": CONVERTED} if self.factorises else {}
         self.after_rope = method.statistics == "inputs"
         self.calibration: list[Chat] = []
@@ -123,7 +124,7 @@ class LayerwiseConversion(Sweep):
         """The layer's attention with its keys and values factorised, if they are to be, and their spectra."""
         if not self.factorises:
             return partial, {}
-        whole = partial.state_dict()
+        whole = self.whole(partial)
         method, warned = self.methods.factorization, index if self.warn else None
         given = (whole, stats, self.spec(index), method)
         factors = layer_factors(*given, head_dim=self.sizes.head_dim, layer=warned)

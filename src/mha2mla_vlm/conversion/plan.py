@@ -7,12 +7,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from mha2mla_vlm.algorithms.budget import unit_dims
 from mha2mla_vlm.algorithms.factorization import FACTORIZATIONS, factorization
 from mha2mla_vlm.algorithms.factorization.base import Factorization
 from mha2mla_vlm.algorithms.factorization.blocks import block_ranks
 from mha2mla_vlm.config import DECOUPLED, SHARED, AttentionSizes, MLAConfig
-from mha2mla_vlm.conversion.allocation import budget_units
+from mha2mla_vlm.conversion.allocation import budget_units, dims_in_unit
 from mha2mla_vlm.conversion.config import ConversionConfig
 from mha2mla_vlm.conversion.weights import converted_config
 from mha2mla_vlm.errors import InputError
@@ -66,14 +65,16 @@ def plan(model_config: Any, config: ConversionConfig) -> MLAConfig:
             "sliding-window attention is not supported; supported is full attention in every layer"
         )
     method, sizes = factorization(config.factorization), AttentionSizes.of(model_config)
-    rope_dim = sizes.head_dim // 2 if config.rope_dim is None else config.rope_dim
+    whole = sizes.head_dim if config.at_read else sizes.head_dim // 2
+    rope_dim = whole if config.rope_dim is None else config.rope_dim
     mla = MLAConfig(
         qk_rope_head_dim=rope_dim,
         kv_lora_rank=_rank(method, sizes, rope_dim, config),
         modalities=DECOUPLED if method.per_modality else SHARED,
-        rope_selection=config.rope_selection,
+        rotate_at=config.rotate_at,
+        rope_selection=config.rope_selection if config.drops_pairs else None,
         factorization=config.factorization,
-        folded=config.fold,
+        folded=config.fold and config.drops_pairs,
         kv_bias=method.centered,
         original=shared_name(model_config.name_or_path) if model_config.name_or_path else None,
     )
@@ -97,12 +98,13 @@ def _rank(
 
 def _check_sizes(mla: MLAConfig, method: Factorization, sizes: AttentionSizes) -> None:
     """Raise `InputError` for sizes that the model or the method cannot have; they are the same by layer."""
-    replace(mla, kv_lora_rank=None).check(sizes)
+    replace(mla, kv_lora_rank=None, rotate_at="write").check(sizes)
     rope, rank = cast(int, mla.qk_rope_head_dim), cast(int | None, mla.kv_lora_rank)
     if rank is None:
         return
     keys, values = sizes.kv_heads * (sizes.head_dim - rope), sizes.kv_heads * sizes.head_dim
-    largest = min(sizes.hidden, keys + values)
+    at_read = mla.rotate_at == "read"
+    largest = min(sizes.hidden, 2 * values if at_read else keys + values)
     if method.apart:
         parts = block_ranks(rank, keys, values, method.whole)
         if not (1 <= parts[0] <= keys and 1 <= parts[1] <= values):
@@ -142,6 +144,8 @@ def _plan_factors(model_config: Any, config: ConversionConfig) -> MLAConfig:
     if mla.kv_lora_rank is not None:
         raise InputError("the model is converted already; give the original, or one with partial RoPE alone")
     method = factorization(config.factorization)
+    if config.at_read:
+        raise InputError("the model has partial RoPE already; --rotate-at read starts from the original")
     if not method.after_partial_rope:
         known = [name for name in FACTORIZATIONS if factorization(name).after_partial_rope]
         raise InputError(
@@ -165,13 +169,14 @@ def _plan_factors(model_config: Any, config: ConversionConfig) -> MLAConfig:
 
 def _check_budget(sizes: AttentionSizes, config: ConversionConfig) -> None:
     """Raise `InputError` if the least sizes of a layer, or those given, are over the budget."""
-    unit = unit_dims(sizes.head_dim)
-    for name, value in (("rope_dim", config.rope_dim), ("d_kv", config.d_kv)):
+    unit = dims_in_unit(sizes, at_read=config.at_read)
+    for name, value in (("rope_dim", None if config.at_read else config.rope_dim), ("d_kv", config.d_kv)):
         if value is not None and value % unit:
             raise InputError(f"{name} = {value}: with a budget give a multiple of {unit}")
-    least = sizes.layers * ((config.rope_dim or unit) + (config.d_kv or unit)) // unit
+    rope = 0 if config.at_read else config.rope_dim or unit
+    least = sizes.layers * (rope + (config.d_kv or unit)) // unit
     if budget_units(sizes, config) < least:
-        share = least * unit / (2 * sizes.head_dim * sizes.layers)
+        share = least * unit / (2 * sizes.head_dim * sizes.layers)  # positions at read come on top
         raise InputError(f"budget = {config.share}: the least for these sizes is {share:g}")
 
 
@@ -181,12 +186,13 @@ def print_plan(original: Any, mla: MLAConfig) -> None:
     before, after = bytes_per_token(original), bytes_per_token(converted_config(original, mla))
     specs = [spec for spec in mla.layers(sizes) if spec is not None]
     rope = by_layer([spec.rope_dim for spec in specs])
+    when = ", rotated at read" if any(spec.at_read for spec in specs) else ""
     latent = "keys and values whole"
     if mla.kv_lora_rank is not None:
         ranks = [cast(int, spec.rank) for spec in specs]
         per_head = by_layer([f"{rank / sizes.kv_heads:g}" for rank in ranks])
         latent = f"d_kv = {per_head} latent dims per KV head (r = {by_layer(ranks)} a token)"
     console().print(
-        f"R = {rope} of {sizes.head_dim} rope dims, {latent}: "
+        f"R = {rope} of {sizes.head_dim} rope dims{when}, {latent}: "
         f"{before} to {after} cache bytes per token ({after / before:.1%})"
     )

@@ -10,11 +10,10 @@ from typing import Any, overload
 import torch
 from transformers import BatchFeature
 
-from mha2mla_vlm.algorithms.budget import unit_dims
 from mha2mla_vlm.calibration.activations import Chat
 from mha2mla_vlm.calibration.layer_profile import LayerProfile, measure_layer
 from mha2mla_vlm.calibration.sensitivity import begin_gradients, project_errors
-from mha2mla_vlm.conversion.allocation import LayerLosses, tried_units
+from mha2mla_vlm.conversion.allocation import LayerLosses, dims_in_unit, tried_units
 from mha2mla_vlm.conversion.config import ConversionConfig
 from mha2mla_vlm.conversion.sweep import CALIBRATION, Sweep
 from mha2mla_vlm.conversion.weights import converted_layer, factored_weights, layer_factors
@@ -111,8 +110,9 @@ class LayerwiseProfile(Sweep):
     @torch.no_grad()
     def _losses(self, index: int, chats: Sequence[Chat], profile: LayerProfile) -> LayerLosses:
         """What converting a layer costs."""
-        layer, unit = decoder_layers(self.model)[index], unit_dims(self.sizes.head_dim)
-        rope_units, latent_units = tried_units(self.sizes)
+        layer, at_read = decoder_layers(self.model)[index], self.methods.at_read
+        unit = dims_in_unit(self.sizes, at_read=at_read)
+        rope_units, latent_units = tried_units(self.sizes, at_read=at_read)
         with resident(layer.modules(), self.device):
             with self.phases.phase("tried sizes"):
                 specs = [replace(self.spec(index), rope_dim=units * unit) for units in rope_units]
@@ -134,11 +134,13 @@ class LayerwiseProfile(Sweep):
     def _factored(
         self, source: Any, profile: LayerProfile, index: int, d_kvs: Sequence[int]
     ) -> list[MLAAttention]:
-        """The layer with half of its rope dims, whole and at each number of latent dims per KV head."""
+        """The layer with half of its rope dims (at read all), whole and at each of `d_kvs` latent dims."""
         ranks = [d_kv * self.sizes.kv_heads for d_kv in d_kvs]
-        spec = replace(self.spec(index), rope_dim=self.sizes.head_dim // 2, rank=ranks[-1])
+        spec = replace(self.spec(index), rank=ranks[-1])
+        if not self.methods.at_read:
+            spec = replace(spec, rope_dim=self.sizes.head_dim // 2)
         partial = self.partial(source, profile, spec)
-        given = (partial.state_dict(), profile.stats, spec, self.methods.factorization)
+        given = (self.whole(partial), profile.stats, spec, self.methods.factorization)
         factors, made = layer_factors(*given, head_dim=self.sizes.head_dim), [partial]
         for rank in ranks:
             weights = factored_weights(given[0], {k: factor.of_rank(rank) for k, factor in factors.items()})

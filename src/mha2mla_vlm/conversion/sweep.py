@@ -12,7 +12,7 @@ from mha2mla_vlm.calibration.activations import Chat, begin
 from mha2mla_vlm.calibration.layer_profile import LayerProfile, Methods
 from mha2mla_vlm.config import AttentionSizes, LayerSpec, MLAConfig
 from mha2mla_vlm.conversion.config import ConversionConfig
-from mha2mla_vlm.conversion.weights import partial_layer, table_scale
+from mha2mla_vlm.conversion.weights import partial_layer, rotated_at_read, table_scale
 from mha2mla_vlm.conversion.work import Work
 from mha2mla_vlm.model.attention import MLAAttention
 from mha2mla_vlm.model.families import get_family
@@ -26,9 +26,10 @@ Known = Callable[[int], LayerProfile]
 def methods(config: ConversionConfig) -> Methods:
     """The methods that a configuration names."""
     return Methods(
-        pairs=pair_selection(config.rope_selection),
-        fold=config.fold,
+        pairs=pair_selection(config.rope_selection if config.drops_pairs else "high"),
+        fold=config.fold and config.drops_pairs,
         factorization=factorization(config.factorization),
+        at_read=config.at_read,
     )
 
 
@@ -49,7 +50,7 @@ class Sweep:
         work: Work,
     ) -> None:
         self.model, self.mla, self.device = model, mla, device
-        self.methods = methods(config)
+        self.methods, self.drops_pairs = methods(config), config.drops_pairs
         self.phases, self.work, self.states = phases, work, work.states
         self.sizes = AttentionSizes.of(model.config)
 
@@ -69,3 +70,8 @@ class Sweep:
         """A layer's attention with partial RoPE only."""
         selection = profile.selection(spec.rope_dim, self.sizes, self.methods)
         return partial_layer(source, selection, spec, table_scale(self.model))
+
+    def whole(self, partial: MLAAttention) -> dict[str, torch.Tensor]:
+        """Parameters of a layer after partial RoPE, as they are factorised."""
+        weights = partial.state_dict()
+        return rotated_at_read(weights) if self.methods.at_read else weights

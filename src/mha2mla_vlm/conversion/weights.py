@@ -66,6 +66,20 @@ def partial_rope_weights(
     return weights
 
 
+def rotated_at_read(whole: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Parameters of one layer, from those after partial RoPE, whose rotated keys are not projected apart but
+    with the other keys and the values: per KV head R rotated, N other key rows, D value rows.
+    """
+    kv_heads = len(whole["rope_pairs"])
+    made = {k: v for k, v in whole.items() if not k.startswith("k_rope_proj.")}
+    for kind in ("weight", "bias"):
+        if f"k_rope_proj.{kind}" in whole:
+            parts = (whole[f"{name}.{kind}"] for name in ("k_rope_proj", "kv_a_proj.shared"))
+            both = torch.cat([part.unflatten(0, (kv_heads, -1)) for part in parts], dim=1)
+            made[f"kv_a_proj.shared.{kind}"] = both.flatten(0, 1)
+    return made
+
+
 def factored_weights(
     whole: dict[str, torch.Tensor], factors: Mapping[str, Factors]
 ) -> dict[str, torch.Tensor]:
@@ -99,7 +113,9 @@ def layer_factors(
     """
     assert method.factors is not None, "keys and values stay whole"
     assert spec.rank is not None, "keys and values stay whole"
-    outputs = Outputs(whole["kv_a_proj.shared.weight"], split_dims(whole["rope_pairs"], head_dim)[1])
+    rope, others = split_dims(whole["rope_pairs"], head_dim)
+    key_dims = torch.cat([rope, others], dim=1) if spec.at_read else others
+    outputs = Outputs(whole["kv_a_proj.shared.weight"], key_dims, rope.shape[1] if spec.at_read else 0)
     if spec.modalities == SHARED:
         tokens = None if method.statistics == "nothing" else stats.pooled()
         return {"shared": method.factors(outputs, tokens, spec.rank)}
@@ -120,7 +136,7 @@ def layer_factors(
 
 def partial_layer(source: nn.Module, selection: RopeSelection, spec: LayerSpec, scale: float) -> MLAAttention:
     """One layer's attention with partial RoPE only; `scale` is `table_scale`."""
-    spec = replace(spec, rank=None, bias=False, modalities=SHARED)
+    spec = replace(spec, rank=None, bias=False, modalities=SHARED, rotate_at="write")
     return converted_layer(source, partial_rope_weights(source, selection, scale), spec)
 
 

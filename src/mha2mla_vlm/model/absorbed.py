@@ -24,13 +24,15 @@ Piece = tuple[torch.Tensor, torch.Tensor]  # latents [B, n, r] and rotated keys 
 class Up:
     """`kv_b_proj` of one modality, `weight [G*(N+D), r]`, rows per KV head as N of keys and D of values.
 
-    Its halves are views: nothing is kept that could go stale.
+    Where keys are rotated when they are read, `rope_dim` rows of these come before, `[G*(R+N+D), r]`. Its
+    parts are views: nothing is kept that could go stale.
     """
 
     weight: torch.Tensor
     bias: torch.Tensor | None
     kv_heads: int
     nope_dim: int
+    rope_dim: int = 0
 
     @property
     def rows(self) -> torch.Tensor:
@@ -38,28 +40,45 @@ class Up:
         return self.weight.view(self.kv_heads, -1, self.weight.shape[-1])
 
     @property
+    def rope(self) -> torch.Tensor:
+        """`[G, R, r]`."""
+        return self.rows[:, : self.rope_dim]
+
+    @property
     def key(self) -> torch.Tensor:
         """`[G, N, r]`."""
-        return self.rows[:, : self.nope_dim]
+        return self.rows[:, self.rope_dim : self.rope_dim + self.nope_dim]
 
     @property
     def value(self) -> torch.Tensor:
         """`[G, D, r]`."""
-        return self.rows[:, self.nope_dim :]
+        return self.rows[:, self.rope_dim + self.nope_dim :]
+
+    @property
+    def rope_bias(self) -> torch.Tensor | None:
+        """`[G, 1, R]`."""
+        return None if self.bias is None else self._biases(self.bias)[:, None, : self.rope_dim]
 
     @property
     def key_bias(self) -> torch.Tensor | None:
         """`[G, N, 1]`."""
-        return None if self.bias is None else self.bias.view(self.kv_heads, -1)[:, : self.nope_dim, None]
+        span = slice(self.rope_dim, self.rope_dim + self.nope_dim)
+        return None if self.bias is None else self._biases(self.bias)[:, span, None]
 
     @property
     def value_bias(self) -> torch.Tensor | None:
         """`[G, 1, D]`."""
-        return None if self.bias is None else self.bias.view(self.kv_heads, -1)[:, None, self.nope_dim :]
+        first = self.rope_dim + self.nope_dim
+        return None if self.bias is None else self._biases(self.bias)[:, None, first:]
+
+    def _biases(self, bias: torch.Tensor) -> torch.Tensor:
+        """`[G, R + N + D]`."""
+        return bias.view(self.kv_heads, -1)
 
 
 class Queries(NamedTuple):
-    """Scaled queries that meet rotated keys `[B, G, M*T, R]` and latents `[B, Q, r]`, one for each modality.
+    """Scaled queries that meet rotated keys `[B, G, M*T, R]` and latents `[B, Q, r]`, one for each modality;
+    None where all dims are rotated.
 
     `text_constant [B, Q, 1]` is added to scores of text tokens: what their key bias gives more than
     that of visual ones. It differs between modalities, so it does not cancel in the softmax; what is
@@ -67,7 +86,7 @@ class Queries(NamedTuple):
     """
 
     rope: torch.Tensor
-    latent: tuple[torch.Tensor, ...]
+    latent: tuple[torch.Tensor | None, ...]
     text_constant: torch.Tensor | None
 
 
@@ -83,9 +102,10 @@ class Sums(NamedTuple):
 
 def absorb_limit(heads: int, kv_heads: int, nope_dim: int, head_dim: int) -> int:
     """Most new tokens for which absorbing is less arithmetic than making keys and values of latents:
-    T * 2 * H * r against r * G * (N + D) for each cached token.
+    T * 2 * H * r (half of that where all dims are rotated) against r * G * (N + D) for each cached token.
     """
-    return kv_heads * (nope_dim + head_dim) // (2 * heads)
+    products = 2 if nope_dim else 1  # with unrotated keys, and with values
+    return kv_heads * (nope_dim + head_dim) // (products * heads)
 
 
 def absorb(q_rope: torch.Tensor, q_nope: torch.Tensor, ups: Sequence[Up], scaling: float) -> Queries:
@@ -94,6 +114,8 @@ def absorb(q_rope: torch.Tensor, q_nope: torch.Tensor, ups: Sequence[Up], scalin
     kv_heads = ups[0].kv_heads
     grouped = (batch, kv_heads, heads // kv_heads * new)
     nope = (q_nope * scaling).reshape(*grouped, q_nope.shape[-1])
+    if not q_nope.shape[-1]:
+        return Queries((q_rope * scaling).reshape(*grouped, -1), (None,) * len(ups), None)
     latent = tuple((nope @ up.key).reshape(batch, heads * new, -1) for up in ups)
     constant = None
     if len(ups) == 2:
@@ -181,7 +203,8 @@ def _scores(
     mask: torch.Tensor | None,
 ) -> torch.Tensor:
     """Masked scores `[B, Q, S]` of one piece."""
-    batch, rows, _ = queries.latent[0].shape
+    batch, kv_heads, rows, _ = queries.rope.shape
+    rows *= kv_heads
     scores = (queries.rope @ k_rope.transpose(-1, -2)).view(batch, rows, -1)
     for start, stop, kind in runs:
         part, keys = scores[..., start:stop], latent[:, start:stop]
@@ -204,8 +227,10 @@ def _add_text(scores: torch.Tensor, queries: Queries, latent: torch.Tensor) -> t
     return scores if queries.text_constant is None else scores.add_(queries.text_constant)
 
 
-def _add_product(scores: torch.Tensor, queries: torch.Tensor, latent: torch.Tensor) -> torch.Tensor:
+def _add_product(scores: torch.Tensor, queries: torch.Tensor | None, latent: torch.Tensor) -> torch.Tensor:
     """Add `queries [B, Q, r] @ latent [B, n, r]^T` to scores, in place."""
+    if queries is None:
+        return scores
     if scores.device.type != "cpu":
         return scores.baddbmm_(queries, latent.transpose(-1, -2))
     for row in range(len(scores)):  # on a CPU a batched product with a transposed side is five times slower

@@ -11,13 +11,15 @@ import torch
 from torch import nn
 from transformers import Cache
 
-from mha2mla_vlm.config import SHARED, LayerSpec
+from mha2mla_vlm.config import SHARED, AttentionSizes, LayerSpec
 from mha2mla_vlm.model.absorbed import Piece, absorb_limit, dense_mask
 from mha2mla_vlm.model.cache.latent import Pieces, filled_length
 from mha2mla_vlm.model.chunked import attend_chunks
 from mha2mla_vlm.model.kernels import DecodeBackend, attend_latents
 from mha2mla_vlm.model.modality import Kind, Run, TokenModality
+from mha2mla_vlm.model.positions import TokenPositions
 from mha2mla_vlm.model.projections import ByModality, Replaced
+from mha2mla_vlm.model.rebuilt import Angles, Rebuilt
 from mha2mla_vlm.model.rope import rotate
 from mha2mla_vlm.utils.compat import (
     attention_backend,
@@ -32,7 +34,7 @@ EXPAND_CHUNK = 1024  # cached tokens expanded at a time when many new ones meet 
 
 
 class MLAAttention(nn.Module):
-    """Takes the place of a decoder layer's `self_attn`; caches `G * R + r` numbers a token.
+    """Takes the place of a decoder layer's `self_attn`; caches `G * R + r` numbers a token, or r.
 
     `source` is the attention module that it replaces, original or converted; it gives sizes and biases,
     and its `o_proj` is kept. A `spec` without rank leaves keys and values unfactorised: `kv_a_proj` then
@@ -40,7 +42,8 @@ class MLAAttention(nn.Module):
 
     Two paths give the same result. The expanded one builds keys and values of all tokens from their
     latents and calls the model's attention backend. The absorbed one moves the up projections to
-    the queries and outputs and attends over the latents themselves.
+    the queries and outputs and attends over the latents themselves. Where keys are rotated at read
+    (`LayerSpec.rotate_at`), both make rotated keys of the latents, by the positions of their tokens.
     """
 
     def __init__(self, source: nn.Module, spec: LayerSpec) -> None:
@@ -54,18 +57,18 @@ class MLAAttention(nn.Module):
         self.scaling = source.scaling
         self.attention_dropout = source.attention_dropout
         self.is_causal = True
-        self.modalities = modalities
+        self.modalities, self.at_read = modalities, spec.at_read
         self.expand_chunk = EXPAND_CHUNK
         self.decode_backend: DecodeBackend = "auto"
         self.absorb_limit = absorb_limit(self.heads, self.kv_heads, self.nope_dim, self.head_dim)
-        hidden, outputs = source.q_proj.in_features, self.kv_heads * (self.nope_dim + self.head_dim)
-        keys: Any = source.get_submodule("k_rope_proj" if isinstance(source, MLAAttention) else "k_proj")
-        bias = keys.bias is not None
+        hidden, outputs = source.q_proj.in_features, spec.outputs(AttentionSizes.of_text(self.config))
+        bias = _key_bias(source)
         new: dict[str, Any] = {"device": source.q_proj.weight.device, "dtype": source.q_proj.weight.dtype}
         self.q_proj = nn.Linear(
             hidden, self.heads * self.head_dim, bias=source.q_proj.bias is not None, **new
         )
-        self.k_rope_proj = nn.Linear(hidden, self.kv_heads * rope_dim, bias=bias, **new)
+        if not self.at_read:
+            self.k_rope_proj = nn.Linear(hidden, self.kv_heads * rope_dim, bias=bias, **new)
         self.kv_a_proj = ByModality(
             {m: nn.Linear(hidden, rank or outputs, bias=bias and rank is None, **new) for m in modalities}
         )
@@ -95,27 +98,32 @@ class MLAAttention(nn.Module):
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None = None,
         token_modality: TokenModality | None = None,
+        token_positions: TokenPositions | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Attend from `hidden_states [B, T, hidden]`; `token_modality` covers cached and new tokens.
+        """Attend from `hidden_states [B, T, hidden]`; `token_modality` covers cached and new tokens, as do
+        `token_positions`, which keys that are rotated at read need where there is a cache.
 
         `cache` (before transformers 5.24 `past_key_values`) is among the keyword arguments.
         """
         batch, new, _ = hidden_states.shape
         cache: Cache | None = pop_cache(kwargs)
-        cos, sin = (self._pair_columns(table) for table in position_embeddings)
-        q_rope, q_nope = self._queries(hidden_states, cos, sin)
-        k_rope = (
-            self.k_rope_proj(hidden_states).view(batch, new, self.kv_heads, self.rope_dim).transpose(1, 2)
-        )
-        k_rope = rotate(k_rope, cos, sin)
+        cos, sin = (one_table(table, self.config) for table in position_embeddings)
+        angles = Angles(cos, sin, self.rope_pairs)
+        columns = angles.columns(0, new)
+        q_rope, q_nope = self._queries(hidden_states, *columns)
+        k_rope = self._rotated_keys(hidden_states, *columns)
         latent = self._down(hidden_states, token_modality)[:, None]
         filled = None
         if cache is not None:
             latent, k_rope = cache.update(latent, k_rope, self.layer_idx)
             filled = filled_length(cache, self.layer_idx)
         stored = latent if isinstance(latent, Pieces) else (latent[:, 0], k_rope)
-        output, weights = self._over(stored, q_rope, q_nope, token_modality, attention_mask, filled, **kwargs)
+        if self.at_read and cache is not None and token_positions is not None:
+            given = (cache, self.layer_idx, hidden_states, _length(stored), self.config)
+            angles = Angles(*token_positions.tables(*given), self.rope_pairs)
+        known = (token_modality, angles if self.at_read else None, attention_mask, filled)
+        output, weights = self._over(stored, q_rope, q_nope, *known, **kwargs)
         record_attentions(weights)
         return self.o_proj(output.reshape(batch, new, -1)), weights
 
@@ -125,32 +133,39 @@ class MLAAttention(nn.Module):
         q_rope: torch.Tensor,
         q_nope: torch.Tensor,
         modality: TokenModality | None,
+        angles: Angles | None,
         mask: Any,
         filled: torch.Tensor | None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attention over cached and new tokens by the path that suits; `[B, T, H, D]`."""
         new = q_rope.shape[2]
-        total = stored.length if isinstance(stored, Pieces) else stored[0].shape[1]
+        total = _length(stored)
         cached = total > new and not self.training and (mask is None or isinstance(mask, torch.Tensor))
         cached = cached and not records_attentions()  # whose weights are the backend's
         if cached and self._can_absorb(new):
             dense = dense_mask(mask, new, total, q_rope.device, filled)
-            return self.attend_absorbed(stored, q_rope, q_nope, modality, dense, filled), None
+            return self.attend_absorbed(stored, q_rope, q_nope, modality, dense, filled, angles), None
         queries = torch.cat([q_rope, q_nope], dim=-1)
         if cached and total > 4 * self.expand_chunk:
             dense = dense_mask(mask, new, total, q_rope.device, filled)
-            chunks = self._expanded_chunks(stored, modality)
+            chunks = self._expanded_chunks(stored, modality, angles)
             return attend_chunks(queries, chunks, dense, self.scaling), None
         latent, k_rope = stored.whole() if isinstance(stored, Pieces) else stored
-        keys, values = self._expand(latent, k_rope, modality)
+        keys, values = self._expand(latent, k_rope, modality, angles)
         if isinstance(mask, torch.Tensor):  # a static cache has masks of its whole length
             mask = mask[..., :total]
         return self._attend(queries, keys, values, mask, **kwargs)
 
-    def _pair_columns(self, table: torch.Tensor) -> torch.Tensor:
-        """Columns of the kept pairs of `[B, T, D]`, per KV head: `[B, G, T, R/2]`."""
-        return one_table(table, self.config)[..., self.rope_pairs].transpose(1, 2)
+    def _rotated_keys(
+        self, hidden_states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    ) -> torch.Tensor:
+        """Rotated key parts of the new tokens that are cached beside latents, `[B, G, T, R or 0]`."""
+        batch, new, _ = hidden_states.shape
+        if self.at_read:
+            return hidden_states.new_empty(batch, self.kv_heads, new, 0)
+        keys = self.k_rope_proj(hidden_states).view(batch, new, self.kv_heads, self.rope_dim)
+        return rotate(keys.transpose(1, 2), cos, sin)
 
     def _queries(
         self, hidden_states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
@@ -169,12 +184,20 @@ class MLAAttention(nn.Module):
         return self.kv_a_proj(hidden_states, tokens)
 
     def _expand(
-        self, latent: torch.Tensor, k_rope: torch.Tensor, modality: TokenModality | None, start: int = 0
+        self,
+        latent: torch.Tensor,
+        k_rope: torch.Tensor,
+        modality: TokenModality | None,
+        angles: Angles | None,
+        start: int = 0,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values `[B, G, S, D]` of latents `[B, S, r]`, tokens `start` onwards."""
         batch, total, _ = latent.shape
         tokens = None if modality is None else modality.part(start, start + total)
         both = self.kv_b_proj(latent, tokens).view(batch, total, self.kv_heads, -1).transpose(1, 2)
+        if angles is not None:
+            k_rope, both = both.split([self.rope_dim, self.nope_dim + self.head_dim], dim=-1)
+            k_rope = rotate(k_rope, *angles.columns(start, start + total))
         k_nope, values = both.split([self.nope_dim, self.head_dim], dim=-1)
         return torch.cat([k_rope, k_nope], dim=-1), values
 
@@ -197,23 +220,42 @@ class MLAAttention(nn.Module):
         modality: TokenModality | None,
         mask: torch.Tensor | None,
         filled: torch.Tensor | None,
+        angles: Angles | None = None,
     ) -> torch.Tensor:
-        """Attention over latents of rotated and other query parts `[B, H, T, R / N]`; `[B, T, H, D]`."""
-        total = stored.length if isinstance(stored, Pieces) else stored[0].shape[1]
+        """Attention over latents of rotated and other query parts `[B, H, T, R / N]`; `[B, T, H, D]`.
+
+        `angles` are those of all stored tokens, where keys are rotated at read.
+        """
+        total = _length(stored)
         runs: tuple[Run, ...] = (Run(0, total, Kind.TEXT),)
         visual = None
         if modality is not None and self.modalities != SHARED:
             runs, visual = modality.runs, modality.mask.to(q_rope.device)
-        ups, given = self.kv_b_proj.ups(self.kv_heads, self.nope_dim), (runs, visual, mask, filled)
+        rebuilt = self.rope_dim if self.at_read else 0
+        ups, given = self.kv_b_proj.ups(self.kv_heads, self.nope_dim, rebuilt), (runs, visual, mask, filled)
+        if angles is not None:
+            stored = Rebuilt(stored, ups, runs, visual, angles)
         return attend_latents(self.decode_backend, q_rope, q_nope, ups, self.scaling, stored, *given)
 
     def _expanded_chunks(
-        self, stored: Piece | Pieces, modality: TokenModality | None
+        self, stored: Piece | Pieces, modality: TokenModality | None, angles: Angles | None
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Keys and values of stored tokens, chunk by chunk."""
         start = 0
         for latent, k_rope in stored if isinstance(stored, Pieces) else (stored,):
             for a in range(0, latent.shape[1], self.expand_chunk):
                 b = a + self.expand_chunk
-                yield self._expand(latent[:, a:b], k_rope[:, :, a:b], modality, start + a)
+                yield self._expand(latent[:, a:b], k_rope[:, :, a:b], modality, angles, start + a)
             start += latent.shape[1]
+
+
+def _length(stored: Piece | Pieces) -> int:
+    return stored.length if isinstance(stored, Pieces) else stored[0].shape[1]
+
+
+def _key_bias(source: Any) -> bool:
+    """Whether keys have a bias in an attention module, original or converted."""
+    if isinstance(source, MLAAttention) and source.at_read:
+        return any(up.bias is not None for up in source.kv_b_proj.values())
+    keys = source.k_rope_proj if isinstance(source, MLAAttention) else source.k_proj
+    return keys.bias is not None

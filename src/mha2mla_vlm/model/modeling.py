@@ -31,6 +31,7 @@ from mha2mla_vlm.model.cache.quantized import quantized_cache
 from mha2mla_vlm.model.families import FAMILIES, get_family
 from mha2mla_vlm.model.families.base import Family
 from mha2mla_vlm.model.modality import TokenModality
+from mha2mla_vlm.model.positions import RecordingRotary, TokenPositions
 from mha2mla_vlm.model.soundness import check_pairs
 from mha2mla_vlm.utils.compat import (
     CACHE,
@@ -165,10 +166,15 @@ class MLAInnerMixin(MLACheckpoint):
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
         self._prepare_config(config)
-        for index, layer in enumerate(self.text_model.layers):
+        layers = self.text_model.layers
+        for index, layer in enumerate(layers):
             spec = self.mla_config.layer(index)
             if spec is not None:
                 layer.self_attn = MLAAttention(layer.self_attn, spec)
+        specs = (self.mla_config.layer(index) for index in range(len(layers)))
+        self.reads_positions = any(spec is not None and spec.at_read for spec in specs)
+        if self.reads_positions:
+            self.text_model.rotary_emb = RecordingRotary(self.text_model.rotary_emb)
         without_attention_plan(self.text_model)
         self.post_init()  # once more, for what it gathers from the parts
 
@@ -178,7 +184,7 @@ class MLAInnerMixin(MLACheckpoint):
         return self.language_model
 
     def with_modality(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Arguments of `forward`, plus the modality of all tokens, found once for all layers."""
+        """Arguments of `forward`, plus the modality and positions of all tokens, for all layers."""
         cache = pop_cache(inputs)
         if inputs.get("use_cache") is None:
             inputs["use_cache"] = self.config.get_text_config(decoder=True).use_cache and not self.training
@@ -189,6 +195,8 @@ class MLAInnerMixin(MLACheckpoint):
             hold_latents(cache, [isinstance(layer.self_attn, MLAAttention) for layer in layers])
         if self.mla_config.modalities != SHARED:
             inputs["token_modality"] = track_modality(cache, self._modality(inputs, cache))
+        if self.reads_positions:
+            inputs["token_positions"] = TokenPositions(self.text_model.rotary_emb)
         return inputs | {CACHE: cache}
 
     def _modality(self, inputs: dict[str, Any], cache: Cache | None) -> TokenModality | torch.Tensor:
@@ -247,6 +255,11 @@ class MLAMixin(GenerationCompat, MLACheckpoint):
             return None
         if options.get("backend", "latent") == "latent":
             return quantized_cache(**options)
+        if self.model.reads_positions:
+            raise InputError(
+                f"backend {options['backend']!r} quantises rotated keys too, and this model caches none; use "
+                "the backend 'latent'"
+            )
         text = self.config.get_text_config(decoder=True)
         return QuantizedCache(**{"config": text, "q_group_size": self._quantization_group()} | options)
 

@@ -47,9 +47,10 @@ class ByModality(nn.ModuleDict):
             parts += [projection(x[:, :0]) for projection in self.values()]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
-    def ups(self, kv_heads: int, nope_dim: int) -> tuple[Up, ...]:
+    def ups(self, kv_heads: int, nope_dim: int, rope_dim: int = 0) -> tuple[Up, ...]:
         """Each as an up projection; gathering shards needs all, in order, in every process."""
-        return tuple(Up(_whole(up.weight), _whole(up.bias), kv_heads, nope_dim) for up in self.values())
+        sizes = (kv_heads, nope_dim, rope_dim)
+        return tuple(Up(_whole(up.weight), _whole(up.bias), *sizes) for up in self.values())
 
 
 def _whole(parameter: Any) -> Any:

@@ -18,6 +18,9 @@ FACTORIZATIONS = {
     "centered": Entry("centered", "by modality about the mean"),
     "output-weighted": Entry("output_weighted", "by modality, errors as attention's output sees them (ours)"),
     "output-weighted-centered": Entry("output_weighted_centered", "that about the mean"),
+    "output-weighted-shrunk": Entry(
+        "output_weighted_shrunk", "that, with inputs unlike calibration's in mind"
+    ),
     "split": Entry("split", "SVD of keys and values apart"),
     "only-key": Entry("only_key", "SVD of keys, values whole"),
     "only-value": Entry("only_value", "SVD of values, keys whole"),

@@ -14,10 +14,13 @@ from mha2mla_vlm.algorithms.token_stats import TokenStats
 
 
 class Outputs(NamedTuple):
-    """The projection to keys and values of one layer: `weight [O, C]`, and the key dims `[G, N]` in it."""
+    """The projection to keys and values of one layer: `weight [O, C]`, and the key dims `[G, N]` in it, of
+    which the first `turned` are before RoPE, for they are rotated when they are read.
+    """
 
     weight: torch.Tensor
     key_dims: torch.Tensor
+    turned: int = 0
 
     def is_key(self) -> torch.Tensor:
         """Which rows are of keys, `[O]`."""

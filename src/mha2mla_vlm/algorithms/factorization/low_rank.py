@@ -52,6 +52,17 @@ def damped(moment: torch.Tensor) -> torch.Tensor:
     return moment + ridge * torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
 
 
+def shrunk(moment: torch.Tensor, share: float) -> torch.Tensor:
+    """A second moment with `share` of its mean variance added in every direction, in float64.
+
+    `S + share tr(S) / n I`: `pca_factors` then also minds what the weights do with inputs unlike those of
+    calibration (Ledoit and Wolf 2004, with a share that is given instead of estimated).
+    """
+    moment = moment.double()
+    ridge = share * moment.diagonal().mean()
+    return moment + ridge * torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
+
+
 def pca_factors(
     weight: torch.Tensor, moment: torch.Tensor, rank: int, roots: Sequence[torch.Tensor] = ()
 ) -> Factors:
@@ -119,15 +130,22 @@ def _by_block(
     )
 
 
-def metric_roots(metric: torch.Tensor, others: torch.Tensor) -> list[torch.Tensor]:
+def metric_roots(
+    metric: torch.Tensor, others: torch.Tensor, *, turned: int = 0, shrinkage: float = 0.0
+) -> list[torch.Tensor]:
     """Lower triangular roots of a metric of errors, in blocks over outputs, damped so that no error is free.
 
     `metric [2, G, D, D]` is of plain keys and of values (`error_metric.attention_usage`), `others
-    [G, N]` the key dims that are factorised.
+    [G, N]` the key dims that are factorised. The first `turned` of these are keys before RoPE, and
+    `metric[2]` is of them (`error_metric.key_metric`). With `shrinkage` every block gets that share of the
+    mean weight of all output directions besides: the metric is drawn to one that takes all errors alike.
     """
-    heads = zip(metric[0], metric[1], others, strict=True)
-    blocks = [block for keys, values, dims in heads for block in (keys[dims][:, dims], values)]
+    blocks = []
+    for head, dims in enumerate(others):
+        for which, part in ((-1, dims[:turned]), (0, dims[turned:])):
+            blocks += [metric[which, head][part][:, part]] if len(part) else []
+        blocks.append(metric[1, head])
     scale = torch.cat([block.diagonal() for block in blocks]).mean()
-    ridges = (METRIC_RIDGE * (block.diagonal() + scale) for block in blocks)
+    ridges = (METRIC_RIDGE * (block.diagonal() + scale) + shrinkage * scale for block in blocks)
     pairs = zip(blocks, ridges, strict=True)
     return [torch.linalg.cholesky(block + torch.diag(ridge)) for block, ridge in pairs]

@@ -9,7 +9,7 @@ def factors(outputs: Outputs, tokens: TokenStats | None, rank: int) -> Factors:
     """The best of this rank for tokens as attention uses them."""
     assert tokens is not None, "measured for this method"
     assert tokens.metric is not None, "measured for this method"
-    roots = metric_roots(tokens.metric, outputs.key_dims)
+    roots = metric_roots(tokens.metric, outputs.key_dims, turned=outputs.turned)
     return pca_factors(outputs.weight, tokens.moment, rank, roots)
 
 

@@ -53,6 +53,7 @@ class LatentLayer(DynamicLayer):
         super().__init__(**kwargs)
         self._buffers: tuple[torch.Tensor, torch.Tensor] | None = None
         self.token_modality: TokenModality | None = None
+        self.positions: torch.Tensor | None = None
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -101,25 +102,29 @@ class LatentLayer(DynamicLayer):
     def reset(self) -> None:
         """Forget all tokens."""
         super().reset()
-        self._buffers = self.token_modality = None
+        self._buffers = self.token_modality = self.positions = None
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Take the rows `beam_idx`, in this order."""
         super().reorder_cache(beam_idx)
-        self._buffers, self.token_modality = None, _rows(self.token_modality, beam_idx)
+        self._follow(beam_idx)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep the rows `indices`."""
         super().batch_select_indices(indices)
-        self._buffers, self.token_modality = None, _rows(self.token_modality, indices)
+        self._follow(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row."""
+        rows = len(self.keys) if self.is_initialized else 0
         super().batch_repeat_interleave(repeats)
+        self._follow(torch.arange(rows).repeat_interleave(repeats))
+
+    def _follow(self, rows: torch.Tensor) -> None:
+        """What is known of tokens after the cache's rows became these."""
         self._buffers = None
-        if self.token_modality is not None:
-            rows = torch.arange(len(self.token_modality.mask)).repeat_interleave(repeats)
-            self.token_modality = self.token_modality.rows(rows)
+        self.token_modality = _rows(self.token_modality, rows)
+        self.positions = None if self.positions is None else self.positions[:, rows.to(self.positions.device)]
 
     def offload(self) -> None:
         """Move to the CPU, buffers included."""
@@ -150,6 +155,7 @@ class LatentStaticLayer(StaticLayer):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.token_modality: TokenModality | None = None
+        self.positions: torch.Tensor | None = None
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """As transformers does, but keys and values differ in their number of heads."""
@@ -170,6 +176,7 @@ class LatentStaticLayer(StaticLayer):
         """Take the rows `beam_idx`, in this order."""
         super().reorder_cache(beam_idx)
         self.token_modality = _rows(self.token_modality, beam_idx)
+        self.positions = None if self.positions is None else self.positions[:, beam_idx]
 
 
 _HOLDERS = (LatentLayer, LatentStaticLayer)
@@ -287,27 +294,60 @@ def _match_rows(known: TokenModality, rows: int) -> TokenModality:
     )
 
 
+def track_positions(cache: Cache, layer_idx: int, new: torch.Tensor, total: int) -> torch.Tensor:
+    """Positions of the first `total` tokens `[A, B, total]`, of which a layer has just added the `new`
+    `[A, B, T]`, and remember them: kept where the modality is, once for all layers.
+
+    Raises `InputError` for a cache that was filled by another model.
+    """
+    holder: Any = _holder(cache)
+    known: Any = getattr(holder, "positions", None)
+    count = new.shape[-1]
+    if isinstance(holder, LatentStaticLayer):
+        if known is None:
+            known = new.new_zeros(*new.shape[:2], static_room(holder))
+            keep_address(known)
+            holder.positions = known
+        last = torch.arange(count, device=new.device) + (static_length(cache.layers[layer_idx]) - count)
+        known.index_copy_(2, last, new)
+        return known[..., :total]
+    past = total - count
+    if past and (known is None or known.shape[-1] < past or new.shape[1] % known.shape[1]):
+        raise InputError(
+            f"the cache holds {past} tokens of unknown positions; give one that this model filled"
+        )
+    if past:
+        known = known[..., :past].repeat_interleave(new.shape[1] // known.shape[1], dim=1)
+        new = torch.cat([known, new], dim=-1)
+    holder.positions = new
+    return new
+
+
 def bytes_per_token(config: Any, *, itemsize: int = 2, original: bool = False) -> int:
     """Bytes that a token adds to the cache, over all layers, for `itemsize` bytes an element.
 
     `config` is that of an original model, `2 * G * D` elements a layer, or of a converted one,
-    `G * R + r` elements in the layers that are; without factorisation r is `G * (2 * D - R)`. With `original`
+    `G * R + r` elements in the layers that are, or r and once the positions where keys are rotated at read;
+    without factorisation r is `G * (2 * D - R)`. With `original`
     they are those of the model that a converted one was made of.
     """
     sizes = AttentionSizes.of(config)
     values = getattr(config, "mla", None)
     if values is None or original:
         return sizes.layers * sizes.numbers_per_token * itemsize
-    return MLAConfig.from_dict(values).numbers_per_token(sizes) * itemsize
+    mla = MLAConfig.from_dict(values)
+    return mla.numbers_per_token(sizes) * itemsize + mla.position_bytes(sizes)
 
 
 def cache_bytes(cache: Cache, *, allocated: bool = False) -> int:
     """Bytes of the tensors in a cache: of its tokens, or with `allocated` of the storage behind them.
 
-    Counts latents and rotated keys, if quantised with their ranges. The modality of tokens adds one byte
-    for each token of the sequence, once for all layers, which is not counted.
+    Counts latents, rotated keys and positions, if quantised with their ranges. The modality of tokens adds a
+    byte for each token of the sequence, once for all layers, which is not counted.
     """
     tensors = [tensor for layer in cache.layers for tensor in _stored(layer)]
+    positions = (getattr(holder, "positions", None) for holder in (cache, *cache.layers))
+    tensors += [x for x in positions if x is not None]
     if allocated:
         return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

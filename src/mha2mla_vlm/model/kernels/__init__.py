@@ -11,6 +11,7 @@ from mha2mla_vlm.model.absorbed import Piece, Up, absorb, attend, attend_pieces,
 from mha2mla_vlm.model.cache.latent import Pieces
 from mha2mla_vlm.model.cache.pages import Paged
 from mha2mla_vlm.model.modality import Run
+from mha2mla_vlm.model.rebuilt import Rebuilt
 
 DecodeBackend = Literal["auto", "torch", "triton", "cpp"]
 BACKENDS: tuple[DecodeBackend, ...] = ("auto", "torch", "triton", "cpp")
@@ -62,6 +63,8 @@ def find_kernel(
     """
     if backend not in BACKENDS:
         raise InputError(f"decode_backend is {backend!r}; use one of {', '.join(BACKENDS)}")
+    if isinstance(stored, Rebuilt):
+        return None
     weights = (up.weight for up in ups)
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q_rope, q_nope, *weights)):
         return None

@@ -165,6 +165,11 @@ def _check(spec: LayerSpec, stock: Any, config: VllmConfig) -> None:
             "this checkpoint has partial RoPE alone, its keys and values are not factorised, so there is no "
             "small cache to serve; convert it with `mha2mla convert CHECKPOINT --d-kv`, or serve the original"
         )
+    if spec.at_read:
+        raise InputError(
+            "this checkpoint rotates keys when they are read (rotate_at read), which vLLM cannot serve yet; "
+            "use `transformers serve`, or convert with --rotate-at write"
+        )
     wanted = config.cache_config.cache_dtype
     if wanted not in ("auto", str(config.model_config.dtype).removeprefix("torch.")):
         raise InputError(f"kv_cache_dtype {wanted!r}: latents are cached in the model's dtype; leave it out")
