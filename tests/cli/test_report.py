@@ -148,14 +148,14 @@ def folders(tmp_path_factory):
     model, processor = original("llava")
     save(model, processor, folder / "model")
     (folder / "data").mkdir()
-    write_chats("llava", folder / "data", split="train", count=6, seed=0)
+    write_chats("llava", folder / "data", split="train", samples=6, seed=0)
     return folder
 
 
 def test_convert_evaluates_and_report_makes_the_same_page_again(monkeypatch, capsys, folders):
     out, data = folders / "small", folders / "data"
     command = ["convert", folders / "model", "--data", data, "-o", out, "--budget", 0.3]
-    code, printed, err = run_command(monkeypatch, capsys, *command, "--evaluate", data)
+    code, printed, err = run_command(monkeypatch, capsys, *command, "--eval-data", data)
     assert code == 0, err
     result = json.loads(printed)
     first = (out / "report.html").read_text()
@@ -218,7 +218,7 @@ def test_a_conversation_without_a_question_is_an_error(monkeypatch, capsys, fold
         (["chat", "MODEL"], "gradio", "chat"),
         (["report", "MODEL"], "matplotlib", "report"),
         (["demo", "--output", "OUT"], "matplotlib", "report"),
-        (["convert", "MODEL", "--data", "no", "-o", "OUT", "--evaluate", "no"], "matplotlib", "report"),
+        (["convert", "MODEL", "--data", "no", "-o", "OUT", "--eval-data", "no"], "matplotlib", "report"),
     ],
 )
 def test_a_command_says_at_once_what_it_needs(monkeypatch, capsys, tmp_path, command, package, extra):

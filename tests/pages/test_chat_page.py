@@ -36,8 +36,8 @@ def value(browser, element):
 def upload(browser, path):
     """Give the page a file."""
     wait = WebDriverWait(browser, 60)
-    wait.until(lambda b: b.find_elements(By.CSS_SELECTOR, "#picture input[type=file]"))
-    browser.find_element(By.CSS_SELECTOR, "#picture input[type=file]").send_keys(str(path))
+    wait.until(lambda b: b.find_elements(By.CSS_SELECTOR, "#image input[type=file]"))
+    browser.find_element(By.CSS_SELECTOR, "#image input[type=file]").send_keys(str(path))
 
 
 def ask(browser, question):
@@ -82,7 +82,7 @@ def test_a_picture_that_cannot_be_used_is_refused_with_the_reason(browser, page,
     browser.get(page)
     upload(browser, load_records(pictures / "chats.jsonl")[0].images[0])
     WebDriverWait(browser, 60).until(lambda b: b.find_elements(By.CSS_SELECTOR, "#preview img"))
-    browser.find_element(By.CSS_SELECTOR, "#picture button[aria-label='Clear']").click()
+    browser.find_element(By.CSS_SELECTOR, "#image button[aria-label='Clear']").click()
     upload(browser, tmp_path / name)
     shown(browser, says)
     assert not browser.find_elements(By.CSS_SELECTOR, "#preview img")  # of the picture before

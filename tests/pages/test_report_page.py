@@ -14,7 +14,7 @@ pytestmark = pytest.mark.pages
 def report(checkpoint, tmp_path_factory):
     """The page about the converted zoo model."""
     target = tmp_path_factory.mktemp("report") / "report.html"
-    report_checkpoint(str(checkpoint), target, limit=8, probed=4)
+    report_checkpoint(str(checkpoint), target, samples=8, layer_samples=4)
     return target
 
 

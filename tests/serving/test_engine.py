@@ -143,7 +143,7 @@ def test_video(random_folder):
     text = processor.apply_chat_template(
         [{"role": "user", "content": parts}], tokenize=False, add_generation_prompt=True
     )
-    # after a video that lasts longer than it is large, vLLM goes on at other positions than transformers does
+    # after a video that lasts longer than it is large, vLLM continues at other positions than transformers
     known = {"total_num_frames": 4, "fps": 4.0, "duration": 1.0, "frames_indices": [0, 1, 2, 3]}
     inputs = processor(
         text=[text],
@@ -181,7 +181,7 @@ def test_bfloat16_answers_as_well(converted):
     from vllm import SamplingParams
 
     folder = converted("qwen2_5_vl")
-    chats = zoo_records("qwen2_5_vl", split="test", count=12, seed=3)
+    chats = zoo_records("qwen2_5_vl", split="test", samples=12, seed=3)
     processor = load_processor(folder)
     places = [(chat, index) for chat in chats for index in chat.answers()]
     asked = [chat.before(index) for chat, index in places]

@@ -18,7 +18,7 @@ from mha2mla_vlm.zoo.chats import sample_chats
 def records(name, count=12):
     return [
         Record(messages=chat.messages, images=chat.images)
-        for chat in sample_chats(name, split="train", count=count, seed=4)
+        for chat in sample_chats(name, split="train", samples=count, seed=4)
     ]
 
 

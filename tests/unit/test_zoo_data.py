@@ -107,13 +107,13 @@ def test_questions_reach_every_place_of_a_grid():
 
 def chats_behind(name):
     """The chats of a written file, made again, with the digits of their pages."""
-    return sample_chats(name, split="test", count=COUNT, seed=3)
+    return sample_chats(name, split="test", samples=COUNT, seed=3)
 
 
 @pytest.fixture(scope="module", params=FAMILY_NAMES)
 def written(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
-    return request.param, write_chats(request.param, folder, split="test", count=COUNT, seed=3)
+    return request.param, write_chats(request.param, folder, split="test", samples=COUNT, seed=3)
 
 
 def test_written_answers_are_right_for_the_pages_shown(written):
@@ -181,7 +181,7 @@ def test_equal_arguments_write_equal_bytes_and_any_other_argument_does_not(name,
 def test_a_longer_file_begins_with_the_shorter_one(tmp_path):
     for count in (3, 5):
         (tmp_path / str(count)).mkdir()
-        write_chats("llava", tmp_path / str(count), split="test", count=count, seed=0)
+        write_chats("llava", tmp_path / str(count), split="test", samples=count, seed=0)
     short, long = ((tmp_path / count / "chats.jsonl").read_text().splitlines() for count in ("3", "5"))
     assert long[:3] == short
     assert len(long) == 5

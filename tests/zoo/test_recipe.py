@@ -1,4 +1,4 @@
-"""The recipe trains, can be interrupted, and goes on as if it had not been."""
+"""The recipe trains, can be interrupted, and resumes as if it had not been."""
 
 import json
 import random
