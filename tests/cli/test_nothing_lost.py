@@ -80,7 +80,7 @@ def test_code_of_a_checkpoint_never_runs(monkeypatch, capsys, tmp_path):
 
 
 def huge_png(width, height):
-    """The beginning of a picture of that size: enough to open it, not to decode it."""
+    """The beginning of an image of that size: enough to open it, not to decode it."""
     header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
     data = b"IDAT" + zlib.compress(b"\0" * 64)
     chunks = [header, data, b"IEND"]
@@ -100,11 +100,11 @@ IMAGES = {
 @pytest.mark.parametrize("case", IMAGES)
 def test_images_that_are_not_opened(case, tmp_path, recwarn):
     content, named = IMAGES[case]
-    path = tmp_path / "picture.png"
+    path = tmp_path / "image.png"
     path.write_bytes(content)
-    for picture in (path, content):
+    for image in (path, content):
         with pytest.raises(InputError, match=named):
-            prompt_record("Read.", [picture]).load_images()
+            prompt_record("Read.", [image]).load_images()
     assert not recwarn.list
 
 

@@ -199,7 +199,7 @@ def test_a_conversation_goes_on(monkeypatch, capsys, folders, tmp_path):
     alone = ["generate", folders / "model", "--image", image, "--prompt", "Sure?", "--max-new-tokens", 2]
     _, once, _ = run_command(monkeypatch, capsys, *alone)
     tokens, first = json.loads(out)["prompt_tokens"], json.loads(once)["prompt_tokens"]
-    assert tokens > 2.5 * first  # three pictures, three questions and two answers
+    assert tokens > 2.5 * first  # three images, three questions and two answers
 
 
 def test_a_conversation_without_a_question_is_an_error(monkeypatch, capsys, folders):

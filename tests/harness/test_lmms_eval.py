@@ -127,5 +127,5 @@ def test_video_and_audio_are_refused():
         chat = [{"role": "user", "content": [{"type": kind, "url": "a.bin"}]}]
         with pytest.raises(InputError, match="images and text"):
             chat_record(chat)
-    picture = [{"role": "user", "content": [{"type": "image", "url": Image.new("RGB", (8, 8))}]}]
-    assert len(chat_record(picture).images) == 1
+    image = [{"role": "user", "content": [{"type": "image", "url": Image.new("RGB", (8, 8))}]}]
+    assert len(chat_record(image).images) == 1

@@ -26,9 +26,9 @@ def checkpoint(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def pictures(tmp_path_factory):
-    """Folder of chats and their pictures."""
-    folder = tmp_path_factory.mktemp("pictures")
+def images(tmp_path_factory):
+    """Folder of chats and their images."""
+    folder = tmp_path_factory.mktemp("images")
     write_chats(NAME, folder, split="test", samples=6, seed=0)
     return folder
 

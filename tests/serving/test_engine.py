@@ -24,7 +24,7 @@ LONG = "Say again: " + "the digit 7 is in row 1, column 2. " * 40
 
 
 def requests(name):
-    """Twenty chats: of no, one and two pictures, short and long, the first few asked twice."""
+    """Twenty chats: of no, one and two images, short and long, the first few asked twice."""
     kinds = ["text", "image", "two images", "two turns"]
     chats = [record(name, kinds[i % 4], seed=i) for i in range(13)]
     for i, (question, count) in enumerate([(LONG, 0), (LONG, 1), (LONG[:300], 1)]):
@@ -39,8 +39,8 @@ def prompts(processor, chats):
     asked = []
     for chat in chats:
         text = processor.apply_chat_template(chat.messages, tokenize=False, add_generation_prompt=True)
-        pictures = {"multi_modal_data": {"image": chat.load_images()}} if chat.images else {}
-        asked.append({"prompt": text, **pictures})
+        images = {"multi_modal_data": {"image": chat.load_images()}} if chat.images else {}
+        asked.append({"prompt": text, **images})
     return asked
 
 

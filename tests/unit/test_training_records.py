@@ -63,7 +63,7 @@ def test_unreadable_chats_fail_or_are_counted(tmp_path):
     assert chosen.unreadable == 3
 
 
-def test_chats_with_and_without_pictures_in_one_batch(family):
+def test_chats_with_and_without_images_in_one_batch(family):
     """Labels of a mixed batch are those of each chat alone."""
     model, processor = original(family)
     visual = get_family(family).visual_token_ids(model.config)

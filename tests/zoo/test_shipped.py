@@ -32,13 +32,13 @@ def calibration(family):
 
 @functools.cache
 def accuracy(family):
-    """Accuracy of the original on a sample of the pictures that docs/zoo.md counts."""
+    """Accuracy of the original on a sample of the images that docs/zoo.md counts."""
     model, processor = shipped(family)
     return evaluate(model, processor, zoo_records(family, split="test", samples=80, seed=0))
 
 
 def documented(family):
-    """Accuracies on all 500 pictures, from the table of docs/zoo.md."""
+    """Accuracies on all 500 images, from the table of docs/zoo.md."""
     text = DOCS.read_text(encoding="utf-8")
     (row,) = re.findall(rf"^\| `zoo:{family}` \|((?: [\d.]+% \|)+)$", text, re.MULTILINE)
     values = [float(cell) / 100 for cell in re.findall(r"[\d.]+", row)]
