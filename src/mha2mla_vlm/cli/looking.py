@@ -14,6 +14,7 @@ from mha2mla_vlm.cli.options import (
     DeviceOption,
     DType,
     DTypeOption,
+    MaxNewTokensOption,
     ModelArgument,
     OutputOption,
     finish,
@@ -30,7 +31,7 @@ def generate(
     interactive: Annotated[
         bool, typer.Option("--interactive", help="Read more questions from standard input, one a line.")
     ] = False,
-    max_new_tokens: Annotated[int, typer.Option(min=1, max=LARGEST)] = 128,
+    max_new_tokens: MaxNewTokensOption = 128,
     cache_bits: CacheBitsOption = None,
     dtype: DTypeOption = DType.auto,
     device: DeviceOption = "auto",
@@ -83,7 +84,7 @@ def evaluate(
     samples: Annotated[
         int | None, typer.Option(min=1, max=LARGEST, help="Chats to evaluate on, at most.")
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, max=LARGEST)] = 16,
+    batch_size: Annotated[int, typer.Option(min=1, max=LARGEST, help="Chats per forward pass.")] = 16,
     dtype: DTypeOption = DType.auto,
     device: DeviceOption = "auto",
 ) -> None:
@@ -110,7 +111,7 @@ def report(
         typer.Option(help="The original; else the model it was converted from.", show_default=False),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="The page.  [default: CHECKPOINT/report.html]")
+        Path | None, typer.Option("--output", "-o", help="File to write.  [default: CHECKPOINT/report.html]")
     ] = None,
     samples: Annotated[
         int | None, typer.Option(min=1, max=LARGEST, help="Chats to evaluate on, at most.")
@@ -137,9 +138,7 @@ def task(
     data: Annotated[str, typer.Argument(help="Chats, as --data of other commands.", show_default=False)],
     output: OutputOption,
     name: Annotated[str, typer.Option(help="Name of the task.", show_default=False)],
-    max_new_tokens: Annotated[
-        int, typer.Option(min=1, max=LARGEST, help="Length of an answer, at most.")
-    ] = 32,
+    max_new_tokens: MaxNewTokensOption = 32,
 ) -> None:
     """Make an lmms-eval task of chats: one question for every answer, scored by exact match."""
     from mha2mla_vlm.data.sources import load_records
@@ -164,7 +163,7 @@ def chat(
         int | None, typer.Option(min=1, max=65535, help="[default: the first free from 7860]")
     ] = None,
     browser: Annotated[bool, typer.Option(help="Open the page in a browser.")] = True,
-    max_new_tokens: Annotated[int, typer.Option(min=1, max=LARGEST)] = 128,
+    max_new_tokens: MaxNewTokensOption = 128,
     dtype: DTypeOption = DType.auto,
     device: DeviceOption = "auto",
 ) -> None:

@@ -49,9 +49,7 @@ for _command in (evaluate, generate, inspect, report, chat, task):
 
 @app.callback()
 def options(
-    debug: Annotated[
-        bool, typer.Option("--debug", help="Show where an error of the system happened.")
-    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show where a system error happened.")] = False,
 ) -> None:
     """Convert vision-language models to multi-head latent attention."""
 
@@ -92,7 +90,7 @@ def convert(
     device: DeviceOption = "auto",
     **options: Any,
 ) -> None:
-    """Convert a model without training; a fifth of the chats is held out to measure the loss.
+    """Convert a model without training; a fifth of the chats is held out to measure the KL.
 
     One layer at a time is in memory, and an interrupted run can be resumed.
     """

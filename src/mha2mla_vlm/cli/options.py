@@ -45,7 +45,7 @@ DryRunOption = Annotated[
 ]
 AdapterOption = Annotated[
     str | None,
-    typer.Option(help="Adapter (LoRA, by peft) of the model to merge into it first.", show_default=False),
+    typer.Option(help="LoRA adapter (peft) to merge into the model first.", show_default=False),
 ]
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Resume an interrupted run to this output.")]
 SpillOption = Annotated[
@@ -57,6 +57,7 @@ PushOption = Annotated[
 OutputOption = Annotated[
     Path, typer.Option("--output", "-o", help="Folder to write; new or empty.", show_default=False)
 ]
+MaxNewTokensOption = Annotated[int, typer.Option(min=1, max=LARGEST, help="Tokens of an answer, at most.")]
 CacheBitsOption = Annotated[
     int | None, typer.Option(help="Quantise the cache to 8, 4 or 2 bits.  [default: not quantised]")
 ]

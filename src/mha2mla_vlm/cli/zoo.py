@@ -55,7 +55,7 @@ def zoo_build(
     with claimed(output) as path:
         partial = path.with_name(path.name + ".partial")
         check_begun(partial)
-        on = "the same command resumes"
+        on = "resume with the same command"
         with kept(partial, on), writing(partial, kept=f"; what is done is kept, {on}"):
             accuracy = build(bare, partial, Recipe(seed=seed, minutes=minutes))
             put_in_place(partial, path)

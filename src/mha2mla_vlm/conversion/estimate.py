@@ -226,7 +226,7 @@ def _renamed(batch: BatchFeature, config: Any) -> BatchFeature:
 
 def print_prediction(prediction: Prediction) -> None:
     """The figures as a table, on standard error."""
-    table = Table(title="what it will take", show_header=False)
+    table = Table(title="estimate", show_header=False)
     share = prediction.bytes_per_token / prediction.bytes_per_token_original
     cache = f"{prediction.bytes_per_token_original:,} to {prediction.bytes_per_token:,} ({share:.1%})"
     rows = {

@@ -102,7 +102,7 @@ def _finetune(
     dtype = stored if config.dtype == "auto" else model.dtype
     model = prepare(model, config)
     _arguments(config, folder, examples=1, hidden=AttentionSizes.of(model.config).hidden)
-    on = "the same command resumes"
+    on = "resume with the same command"
     with kept(folder, on), writing(folder, kept=f"; what is done is kept, {on}"):
         with _processes().main_process_first():
             chosen = _chosen(folder, settings, records, eval_records, processor, config)
