@@ -63,7 +63,7 @@ def test_it_is_the_conversion_in_memory(family, factorization, checkpoints, tmp_
 
 
 @pytest.mark.parametrize("factorization", ["output-weighted", "md-svd"])
-def test_a_budget_is_allotted_as_in_memory(family, factorization, checkpoints, tmp_path):
+def test_a_budget_is_allocated_as_in_memory(family, factorization, checkpoints, tmp_path):
     small = assert_streamed_alike(
         checkpoints(family), tmp_path, budget=0.3, factorization=factorization, rope_selection="mkl"
     )
