@@ -40,7 +40,7 @@ def conversions():
                 answered(family),
                 name="tiny & <small>",
                 findings=small.findings,
-                probed=2,
+                layer_samples=2,
             )
             made[family] = small, model, processor, page
         return made[family]
