@@ -3,7 +3,7 @@
     python benchmarks/ablation.py                      # all models and budgets, an hour on two cores; resumes
     python benchmarks/ablation.py --models llava --budgets 0.25 -o /tmp/rows
 
-Calibration: 128 chats about training scans. Measured: held-out pictures of test scans. Appends a row to
+Calibration: 128 chats about training scans. Measured: held-out chats about test scans. Appends a row to
 `OUT/MODEL.jsonl` for each conversion and writes the tables of all rows there to `OUT/ablation.md`, and, where
 OUT is `docs/ablation`, into `docs/method.md`.
 """
@@ -52,8 +52,8 @@ METHODS = {
     "… + output-weighted": method("residual", True, "output-weighted"),
     "… + both": method("residual", True, "output-weighted-centered"),
 }
-PUBLISHED, OURS = "published (mkl, md-svd)", "ours: … + output-weighted, allotted over layers"
-ALLOTTED = {"published, allotted over layers": PUBLISHED, OURS: "… + output-weighted"}
+PUBLISHED, OURS = "published (mkl, md-svd)", "ours: … + output-weighted, allocated over layers"
+ALLOCATED = {"published, allocated over layers": PUBLISHED, OURS: "… + output-weighted"}
 
 
 def settings(budget: float, head_dim: int) -> Iterator[tuple[str, ConversionConfig]]:
@@ -65,16 +65,16 @@ def settings(budget: float, head_dim: int) -> Iterator[tuple[str, ConversionConf
         if name == PUBLISHED and budget in QUARTER_ROPE:
             quarter = {"rope_dim": head_dim // 4, "d_kv": int(QUARTER_ROPE[budget] * head_dim)}
             yield f"{name}, R = D/4", ConversionConfig(**quarter, **how)
-    for name, like in ALLOTTED.items():
+    for name, like in ALLOCATED.items():
         yield name, ConversionConfig(budget=budget, **METHODS[like])
 
 
 class HeldOut:
     """Held-out chats, and what the original answers."""
 
-    def __init__(self, name: str, model: Any, processor: Any, pictures: int) -> None:
+    def __init__(self, name: str, model: Any, processor: Any, samples: int) -> None:
         visual = get_family(name).visual_token_ids(model.config)
-        records = zoo_records(name, split="test", count=pictures, seed=0)
+        records = zoo_records(name, split="test", samples=samples, seed=0)
         self.batches = [encode_with_labels(processor, [record], visual) for record in records]
         self.expected = [answer_log_probs(model, batch) for batch in self.batches]
 
@@ -104,19 +104,19 @@ class HeldOut:
         return float(kl), len(targets), float(loss), sum(marks), len(marks)
 
 
-def run(name: str, budgets: list[float], pictures: int, folder: Path) -> None:
+def run(name: str, budgets: list[float], samples: int, folder: Path) -> None:
     """All rows of one model that are not yet in its file."""
     path = folder / f"{name}.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     done = {(row["budget"], row["method"]) for row in rows}
     model, processor = load(f"zoo:{name}", dtype=torch.float32), load_processor(f"zoo:{name}")
-    held_out = HeldOut(name, model, processor, pictures)
-    records = zoo_records(name, split="train", count=128, seed=1)
+    held_out = HeldOut(name, model, processor, samples)
+    records = zoo_records(name, split="train", samples=128, seed=1)
     whole = bytes_per_token(model.config)
     head_dim = AttentionSizes.of(model.config).head_dim
 
     def add(budget: float, method: str, converted: Any, **more: Any) -> None:
-        row = {"budget": budget, "method": method, "pictures": pictures, **more}
+        row = {"budget": budget, "method": method, "samples": samples, **more}
         row |= {"bytes_per_token": bytes_per_token(converted.config), **held_out.measure(converted)}
         with path.open("a") as file:
             file.write(json.dumps(row) + "\n")
@@ -171,11 +171,11 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, default=DOCS / "ablation", help="folder of rows, tables")
     parser.add_argument("--models", nargs="+", choices=ZOO_NAMES, default=ZOO_NAMES)
     parser.add_argument("--budgets", nargs="+", type=float, choices=BUDGETS, default=BUDGETS)
-    parser.add_argument("--pictures", type=int, default=200, help="held-out pictures")
+    parser.add_argument("--samples", type=int, default=200, help="held-out chats")
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
     for name in options.models:
-        run(name, list(options.budgets), options.pictures, options.output)
+        run(name, list(options.budgets), options.samples, options.output)
     text = table(options.output)
     (options.output / "ablation.md").write_text(text, encoding="utf-8")
     if options.output == DOCS / "ablation":

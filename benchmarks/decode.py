@@ -135,7 +135,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--contexts", nargs="+", type=int, default=[1024, 4096, 16384, 65536])
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
-    parser.add_argument("--cache-bits", type=int, choices=BITS, help="of latents, instead of their numbers")
+    parser.add_argument("--cache-bits", type=int, choices=BITS, help="of quantised latents")
     parser.add_argument("--prefill", action="store_true", help="time a prompt of up to 4,096 tokens too")
     parser.add_argument("--seconds", type=float, default=4.0, help="for each comparison")
     parser.add_argument("--most-gigabytes", type=float, default=6.0, help="the original's caches at most")

@@ -1,9 +1,9 @@
-"""What a latent cache in few bits costs: quality on the zoo models, bytes, and the memory of a step.
+"""What a quantised latent cache costs: quality on the zoo models, bytes, and the memory of a step.
 
     python benchmarks/quantized.py     # ten minutes on two cores; hqq and optimum-quanto for rows of theirs
 
 Quality: each chat's prompt fills the cache, its last answer is then read over it, so that all answer tokens
-meet quantised ones. Exact match, and KL to the original's answers, on 128 pictures of held-out scans, in
+meet quantised ones. Exact match, and KL to the original's answers, on 128 chats about held-out scans, in
 bfloat16. A step: one layer of Qwen2.5-VL-7B's shape (R = 32, d_kv = 64) over 16,384 tokens: the most memory
 that it holds beyond the cache, and its time. Rows and a table go to OUT.
 """
@@ -47,14 +47,12 @@ def kinds_of_cache() -> dict[str, Make]:
     """Every kind that can be made here, from a language model's config."""
     kinds: dict[str, Make] = {"latent": lambda config: LatentCache()}
     for bits in (8, 4, 2):
-        kinds[f"latent, {bits} bits"] = lambda config, n=bits: quantized_cache(nbits=n)
+        kinds[f"latent, {bits}-bit"] = lambda config, n=bits: quantized_cache(nbits=n)
     for backend, package, widths in (("hqq", "hqq", (8, 4, 2)), ("quanto", "optimum", (4, 2))):
         for bits in widths if find_spec(package) else ():
             # groups of 64 need sizes that 64 divides, which a prompt of any length has not
             options = {"backend": backend, "nbits": bits, "q_group_size": 8}
-            kinds[f"{backend}, {bits} bits"] = lambda config, how=options: QuantizedCache(
-                config=config, **how
-            )
+            kinds[f"{backend}, {bits}-bit"] = lambda config, how=options: QuantizedCache(config=config, **how)
     if hasattr(transformers_caches, "Fp8QuantizedLayer"):
         kinds["fp8"] = lambda config: QuantizedCache("fp8", config)
     return kinds
@@ -92,15 +90,15 @@ def positions(model: Any, batch: Any) -> torch.Tensor:
 class Quality:
     """What a zoo model answers over any cache, beside what the original answers."""
 
-    def __init__(self, name: str, pictures: int) -> None:
+    def __init__(self, name: str, samples: int) -> None:
         self.name, self.processor = f"zoo:{name}", load_processor(f"zoo:{name}")
         original = load(self.name, dtype=torch.float32)
-        calibration = zoo_records(name, split="train", count=128, seed=1)
+        calibration = zoo_records(name, split="train", samples=128, seed=1)
         self.small = convert(
             original, self.processor, calibration, ConversionConfig(budget=BUDGET)
         ).bfloat16()
         self.original = original.bfloat16()
-        self.records = zoo_records(name, split="test", count=pictures, seed=0)
+        self.records = zoo_records(name, split="test", samples=samples, seed=0)
         self.expected = [self.log_probs(self.original, record, DynamicCache())[0] for record in self.records]
 
     def log_probs(self, model: Any, record: Record, cache: Cache) -> tuple[torch.Tensor, torch.Tensor]:
@@ -161,14 +159,14 @@ def step_rows() -> Iterator[dict[str, Any]]:
 def steps_apart() -> list[dict[str, Any]]:
     """`step_rows` in a process that gives back at once what it frees, so that its peak is what is held."""
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    command = [sys.executable, __file__, "--steps-alone"]
+    command = [sys.executable, __file__, "--only-steps"]
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True, text=True)
     return json.loads(done.stdout)
 
 
 def table(result: dict[str, Any]) -> str:
     """Both results as Markdown."""
-    lines = ["| model | cache | bytes a token | exact match | KL |", "|---|---|---|---|---|"]
+    lines = ["| model | cache | bytes per token | exact match | KL |", "|---|---|---|---|---|"]
     for row in result["rows"]:
         cells = f"{row['bytes_per_token']:,.0f} | {row['exact_match']:.1%} | {row['kl']:.4f}"
         lines.append(f"| `{row['model']}` | {row['cache']} | {cells} |")
@@ -181,19 +179,17 @@ def table(result: dict[str, Any]) -> str:
 def main() -> None:
     """Measure, print, and keep."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--pictures", type=int, default=128)
+    parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--models", nargs="+", default=list(ZOO_NAMES), choices=ZOO_NAMES)
-    parser.add_argument(
-        "--steps-alone", action="store_true", help="print the rows of steps as JSON, and stop"
-    )
+    parser.add_argument("--only-steps", action="store_true", help="print the rows of steps as JSON, and stop")
     parser.add_argument("-o", "--output", type=Path, default=OUT)
     arguments = parser.parse_args()
-    if arguments.steps_alone:
+    if arguments.only_steps:
         print(json.dumps(list(step_rows())))
         return
     result: dict[str, Any] = {"rows": [], "steps": steps_apart()}
     for name in arguments.models:
-        for row in Quality(name, arguments.pictures).rows():
+        for row in Quality(name, arguments.samples).rows():
             result["rows"].append(row)
             print(row, file=sys.stderr)
     result |= {"device": device_name(torch.device("cpu")), "date": datetime.date.today().isoformat()}

@@ -5,12 +5,12 @@
 
 Recipes, each trained once for every number of examples, 16 to a step, on chats about training scans:
 - ours: our conversion, then the default of `mha2mla finetune` (one stage, the same settings everywhere);
-- published: partial RoPE (mkl), stage 1 on as many examples, MD-SVD, stage 2 on them again, labels alone; its
+- published: partial RoPE (mkl), stage 1 on as many examples, MD-SVD, stage 2 on them again, labels only; its
   learning rate is the best of three for each stage and budget, by a pilot of 256 examples;
 - variants: ours with one thing changed, on 1,024 examples at the smallest budget;
-- control: the original, trained on labels, for a model can also gain by training alone.
+- control: the original, trained on labels, for a model can also gain from training by itself.
 
-Measured on held-out pictures of test scans. Rows go to `OUT/MODEL.jsonl`, the plot of all rows to `OUT`, and
+Measured on held-out chats about test scans. Rows go to `OUT/MODEL.jsonl`, the plot of all rows to `OUT`, and
 their table, where OUT is `docs/recovery`, to `docs/finetuning.md`.
 """
 
@@ -43,9 +43,9 @@ RATES = (1e-5, 1e-4, 1e-3)
 RECIPES = ("ours", "published", "control", "variants")
 VARIANTS: dict[str, dict[str, Any]] = {
     "the default": {},
-    "labels alone": {"distillation": 0.0},
+    "labels only": {"distillation": 0.0},
     "half labels": {"distillation": 0.5},
-    "answers alone": {"attention_loss": 0.0},
+    "answers only": {"attention_loss": 0.0},
     "ten times the weight of attention": {"attention_loss": 10.0},
     "half of the steps align layers first": {"alignment": 0.5},
     "all steps align layers": {"alignment": 1.0},
@@ -73,14 +73,14 @@ STAGES: dict[int, dict[str, Any]] = {1: {"trains": "v4", **LABELS}, 2: {"trains"
 class Bench:
     """One model's conversions, examples and rows."""
 
-    def __init__(self, name: str, folder: Path, work: Path, pictures: int) -> None:
+    def __init__(self, name: str, folder: Path, work: Path, samples: int) -> None:
         self.name, self.work = f"zoo:{name}", work / name
         self.work.mkdir(parents=True, exist_ok=True)
-        self.path, self.pictures = folder / f"{name}.jsonl", pictures
+        self.path, self.samples = folder / f"{name}.jsonl", samples
         self.processor = load_processor(self.name)
-        self.calibration = zoo_records(name, split="train", count=128, seed=1)
-        self.held_out = zoo_records(name, split="test", count=pictures, seed=0)
-        self.train = zoo_records(name, split="train", count=max(EXAMPLES), seed=7)
+        self.calibration = zoo_records(name, split="train", samples=128, seed=1)
+        self.held_out = zoo_records(name, split="test", samples=samples, seed=0)
+        self.train = zoo_records(name, split="train", samples=max(EXAMPLES), seed=7)
         self.profiles: dict[str, Any] = {}
 
     def rows(self) -> list[dict[str, Any]]:
@@ -90,7 +90,7 @@ class Bench:
     def add(self, **row: Any) -> None:
         """Append a row."""
         with self.path.open("a") as file:
-            file.write(json.dumps({"pictures": self.pictures, **row}) + "\n")
+            file.write(json.dumps({"samples": self.samples, **row}) + "\n")
 
     def folder(self, title: str, make: Callable[[], Any]) -> Path:
         """A model's folder, made once."""
@@ -117,7 +117,7 @@ class Bench:
             shutil.rmtree(stale, ignore_errors=True)
         recipe = FinetuneConfig(**COMMON | config)
         return finetune(
-            checkpoint, self.train[:examples], output, recipe, eval_data=self.held_out, teacher=self.name
+            checkpoint, self.train[:examples], output, recipe, eval_data=self.held_out, baseline=self.name
         )
 
     def best(self, checkpoint: Path, title: str, **config: Any) -> float:
@@ -291,7 +291,7 @@ def plot(rows_of: dict[str, list[dict[str, Any]]], path: Path) -> None:
             axis.grid(alpha=0.3)
     axes[0][0].legend(fontsize=8)
     figure.supxlabel("examples")
-    figure.supylabel("exact match on held-out pictures")
+    figure.supylabel("exact match on held-out chats")
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None})
 
@@ -306,7 +306,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=ZOO_NAMES, default=ZOO_NAMES)
     parser.add_argument("--budgets", nargs="*", type=float, choices=BUDGETS, default=BUDGETS)
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=RECIPES)
-    parser.add_argument("--pictures", type=int, default=128, help="held-out pictures")
+    parser.add_argument("--samples", type=int, default=128, help="held-out chats")
     parser.add_argument("--table", action="store_true", help="write table and plot of the rows there are")
     options = parser.parse_args()
     transformers_logging.set_verbosity_error()
@@ -314,7 +314,7 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING)
     options.output.mkdir(parents=True, exist_ok=True)
     for name in () if options.table else options.models:
-        bench = Bench(name, options.output, options.work, options.pictures)
+        bench = Bench(name, options.output, options.work, options.samples)
         run(bench, options.budgets, options.recipes)
         if "variants" in options.recipes:
             variants(bench)

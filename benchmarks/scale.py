@@ -3,10 +3,10 @@
     python benchmarks/scale.py --shape qwen2.5-vl-7b llava-next-8b llava-1.5-7b     # two hours, 35 GB of disk
     python benchmarks/scale.py --shape qwen2.5-vl-7b --layers 2 --budget 0.375
 
-For each shape: writes a checkpoint (bfloat16, sharded; the zoo's tokenizer; for the LLaVAs pictures of fewer
+For each shape: writes a checkpoint (bfloat16, sharded; the zoo's tokenizer; for the LLaVAs images of fewer
 pixels, so that chats have 512 tokens), converts it with 16 such chats by `mha2mla convert` in a process of
 its own, and reports the seconds of each phase, the process's own high-water mark of memory, and the disk
-used, beside what `--dry-run` foretold. Rows go to OUT/SHAPE.json, a table of all that are there to
+used, beside what `--dry-run` predicted. Rows go to OUT/SHAPE.json, a table of all that are there to
 OUT/README.md.
 """
 
@@ -135,7 +135,7 @@ def _random(key: str, size: torch.Size) -> torch.Tensor:
 
 
 def write_chats(shape: str, processor: ProcessorMixin, folder: Path) -> list[int]:
-    """Chats of `TOKENS` tokens, most of them of a picture of noise; returns their lengths."""
+    """Chats of `TOKENS` tokens, most of them of an image of noise; returns their lengths."""
     rng = random.Random(0)
     width, height = {"qwen2_5_vl": (560, 560), "llava_next": (336, 168)}.get(SHAPES[shape][0], (294, 294))
     rows, lengths = [], []
@@ -172,11 +172,11 @@ def command(folder: Path, budget: float | None, *more: str) -> dict[str, Any]:
 
 
 def measure(shape: str, layers: int | None, budget: float | None, folder: Path) -> dict[str, Any]:
-    """Write, foretell, convert, compare."""
+    """Write, estimate, convert, compare."""
     (folder / "model").mkdir()
     processor = write_checkpoint(shape, layers, folder / "model")
     lengths = write_chats(shape, processor, folder)
-    foretold = command(folder, budget, "--dry-run")
+    predicted = command(folder, budget, "--dry-run")
     start = time.perf_counter()
     result = command(folder, budget)
     seconds = time.perf_counter() - start
@@ -190,7 +190,7 @@ def measure(shape: str, layers: int | None, budget: float | None, folder: Path) 
         "phases": result["seconds"],
         "peak_bytes": result["peak_bytes"],
         "output_bytes": size,
-        "foretold": foretold,
+        "predicted": predicted,
         "device": device_name(torch.device("cpu")),
         "torch": torch.__version__,
         "date": datetime.date.today().isoformat(),
@@ -200,19 +200,20 @@ def measure(shape: str, layers: int | None, budget: float | None, folder: Path) 
 def table(folder: Path) -> str:
     """All results of a folder as Markdown."""
     lines = [
-        "| shape | layers | sizes | minutes | foretold | peak GB | foretold | result GB | foretold | phases |"
+        "| shape | layers | sizes | minutes | predicted | peak GB | predicted | result GB | predicted "
+        "| phases |"
     ]
     lines.append(f"|{10 * '---|'}")
     for path in sorted(folder.glob("*.json")):
         row = json.loads(path.read_text())
-        foretold, whole = row["foretold"], sum(row["phases"].values())
+        predicted, whole = row["predicted"], sum(row["phases"].values())
         shares = ", ".join(f"{name} {share / whole:.0%}" for name, share in row["phases"].items())
         pairs = (
-            (row["seconds"] / 60, foretold["seconds"] / 60, ".1f"),
-            (row["peak_bytes"] / 1e9, foretold["peak_bytes"] / 1e9, ".2f"),
-            (row["output_bytes"] / 1e9, foretold["output_bytes"] / 1e9, ".2f"),
+            (row["seconds"] / 60, predicted["seconds"] / 60, ".1f"),
+            (row["peak_bytes"] / 1e9, predicted["peak_bytes"] / 1e9, ".2f"),
+            (row["output_bytes"] / 1e9, predicted["output_bytes"] / 1e9, ".2f"),
         )
-        cells = [f"{value:{form}}" for found, told, form in pairs for value in (found, told)]
+        cells = [f"{value:{form}}" for found, guess, form in pairs for value in (found, guess)]
         sizes = f"budget {row['budget']:g}" if row.get("budget") else "R 32, d_kv 64"
         lines.append(f"| {row['shape']} | {row['layers']} | {sizes} | {' | '.join(cells)} | {shares} |")
         where = f"{row['device']}, torch {row['torch']}, {row['date']}"
@@ -224,7 +225,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--shape", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--layers", type=int, help="fewer than the true model has")
-    parser.add_argument("--budget", type=float, help="share of the cache, allotted; else R = 32, d_kv = 64")
+    parser.add_argument(
+        "--budget", type=float, help="share of the cache, allocated over layers; else R = 32, d_kv = 64"
+    )
     parser.add_argument(
         "--work", type=Path, help="where checkpoints go for the time; by default a temporary folder"
     )

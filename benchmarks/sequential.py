@@ -35,7 +35,7 @@ STREAM = "calibration"
 
 
 class AboveConverted:
-    """Chats that go through the converted layers, and what they tell about the next one."""
+    """Chats that go through the converted layers, and what they show about the next one."""
 
     def __init__(self, model: Any, batches: list[BatchFeature], profile: Profile) -> None:
         self.layers, self.profile, self.states = decoder_layers(model), profile, MemoryStates()
@@ -81,11 +81,11 @@ def main() -> None:
         chosen, others = (
             [encode_with_labels(processor, [record], visual) for record in records]
             for records in (
-                zoo_records(name, split="train", count=128, seed=1),
-                zoo_records(name, split="train", count=100, seed=77),
+                zoo_records(name, split="train", samples=128, seed=1),
+                zoo_records(name, split="train", samples=100, seed=77),
             )
         )
-        profile = make_profile(model, processor, zoo_records(name, split="train", count=128, seed=1))
+        profile = make_profile(model, processor, zoo_records(name, split="train", samples=128, seed=1))
         for budget in BUDGETS:
             config = ConversionConfig(budget=budget)
             sizes = AttentionSizes.of(model.config)

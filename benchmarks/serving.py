@@ -2,7 +2,7 @@
 
     .venv-vllm/bin/python benchmarks/serving.py     # after `make test-vllm`, which makes that environment
 
-Both serve the same chats about pictures, all sent at once, each answered with the same number of tokens. The
+Both serve the same chats about images, all sent at once, each answered with the same number of tokens. The
 memory holds `--tokens` of the original's, fewer than the requests that run together need, so it must preempt
 some and compute them again. Runs alternate; a row has medians. Rows and a table go to OUT.
 """
@@ -33,7 +33,7 @@ PAGE = 64
 def prompts(name: str, processor: Any, count: int) -> list[dict[str, Any]]:
     """The first question of each of some held-out chats, as vLLM takes it."""
     asked = []
-    for chat in zoo_records(name, split="test", count=count, seed=5):
+    for chat in zoo_records(name, split="test", samples=count, seed=5):
         question = chat.before(chat.answers()[0])
         text = processor.apply_chat_template(question.messages, tokenize=False, add_generation_prompt=True)
         asked.append({"prompt": text, "multi_modal_data": {"image": question.load_images()}})
@@ -83,7 +83,7 @@ def in_process(folder: str, memory: int, arguments: list[str]) -> dict[str, Any]
 def converted(name: str, budget: float, folder: Path) -> Path:
     """A zoo model's conversion."""
     model, processor = load(f"zoo:{name}", dtype=torch.float32), load_processor(f"zoo:{name}")
-    chats = zoo_records(name, split="train", count=CALIBRATION, seed=1)
+    chats = zoo_records(name, split="train", samples=CALIBRATION, seed=1)
     return save(convert(model, processor, chats, ConversionConfig(budget=budget)), processor, folder)
 
 
@@ -118,7 +118,7 @@ def compare(options: argparse.Namespace, arguments: list[str]) -> dict[str, Any]
 def table(found: list[dict[str, Any]]) -> str:
     """Markdown of all results."""
     lines = [
-        "| model | cache | bytes a token | room, tokens | requests a second | preemptions |",
+        "| model | cache | bytes per token | room, tokens | requests a second | preemptions |",
         "|---|---|---|---|---|---|",
     ]
     for result in found:

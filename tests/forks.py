@@ -17,15 +17,39 @@ from mha2mla_vlm.zoo.chats import write_chats
 SERVER = Path(__file__).parent / "processes" / "forkserver.py"
 PUBLISHED = Path(__file__).parent / "fixtures" / "published" / "llava"
 SIZES = ("--rope-dim", 16, "--d-kv", 8)
-SMALL = ("--no-bf16", "--batch-size", 1, "--gradient-accumulation", 1, "--eval-records", 2, "--save-every", 1)
+SMALL = ("--no-bf16", "--batch-size", 1, "--gradient-accumulation", 1, "--eval-samples", 2, "--save-every", 1)
 COMMANDS = {  # each writes `out`, in the working folder or a `place` in it, from what `make_workspace` makes
     "convert": ("convert", "model", "--data", "data", *SIZES, "-o"),
-    "finetune": ("finetune", "small", "--data", "data", "--teacher", "model", *SMALL, "-o"),
-    "report": ("report", "small", "--data", "data", "--baseline", "model", "--limit", 1, "--probe", 1, "-o"),
-    "zoo data": ("zoo", "data", "llava", "--count", 3, "-o"),
+    "finetune": ("finetune", "small", "--data", "data", "--baseline", "model", *SMALL, "-o"),
+    "report": (
+        "report",
+        "small",
+        "--data",
+        "data",
+        "--baseline",
+        "model",
+        "--samples",
+        1,
+        "--layer-samples",
+        1,
+        "-o",
+    ),
+    "zoo data": ("zoo", "data", "llava", "--samples", 3, "-o"),
     "zoo build": ("zoo", "build", "llava", "--minutes", 0.01, "-o"),
-    "demo": ("demo", "--model", "llava", "--pictures", 1, "-o"),
-    "bench": ("bench", "small", "--baseline", "model", "--context", 8, "--batch", 1, "--seconds", 0, "-o"),
+    "demo": ("demo", "--model", "llava", "--samples", 1, "-o"),
+    "bench": (
+        "bench",
+        "small",
+        "--baseline",
+        "model",
+        "--context",
+        8,
+        "--batch-size",
+        1,
+        "--seconds",
+        0,
+        "-o",
+    ),
     "task": ("task", "data", "--name", "asked", "-o"),
     "import-published": ("import-published", "stage2", "--ranks", "ranks.pth", "-o"),
 }
@@ -38,7 +62,7 @@ def make_workspace(folder):
     shutil.copytree(PUBLISHED / "stage2", folder / "stage2")
     shutil.copy(PUBLISHED / "ranks.pth", folder)
     (folder / "data").mkdir()
-    write_chats("llava", folder / "data", split="train", count=5, seed=0)
+    write_chats("llava", folder / "data", split="train", samples=5, seed=0)
     return folder
 
 

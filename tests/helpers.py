@@ -109,7 +109,7 @@ def moments_of(model, batches):
 
 
 def record(name, prompt, seed=0):
-    """A chat of the turns of a `PROMPTS` entry, each with its pictures, that waits for an answer."""
+    """A chat of the turns of a `PROMPTS` entry, each with its images, that waits for an answer."""
     rng = random.Random(f"{prompt}/{seed}")
     messages, images = [], []
     for question, count in PROMPTS[prompt]:
@@ -127,7 +127,7 @@ def record(name, prompt, seed=0):
 
 
 def answered(name, count=6):
-    """Chats about one picture and about two, each with an answer."""
+    """Chats about one image and about two, each with an answer."""
     asked = [record(name, ("image", "two images")[seed % 2], seed) for seed in range(count)]
     answer = {"role": "assistant", "content": "7"}
     return [Record(messages=[*r.messages, answer], images=r.images) for r in asked]

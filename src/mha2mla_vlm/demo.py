@@ -29,13 +29,13 @@ PAGE = "mha2mla-demo-{}.html"  # in the working folder, if none is given
 
 
 def run_demo(
-    name: str, *, pictures: int = 100, output: Path | None = None, device: str = "auto"
+    name: str, *, samples: int = 100, output: Path | None = None, device: str = "auto"
 ) -> dict[str, Any]:
     """Convert a zoo model at two sizes and compare; returns the rows of the table.
 
     A page about the smaller one is written to `output`, or to the working folder.
 
-    `exact_match` counts answers about held-out pictures, `kl` is the mean divergence from the
+    `exact_match` counts answers of held-out chats, `kl` is the mean divergence from the
     original on their tokens, `cache_bytes` the tensors of a real cache after one answer.
     """
     name = check_name(name)
@@ -43,22 +43,22 @@ def run_demo(
     if output is None:
         page = Path(PAGE.format(name))
         with claimed(page, check_file):
-            result, found = _compared(name, pictures, device)
+            result, found = _compared(name, samples, device)
             write_report(found, page)
         return {**result, "report": str(page)}
     with new_folder(output) as folder:
-        result, found = _compared(name, pictures, device)
+        result, found = _compared(name, samples, device)
         (folder / "demo.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
         write_report(found, folder / "report.html")
     return {**result, "report": str(output / "report.html")}
 
 
-def _compared(name: str, pictures: int, device: str) -> tuple[dict[str, Any], Report]:
-    """The rows of the table, and what the page about the smaller model tells."""
+def _compared(name: str, samples: int, device: str) -> tuple[dict[str, Any], Report]:
+    """The rows of the table, and the report of the smaller model."""
     model = load(f"zoo:{name}", dtype=torch.float32).to(pick_device(device))
     processor = load_processor(f"zoo:{name}")
-    calibration = zoo_records(name, split="train", count=CALIBRATION_CHATS, seed=1)
-    held_out = zoo_records(name, split="test", count=pictures, seed=0)
+    calibration = zoo_records(name, split="train", samples=CALIBRATION_CHATS, seed=1)
+    held_out = zoo_records(name, split="test", samples=samples, seed=0)
     profile = make_profile(model, processor, calibration)
     converted = {
         f"budget {budget:.4g}": convert(
@@ -70,12 +70,12 @@ def _compared(name: str, pictures: int, device: str) -> tuple[dict[str, Any], Re
     for title, small in converted.items():
         answers = evaluate_answers(small, processor, held_out, baseline=model)
         rows.append(_row(title, small, processor, held_out, answers))
-    result = {"model": name, "pictures": pictures, "rows": rows}
+    result = {"model": name, "samples": samples, "rows": rows}
     given: dict[str, Any] = {
         "name": f"zoo:{name}, {BUDGETS[-1]:.4g} of its cache",
         "findings": small.findings,
     }
-    given["commands"] = [f"mha2mla demo --model {name} --pictures {pictures}"]
+    given["commands"] = [f"mha2mla demo --model {name} --samples {samples}"]
     return result, gather(small, model, processor, held_out, **given, answers=answers)
 
 
@@ -106,7 +106,7 @@ def _row(
 def print_table(result: dict[str, Any]) -> None:
     """The table of a demo, on standard error."""
     first = result["rows"][0]
-    table = Table(title=f"zoo:{result['model']}, {result['pictures']} held-out pictures, before any training")
+    table = Table(title=f"zoo:{result['model']}, {result['samples']} held-out chats, before any training")
     for column in ("", "bytes/token", "one cache", "share", "exact match", "KL"):
         table.add_column(column, no_wrap=True, justify="left" if not column else "right")
     for row in result["rows"]:

@@ -10,7 +10,7 @@ from pathlib import Path
 SIZES = "--rope-dim 16 --d-kv 8"
 CONVERT = f"convert model --data data -o out {SIZES}"
 EVALUATE = "evaluate small --data data"
-FINETUNE = "finetune small --data data -o out --teacher model"
+FINETUNE = "finetune small --data data -o out --baseline model"
 GENERATE = "generate small --prompt Read. --max-new-tokens 1"
 
 

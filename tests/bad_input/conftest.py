@@ -31,7 +31,7 @@ def workspace(tmp_path_factory):
     save(*random_mla("llava"), folder / "small")
     in_shards(folder / "small", folder / "sharded")
     (folder / "data").mkdir()
-    write_chats("llava", folder / "data", split="train", count=5, seed=0)
+    write_chats("llava", folder / "data", split="train", samples=5, seed=0)
     published = FIXTURES / "published" / "llava"
     shutil.copytree(published / "stage2", folder / "published")
     shutil.copy(published / "ranks.pth", folder / "ranks.pth")

@@ -20,7 +20,7 @@ def workspace(tmp_path_factory):
     model, processor = original("qwen2_5_vl")
     save(model, processor, folder / "model")
     (folder / "data").mkdir()
-    write_chats("qwen2_5_vl", folder / "data", split="test", count=4, seed=0)
+    write_chats("qwen2_5_vl", folder / "data", split="test", samples=4, seed=0)
     return folder
 
 
@@ -190,9 +190,9 @@ def test_outputs_that_cannot_be_made_are_refused_before_work(monkeypatch, capsys
 def baselines(tmp_path_factory):
     """Folders without weights, of originals that take other inputs than the `workspace` model."""
     folder = tmp_path_factory.mktemp("baselines")
-    for name, family in (("llava", "llava"), ("tokens", "qwen2_5_vl"), ("pictures", "qwen2_5_vl")):
+    for name, family in (("llava", "llava"), ("tokens", "qwen2_5_vl"), ("images", "qwen2_5_vl")):
         model, processor = original(family)
-        if name == "pictures":
+        if name == "images":
             model.config.vision_config.patch_size = 4
         model.config.save_pretrained(folder / name)
         processor.save_pretrained(folder / name)
@@ -207,7 +207,7 @@ def baselines(tmp_path_factory):
 BASELINES = {
     "llava": "the baseline has family llava, the model qwen2_5_vl",
     "tokens": "give a baseline with the same vocabulary",
-    "pictures": "the baseline has patch_size 4, the model",
+    "images": "the baseline has patch_size 4, the model",
 }
 
 

@@ -65,7 +65,7 @@ def test_a_question_has_a_limit():
         question_record(None, "é" * (MAX_QUESTION + 1))
 
 
-def test_a_picture_is_refused_with_the_reason_and_before_it_is_decoded(tmp_path, monkeypatch):
+def test_an_image_is_refused_with_the_reason_and_before_it_is_decoded(tmp_path, monkeypatch):
     Image.new("1", (13_000, 13_000)).save(tmp_path / "many.png")  # 169 megapixels in a few kilobytes
     (tmp_path / "empty.png").touch()
     (tmp_path / "page.svg").write_text("<svg/>")
@@ -83,9 +83,9 @@ def test_a_picture_is_refused_with_the_reason_and_before_it_is_decoded(tmp_path,
 
 
 @pytest.mark.parametrize("file_format", ["PNG", "GIF", "TIFF"])
-def test_a_picture_is_read(tmp_path, file_format):
-    Image.new("P", (30, 20), 1).save(tmp_path / "picture.png", file_format)
-    (image,) = question_record(str(tmp_path / "picture.png"), "What is this?").load_images()
+def test_an_image_is_read(tmp_path, file_format):
+    Image.new("P", (30, 20), 1).save(tmp_path / "image.png", file_format)
+    (image,) = question_record(str(tmp_path / "image.png"), "What is this?").load_images()
     assert (image.mode, image.size) == ("RGB", (30, 20))
 
 
@@ -164,7 +164,7 @@ def test_a_broken_model_gives_the_reason_instead_of_an_answer():
         list(moments)
 
 
-def test_a_picture_that_a_family_cannot_take_is_refused(tmp_path):
+def test_an_image_that_a_family_cannot_take_is_refused(tmp_path):
     Image.new("RGB", (3000, 1)).save(tmp_path / "wide.png")
     model, processor = original("qwen2_5_vl")
     record = question_record(str(tmp_path / "wide.png"), "What is this?")

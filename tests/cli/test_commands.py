@@ -28,7 +28,7 @@ def workspace(family, tmp_path):
     model, processor = original(family)
     save(model, processor, tmp_path / "model")
     (tmp_path / "data").mkdir()
-    write_chats(family, tmp_path / "data", split="train", count=6, seed=0)
+    write_chats(family, tmp_path / "data", split="train", samples=6, seed=0)
     return tmp_path
 
 
@@ -52,13 +52,22 @@ def test_convert_inspect_evaluate_generate(monkeypatch, capsys, family, workspac
     assert [[len(head) for head in layer] for layer in seen["pairs"]] == [[8] * kv_heads] * 4
 
     measured = run(
-        monkeypatch, capsys, "evaluate", out, "--data", data, "--baseline", workspace / "model", "--limit", 2
+        monkeypatch,
+        capsys,
+        "evaluate",
+        out,
+        "--data",
+        data,
+        "--baseline",
+        workspace / "model",
+        "--samples",
+        2,
     )
     assert measured["records"] == 2
     assert measured["answers"] == sum(row["answers"] for row in measured["by_kind"].values())
     assert measured["kl"] > 0
     assert {"exact_match", "cross_entropy", "agreement", "baseline_exact_match"} <= measured.keys()
-    itself = run(monkeypatch, capsys, "evaluate", out, "--data", data, "--baseline", out, "--limit", 2)
+    itself = run(monkeypatch, capsys, "evaluate", out, "--data", data, "--baseline", out, "--samples", 2)
     assert (itself["kl"], itself["agreement"]) == (0.0, 1.0)
 
     image = next((workspace / "data" / "images").glob("*.png"))
@@ -126,7 +135,7 @@ def test_conversion_keeps_the_stored_dtype(monkeypatch, capsys, workspace):
 
 def test_zoo_data_and_list(monkeypatch, capsys, tmp_path, family):
     written = run(
-        monkeypatch, capsys, "zoo", "data", family, "-o", tmp_path / "data", "--count", 3, "--seed", 5
+        monkeypatch, capsys, "zoo", "data", family, "-o", tmp_path / "data", "--samples", 3, "--seed", 5
     )
     assert len(load_records(written["data"])) == written["records"] == 3
     names = [model["name"] for model in run(monkeypatch, capsys, "zoo", "list")["models"]]

@@ -11,7 +11,7 @@ from mha2mla_vlm import ConversionConfig, convert, load, load_processor, load_re
 from mha2mla_vlm.model.checkpoint import save
 from mha2mla_vlm.zoo.chats import write_chats
 
-SMALL = ("--no-bf16", "--batch-size", 2, "--gradient-accumulation", 2, "--eval-records", 2)
+SMALL = ("--no-bf16", "--batch-size", 2, "--gradient-accumulation", 2, "--eval-samples", 2)
 KEYS = {"output", "steps", "examples", "exact_match_before", "exact_match", "kl_before", "kl"}
 
 
@@ -22,7 +22,7 @@ def workspace(tmp_path_factory):
     model, processor = original("qwen2_5_vl")
     save(model, processor, folder / "model")
     (folder / "data").mkdir()
-    write_chats("qwen2_5_vl", folder / "data", split="train", count=16, seed=0)
+    write_chats("qwen2_5_vl", folder / "data", split="train", samples=16, seed=0)
     records = load_records(folder / "data")[:6]
     model = load(folder / "model")
     for name, config in {
@@ -70,14 +70,14 @@ def test_any_checkpoint_trains_and_loads_alone(monkeypatch, capsys, workspace, t
     settings = json.loads((tmp_path / "out" / "finetune.json").read_text())
     assert settings["learning_rate"] == 1e-4
     assert settings["result"]["kl"] == result["kl"]
-    assert settings["teacher"] == "model"  # by its name, for the folder is shared
+    assert settings["baseline"] == "model"  # by its name, for the folder is shared
     assert str(workspace) not in (tmp_path / "out" / "finetune.json").read_text()
 
 
 def test_two_stages_as_published(monkeypatch, capsys, workspace, tmp_path):
     """Partial RoPE, training, MD-SVD, training: the original stays known to the end."""
     stage1, latent, stage2 = (tmp_path / name for name in ("stage1", "latent", "stage2"))
-    labels = ("--distillation", 0, "--max-steps", 1, "--teacher", workspace / "model")
+    labels = ("--distillation", 0, "--max-steps", 1, "--baseline", workspace / "model")
     assert run(monkeypatch, capsys, command(workspace, "partial", stage1, "--trains", "v4", *labels))[0] == 0
     data = workspace / "data" / "chats.jsonl"
     arguments = ["convert", stage1, "--data", data, "-o", latent, "--d-kv", 8, "--factorization", "md-svd"]
@@ -174,8 +174,8 @@ BAD = {
     "unknown policy": (["--trains", "everything"], "unknown policy 'everything'"),
     "share above 1": (["--distillation", "2"], "distillation = 2"),
     "nothing to train": (["--trains", "original-key-value"], "unknown policy"),
-    "teacher that is not there": (["--teacher", "nowhere/model"], "nowhere/model"),
-    "teacher of another family": (["--teacher", "zoo:llava"], "llava"),
+    "baseline that is not there": (["--baseline", "nowhere/model"], "nowhere/model"),
+    "baseline of another family": (["--baseline", "zoo:llava"], "llava"),
     "recipe that is not there": (["--config", "gone.yaml"], "gone.yaml"),
     "evaluation data that is not there": (["--eval-data", "gone.jsonl"], "gone.jsonl"),
     "all chats too long": (["--max-length", "3"], "0 of 16 chat(s) can be used (16 longer than 3"),
@@ -202,7 +202,7 @@ def test_arguments_that_transformers_refuses(monkeypatch, capsys, workspace, tmp
 
 
 def test_a_checkpoint_that_does_not_know_its_original(monkeypatch, capsys, workspace, tmp_path):
-    """Without a teacher: refused for distillation, trained on labels with a KL of null."""
+    """Without a baseline: refused for distillation, trained on labels with a KL of null."""
     nameless = tmp_path / "nameless"
     save(load(workspace / "latent"), None, nameless)
     for file in (workspace / "latent").iterdir():
@@ -213,7 +213,7 @@ def test_a_checkpoint_that_does_not_know_its_original(monkeypatch, capsys, works
     (nameless / "config.json").write_text(json.dumps(config))
     code, _, err = run(monkeypatch, capsys, command(workspace, nameless, tmp_path / "out"))
     assert code == 2
-    assert "--teacher" in err
+    assert "--baseline" in err
     options = ("--distillation", 0, "--max-steps", 1)
     code, result, err = run(monkeypatch, capsys, command(workspace, nameless, tmp_path / "out", *options))
     assert code == 0, err
@@ -234,7 +234,7 @@ def test_without_autocast_a_bfloat16_checkpoint_trains_in_float32(workspace, tmp
     folder = tmp_path / "latent"
     save(load(workspace / "latent", dtype=torch.bfloat16), load_processor(workspace / "latent"), folder)
     given = ("finetune", folder, "--data", workspace / "data", *SMALL, "--max-steps", 1)
-    given += ("--teacher", workspace / "model")
+    given += ("--baseline", workspace / "model")
     code, _, err = run_command(monkeypatch, capsys, *given, "-o", tmp_path / "tuned")
     assert code == 0, err
     assert load(tmp_path / "tuned").dtype == torch.bfloat16

@@ -21,7 +21,7 @@ PAGES = {"report"}  # whose output is a file
 
 
 def check_refused(ended, output):
-    """One line with what failed, and nothing at the output or beside it but what a run may go on from."""
+    """One line with what failed, and nothing at the output or beside it but what a run may resume from."""
     assert ended.code == 2, ended.said
     assert ended.out == ""
     assert "error: " in ended.said
@@ -103,7 +103,7 @@ def test_a_disk_without_room(name, forks, disk, workspace_for_forks):
 
 def test_a_report_that_has_no_room_leaves_the_conversion(forks, disk, workspace_for_forks):
     folder, seen = disk
-    command = (*COMMANDS["convert"], folder / "out", "--evaluate", "data")
+    command = (*COMMANDS["convert"], folder / "out", "--eval-data", "data")
     moment = {"after": ".report.html.lock", "below": "", "event": 1, "signal": "SIGSTOP"}
     stopped = forks.run(*command, folder=workspace_for_forks, **moment)
     assert stopped.stopped, stopped.said

@@ -1,4 +1,4 @@
-"""Long commands that end at any moment: nothing is half-written, what is there stays, and runs go on."""
+"""Long commands that end at any moment: nothing is half-written, what is there stays, and runs resume."""
 
 import itertools
 import json

@@ -11,14 +11,14 @@ CONVERT = ("convert", "zoo:llava", "--data", "no", "-o", "out")
 FINETUNE = ("finetune", "zoo:llava", "--data", "no", "-o", "out")
 COMMANDS = {
     CONVERT: ("--samples", "--rope-dim", "--d-kv"),
-    ("evaluate", "zoo:llava", "--data", "no"): ("--limit", "--batch-size"),
+    ("evaluate", "zoo:llava", "--data", "no"): ("--samples", "--batch-size"),
     ("generate", "zoo:llava", "--prompt", "Which?"): ("--max-new-tokens",),
     ("chat", "zoo:llava"): ("--max-new-tokens", "--port"),
-    ("report", "out"): ("--limit", "--probe"),
+    ("report", "out"): ("--samples", "--layer-samples"),
     ("task", "no", "-o", "out", "--name", "asked"): ("--max-new-tokens",),
-    ("demo",): ("--pictures",),
-    ("bench", "zoo:llava", "--baseline", "zoo:llava"): ("--context", "--batch"),
-    ("zoo", "data", "llava", "-o", "out"): ("--count",),
+    ("demo",): ("--samples",),
+    ("bench", "zoo:llava", "--baseline", "zoo:llava"): ("--context", "--batch-size"),
+    ("zoo", "data", "llava", "-o", "out"): ("--samples",),
     ("zoo", "build", "llava", "-o", "out"): ("--seed",),
     FINETUNE: (
         "--seed",
@@ -27,7 +27,7 @@ COMMANDS = {
         "--max-steps",
         "--max-length",
         "--lora-rank",
-        "--eval-records",
+        "--eval-samples",
         "--evaluate-every",
         "--save-every",
         "--workers",
@@ -62,7 +62,7 @@ def test_large_sizes(option, says, monkeypatch, capsys, tmp_path):
 
 def test_bench_says_what_would_fit(monkeypatch, capsys, forks, workspace_for_forks, tmp_path):
     models = (workspace_for_forks / "small", "--baseline", workspace_for_forks / "model")
-    command = ("bench", *models, "--context", 10**9, "--context", 2 * 10**9, "--batch", 1)
+    command = ("bench", *models, "--context", 10**9, "--context", 2 * 10**9, "--batch-size", 1)
     code, out, err = run_command(monkeypatch, capsys, *command, "-o", tmp_path / "out")
     assert (code, out) == (2, "")
     assert "error: no context fits: the caches may take" in err

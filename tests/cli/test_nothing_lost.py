@@ -30,7 +30,7 @@ def workspace(tmp_path_factory):
     save(*original("llava"), folder / "model")
     save(*random_mla("llava"), folder / "small")
     (folder / "data").mkdir()
-    write_chats("llava", folder / "data", split="train", count=5, seed=0)
+    write_chats("llava", folder / "data", split="train", samples=5, seed=0)
     return folder
 
 
@@ -80,7 +80,7 @@ def test_code_of_a_checkpoint_never_runs(monkeypatch, capsys, tmp_path):
 
 
 def huge_png(width, height):
-    """The beginning of a picture of that size: enough to open it, not to decode it."""
+    """The beginning of an image of that size: enough to open it, not to decode it."""
     header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
     data = b"IDAT" + zlib.compress(b"\0" * 64)
     chunks = [header, data, b"IEND"]
@@ -100,11 +100,11 @@ IMAGES = {
 @pytest.mark.parametrize("case", IMAGES)
 def test_images_that_are_not_opened(case, tmp_path, recwarn):
     content, named = IMAGES[case]
-    path = tmp_path / "picture.png"
+    path = tmp_path / "image.png"
     path.write_bytes(content)
-    for picture in (path, content):
+    for image in (path, content):
         with pytest.raises(InputError, match=named):
-            prompt_record("Read.", [picture]).load_images()
+            prompt_record("Read.", [image]).load_images()
     assert not recwarn.list
 
 
@@ -159,7 +159,7 @@ def test_a_work_folder_that_is_not_ours_is_refused(monkeypatch, capsys, workspac
     given = command(workspace, tmp_path / "out", "--resume")
     if word == "finetune":
         given = ["finetune", workspace / "small", "--data", workspace / "data", "-o", tmp_path / "out"]
-        given += ["--teacher", workspace / "model"]
+        given += ["--baseline", workspace / "model"]
     refused(*run_command(monkeypatch, capsys, *given), "out.partial", "choose another output")
     assert (folder / content).read_text() == "mine"
     assert [p.name for p in folder.iterdir()] == [content]
@@ -296,14 +296,14 @@ def test_a_placeholder_typed_into_the_text_is_found_before_training(monkeypatch,
     chat = {"messages": [{"role": "user", "content": "What is <image>?"}, json.loads(ANSWER)]}
     (tmp_path / "chats.jsonl").write_text(f"{json.dumps(chat)}\n" * 4)
     given = ["finetune", workspace / "small", "--data", tmp_path / "chats.jsonl", "-o", tmp_path / "out"]
-    given += ["--teacher", workspace / "model", "--eval-records", 1]
+    given += ["--baseline", workspace / "model", "--eval-samples", 1]
     refused(*run_command(monkeypatch, capsys, *given), "1 times <image>", "line 1")
 
 
 OPTIONS = {
     "a device that computes nothing": (["--device", "meta"], "device 'meta'"),
     "a processor that there is not": (["--device", "cpu:3"], "device 'cpu:3'"),
-    "chats to report on that are not there": (["--evaluate", "nowhere.jsonl"], "nowhere.jsonl"),
+    "chats to report on that are not there": (["--eval-data", "nowhere.jsonl"], "nowhere.jsonl"),
     "a spill that is a file": (["--spill", __file__], "--spill"),
     "a long name": (["-o", "x" * 300], "File name too long"),
     "an output under a file": (["-o", f"{__file__}/out"], "cannot be made"),

@@ -19,9 +19,9 @@ COMMANDS = {
     "chats to convert with": ("convert", "model", "--data", "some/chats", "-o", "out"),
     "an adapter": (*CONVERT, "--adapter", "some/adapter"),
     "a place to send to": (*CONVERT, "--push-to-hub", "some/small"),
-    "chats to report on": (*CONVERT, "--evaluate", "some/chats"),
-    "a teacher": (*FINETUNE, "--teacher", "some/model"),
-    "chats to train on": (*FINETUNE, "--data", "some/chats", "--teacher", "model"),
+    "chats to report on": (*CONVERT, "--eval-data", "some/chats"),
+    "a baseline": (*FINETUNE, "--baseline", "some/model"),
+    "chats to train on": (*FINETUNE, "--data", "some/chats", "--baseline", "model"),
     "an original": ("report", "small", "--data", "data", "--baseline", "some/model", "-o", "out"),
     "a processor": (
         "import-published",

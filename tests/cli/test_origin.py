@@ -25,7 +25,7 @@ def absolute(folder, name):
 
 
 def test_no_path_of_this_machine_is_in_a_result(folder, forks, tmp_path):
-    more = ("--evaluate", folder / "data")
+    more = ("--eval-data", folder / "data")
     ended = forks.run(*absolute(folder, "convert"), folder / "small", *more, folder="/")
     assert ended.code == 0, ended.said
     ended = forks.run(*absolute(folder, "finetune"), folder / "tuned", folder="/")
@@ -37,7 +37,7 @@ def test_no_path_of_this_machine_is_in_a_result(folder, forks, tmp_path):
     assert "Converted from `model`" in (folder / "small" / "README.md").read_text()
     assert "base_model" not in (folder / "small" / "README.md").read_text()  # which is an id of the hub
     settings = json.loads((folder / "tuned" / "finetune.json").read_text())
-    assert [settings[key] for key in ("checkpoint", "data", "teacher")] == ["small", "data", "model"]
+    assert [settings[key] for key in ("checkpoint", "data", "baseline")] == ["small", "data", "model"]
 
 
 def test_it_is_looked_for_beside_the_result(folder, forks, tmp_path):
@@ -47,12 +47,12 @@ def test_it_is_looked_for_beside_the_result(folder, forks, tmp_path):
         convert(model, processor, records, ConversionConfig(rope_dim=16, d_kv=8)), processor, folder / "small"
     )
     assert original_of(folder / "small") == str(folder / "model")
-    report = ("report", folder / "small", "--data", folder / "data", "--limit", 1, "--probe", 0)
+    report = ("report", folder / "small", "--data", folder / "data", "--samples", 1, "--layer-samples", 0)
     ended = forks.run(*report, folder="/")
     assert ended.code == 0, ended.said
     (folder / "model").rename(folder / "elsewhere")
     tune = ("finetune", folder / "small", "--data", folder / "data", "-o", folder / "out")
-    for command, option in ((report, "--baseline"), (tune, "--teacher")):
+    for command, option in ((report, "--baseline"), (tune, "--baseline")):
         ended = forks.run(*command, folder="/")
         assert ended.code == 2
         assert f"was converted from 'model', which is not beside it; give {option} MODEL" in ended.said

@@ -40,7 +40,7 @@ def conversions():
                 answered(family),
                 name="tiny & <small>",
                 findings=small.findings,
-                probed=2,
+                layer_samples=2,
             )
             made[family] = small, model, processor, page
         return made[family]
@@ -148,14 +148,14 @@ def folders(tmp_path_factory):
     model, processor = original("llava")
     save(model, processor, folder / "model")
     (folder / "data").mkdir()
-    write_chats("llava", folder / "data", split="train", count=6, seed=0)
+    write_chats("llava", folder / "data", split="train", samples=6, seed=0)
     return folder
 
 
 def test_convert_evaluates_and_report_makes_the_same_page_again(monkeypatch, capsys, folders):
     out, data = folders / "small", folders / "data"
     command = ["convert", folders / "model", "--data", data, "-o", out, "--budget", 0.3]
-    code, printed, err = run_command(monkeypatch, capsys, *command, "--evaluate", data)
+    code, printed, err = run_command(monkeypatch, capsys, *command, "--eval-data", data)
     assert code == 0, err
     result = json.loads(printed)
     first = (out / "report.html").read_text()
@@ -199,7 +199,7 @@ def test_a_conversation_goes_on(monkeypatch, capsys, folders, tmp_path):
     alone = ["generate", folders / "model", "--image", image, "--prompt", "Sure?", "--max-new-tokens", 2]
     _, once, _ = run_command(monkeypatch, capsys, *alone)
     tokens, first = json.loads(out)["prompt_tokens"], json.loads(once)["prompt_tokens"]
-    assert tokens > 2.5 * first  # three pictures, three questions and two answers
+    assert tokens > 2.5 * first  # three images, three questions and two answers
 
 
 def test_a_conversation_without_a_question_is_an_error(monkeypatch, capsys, folders):
@@ -218,7 +218,7 @@ def test_a_conversation_without_a_question_is_an_error(monkeypatch, capsys, fold
         (["chat", "MODEL"], "gradio", "chat"),
         (["report", "MODEL"], "matplotlib", "report"),
         (["demo", "--output", "OUT"], "matplotlib", "report"),
-        (["convert", "MODEL", "--data", "no", "-o", "OUT", "--evaluate", "no"], "matplotlib", "report"),
+        (["convert", "MODEL", "--data", "no", "-o", "OUT", "--eval-data", "no"], "matplotlib", "report"),
     ],
 )
 def test_a_command_says_at_once_what_it_needs(monkeypatch, capsys, tmp_path, command, package, extra):

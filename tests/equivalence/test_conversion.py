@@ -31,7 +31,7 @@ def profile(family):
 
 
 @pytest.mark.parametrize("budget", [0.6, 0.25])
-def test_a_budget_is_kept_and_allotted(family, budget):
+def test_a_budget_is_kept_and_allocated(family, budget):
     known, model, processor = profile(family)
     small = convert(model, processor, answered(family), ConversionConfig(budget=budget), profile=known)
     mla = small.mla_config
@@ -45,7 +45,7 @@ def test_a_budget_is_kept_and_allotted(family, budget):
         assert module.self_attn.kv_b_proj["text"].in_features == spec.rank
 
 
-def test_a_size_that_is_given_stays_and_the_other_is_allotted(family):
+def test_a_size_that_is_given_stays_and_the_other_is_allocated(family):
     known, model, processor = profile(family)
     config = ConversionConfig(budget=0.5, rope_dim=32)
     mla = convert(model, processor, answered(family), config, profile=known).mla_config

@@ -90,7 +90,7 @@ def test_assisted_decoding_gives_the_tokens_of_plain_decoding(mla, family):
 
 def test_several_samples_per_prompt(mla, family):
     model, processor = mla(family)
-    # one picture a row at most: transformers 5.16 repeats pictures, not rows of pictures
+    # one image a row at most: transformers 5.16 repeats images, not rows of images
     inputs = prompt_inputs(family, processor, ["image", "text", "image"])
     output = model.generate(
         **inputs,
@@ -122,8 +122,8 @@ def test_second_turn_with_an_image_over_the_cache_is_the_whole_chat(mla, family,
 
 
 def only_second_image(model, inputs):
-    """Inputs of a second turn over a cache: all tokens, but pixels of the new picture alone."""
-    if "image_grid_thw" in inputs:  # transformers finds multimodal positions from the grids of all pictures
+    """Inputs of a second turn over a cache: all tokens, but pixels of the new image alone."""
+    if "image_grid_thw" in inputs:  # transformers finds multimodal positions from the grids of all images
         inputs = with_positions(model, inputs)
         inputs["pixel_values"] = inputs["pixel_values"][int(inputs["image_grid_thw"][0].prod()) :]
         inputs["image_grid_thw"] = inputs["image_grid_thw"][1:]

@@ -43,7 +43,7 @@ def base_model(family):
 
 
 def with_token_types(family, inputs):
-    """Qwen2.5-VL in transformers 5 reads from these where the pictures are."""
+    """Qwen2.5-VL in transformers 5 reads from these where the images are."""
     if family == "qwen2_5_vl":
         is_image = inputs["input_ids"] == base_model(family).config.image_token_id
         inputs["mm_token_type_ids"] = is_image.long()
@@ -56,12 +56,12 @@ def golden_inputs(family):
 
 
 def calibration_batches(family):
-    """The 24 batches of two samples, one sample at a time; sizes of pictures are those of the inputs."""
+    """The 24 batches of two samples, one sample at a time; sizes of images are those of the inputs."""
     data = golden(family)
     batches = []
     for ids, pixels in zip(data["calib.input_ids"], data["calib.pixel_values"].float(), strict=True):
         if family == "qwen2_5_vl":
-            pixels = pixels.unflatten(0, (2, -1))  # 24 patches a picture, all in one list
+            pixels = pixels.unflatten(0, (2, -1))  # 24 patches an image, all in one list
         for row in range(2):
             batch = {"input_ids": ids[row : row + 1]}
             batch["attention_mask"] = torch.ones_like(batch["input_ids"])

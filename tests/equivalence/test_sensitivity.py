@@ -1,4 +1,4 @@
-"""What gradients foretell of a layer's errors is what the model does, where errors are small."""
+"""What gradients predict of a layer's errors is what the model does, where errors are small."""
 
 import itertools
 
@@ -31,7 +31,7 @@ def test_sketches_are_the_metric_of_probabilities_on_the_mean():
 
 
 @pytest.mark.parametrize("index", [0, 3])
-def test_small_errors_cost_what_is_foretold(family, index):
+def test_small_errors_cost_what_is_predicted(family, index):
     model, processor = original(family)
     visual = get_family(model.config.model_type).visual_token_ids(model.config)
     batches, _ = encode_split(model, processor, answered(family), ConversionConfig())
@@ -50,7 +50,7 @@ def test_small_errors_cost_what_is_foretold(family, index):
     begin_gradients(model, chats, states, "original", sketches=SKETCHES)
     for number in reversed(range(index, len(layers))):
         found = project_errors(layers[number], number, chats, states, "original", [changed])
-    foretold = found[0].square().sum(-1) / (2 * SKETCHES)
+    predicted = found[0].square().sum(-1) / (2 * SKETCHES)
 
     def log_probs(stream, number):
         hidden = states[stream, len(layers), number]
@@ -61,6 +61,6 @@ def test_small_errors_cost_what_is_foretold(family, index):
         measured = [
             float(kl_sum(log_probs("changed", n), log_probs("original", n))) for n in range(len(chats))
         ]
-    assert foretold.tolist() == pytest.approx(measured, rel=0.5)
-    assert float(foretold.sum()) == pytest.approx(sum(measured), rel=0.2)
+    assert predicted.tolist() == pytest.approx(measured, rel=0.5)
+    assert float(predicted.sum()) == pytest.approx(sum(measured), rel=0.2)
     assert all(parameter.grad is None for parameter in model.parameters())

@@ -36,7 +36,7 @@ def checkpoints(tmp_path_factory):
             model.save_pretrained(folder / "model", max_shard_size="3MB")
             processor.save_pretrained(folder / "model")
             (folder / "data").mkdir()
-            write_chats(family, folder / "data", split="train", count=5, seed=0)
+            write_chats(family, folder / "data", split="train", samples=5, seed=0)
             made[family] = folder
         return made[family]
 
@@ -48,7 +48,7 @@ def chats(folder):
 
 
 def assert_same(found, expected):
-    """Two models of the same weights, bit by bit, and of the same configuration."""
+    """Two models of the same weights, bit-identical, and of the same configuration."""
     state, wanted = found.state_dict(), expected.state_dict()
     assert state.keys() == wanted.keys()
     assert not [key for key in wanted if not torch.equal(state[key], wanted[key])]
@@ -63,7 +63,7 @@ def test_it_is_the_conversion_in_memory(family, factorization, checkpoints, tmp_
 
 
 @pytest.mark.parametrize("factorization", ["output-weighted", "md-svd"])
-def test_a_budget_is_allotted_as_in_memory(family, factorization, checkpoints, tmp_path):
+def test_a_budget_is_allocated_as_in_memory(family, factorization, checkpoints, tmp_path):
     small = assert_streamed_alike(
         checkpoints(family), tmp_path, budget=0.3, factorization=factorization, rope_selection="mkl"
     )
@@ -147,7 +147,7 @@ def unbroken(forks, checkpoints, tmp_path_factory):
 
 @pytest.fixture
 def assert_resumed(forks, checkpoints, unbroken, tmp_path):
-    """A run that is killed as a file gets its name goes on to what an unbroken one makes."""
+    """A run that is killed as a file gets its name resumes to what an unbroken one makes."""
 
     def check(place, sizes, *more, times=1):
         output = tmp_path / "small"
@@ -215,7 +215,7 @@ def launched(arguments):
 def test_two_processes_give_what_one_gives(sizes, forks, checkpoints, tmp_path):
     folder, data = checkpoints(FAMILY), tmp_path / "data"
     data.mkdir()
-    write_chats(FAMILY, data, split="train", count=10, seed=3)
+    write_chats(FAMILY, data, split="train", samples=10, seed=3)
     arguments = ("convert", folder / "model", "--data", data, *sizes, "-o")
     alone = forks.run(*arguments, tmp_path / "one", folder=tmp_path)
     assert alone.code == 0, alone.said
@@ -258,7 +258,7 @@ def test_an_adapter_is_merged_first(checkpoints, tmp_path, monkeypatch, capsys):
     peft = pytest.importorskip("peft")
     folder, data = checkpoints(FAMILY), tmp_path / "data"
     data.mkdir()
-    write_chats(FAMILY, data, split="train", count=6, seed=3)
+    write_chats(FAMILY, data, split="train", samples=6, seed=3)
     names = r".*language_model.*\.(q|k|v|gate)_proj"
     torch.manual_seed(0)
     config = peft.LoraConfig(r=4, lora_alpha=16, target_modules=names, init_lora_weights=False)
@@ -348,21 +348,21 @@ def test_a_full_disk_is_said_and_what_was_done_is_kept(forks, checkpoints, tmp_p
 
 
 @pytest.mark.parametrize("sizes", [SIZES, ("--budget", "0.25")])
-def test_a_dry_run_foretells_sizes(monkeypatch, capsys, family, sizes, checkpoints, tmp_path):
+def test_a_dry_run_estimates_sizes(monkeypatch, capsys, family, sizes, checkpoints, tmp_path):
     folder = checkpoints(family)
     arguments = command(folder, tmp_path / "small", sizes=sizes)
     code, out, err = run_command(monkeypatch, capsys, *arguments, "--dry-run")
     assert code == 0, err
     assert not list(tmp_path.iterdir())
-    foretold = json.loads(out)
+    predicted = json.loads(out)
     code, out, err = run_command(monkeypatch, capsys, *arguments)
     assert code == 0, err
     found = json.loads(out)
     for name in ("bytes_per_token", "bytes_per_token_original"):
-        assert foretold[name] == found[name]
+        assert predicted[name] == found[name]
     size = sum(path.stat().st_size for path in (tmp_path / "small").glob("*.safetensors"))
-    assert foretold["output_bytes"] == pytest.approx(size, rel=0.02)
-    assert foretold["phases"].keys() == found["seconds"].keys()
+    assert predicted["output_bytes"] == pytest.approx(size, rel=0.02)
+    assert predicted["phases"].keys() == found["seconds"].keys()
 
 
 def test_a_dry_run_refuses_what_conversion_would(checkpoints):

@@ -22,7 +22,7 @@ TEXT_ONLY = Record(messages=[{"role": "user", "content": "Hello."}, {"role": "as
 
 
 def records(name, count=6):
-    chats = sample_chats(name, split="train", count=count, seed=4)
+    chats = sample_chats(name, split="train", samples=count, seed=4)
     return [Record(messages=chat.messages, images=chat.images) for chat in chats]
 
 

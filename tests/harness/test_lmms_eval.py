@@ -36,11 +36,11 @@ def zoo(request, harness, tmp_path_factory):
     """A zoo model's name, its conversion on disk, and a task of held-out chats with its records."""
     name, folder = request.param, tmp_path_factory.mktemp(request.param)
     model, processor = load(f"zoo:{name}", dtype=torch.float32), load_processor(f"zoo:{name}")
-    chats = zoo_records(name, split="train", count=24, seed=1)
+    chats = zoo_records(name, split="train", samples=24, seed=1)
     sizes = ConversionConfig(rope_dim=16, d_kv=8)  # small enough that answers change
     save(convert(model, processor, chats, sizes), processor, folder / "small")
     (folder / "data").mkdir()
-    data = write_chats(name, folder / "data", split="test", count=CHATS, seed=0)
+    data = write_chats(name, folder / "data", split="test", samples=CHATS, seed=0)
     ended = harness.run("task", data, "-o", folder / "task", "--name", "held_out_digits", folder=folder)
     assert ended.code == 0, ended.said
     return name, folder, load_records(data)
@@ -125,7 +125,7 @@ def test_a_text_ends_at_the_first_stop():
 def test_video_and_audio_are_refused():
     for kind in ("video", "audio"):
         chat = [{"role": "user", "content": [{"type": kind, "url": "a.bin"}]}]
-        with pytest.raises(InputError, match="pictures and text"):
+        with pytest.raises(InputError, match="images and text"):
             chat_record(chat)
-    picture = [{"role": "user", "content": [{"type": "image", "url": Image.new("RGB", (8, 8))}]}]
-    assert len(chat_record(picture).images) == 1
+    image = [{"role": "user", "content": [{"type": "image", "url": Image.new("RGB", (8, 8))}]}]
+    assert len(chat_record(image).images) == 1

@@ -43,7 +43,7 @@ class Client:
         self.http = httpx.Client(base_url=address, timeout=60)
         self.functions = {d["api_name"]: d["id"] for d in self.http.get("/config").json()["dependencies"]}
 
-    def upload(self, data, name="picture.png"):
+    def upload(self, data, name="image.png"):
         """Give it a file; what stands for it from then on."""
         path = self.http.post("/gradio_api/upload", files={"files": (name, data)}).json()[0]
         return {"path": path, "orig_name": name, "meta": {"_type": "gradio.FileData"}}
@@ -110,13 +110,13 @@ def crowd(address, count):
                 client.leave()
 
 
-def pictures_in(folder):
-    """Names of the pictures, of any kind, in a folder and those within."""
+def images_in(folder):
+    """Names of the images, of any kind, in a folder and those within."""
     return [path.name for path in folder.rglob("*") if path.suffix in (".png", ".webp")]
 
 
 def png(width, height):
-    """Bytes of a picture."""
+    """Bytes of an image."""
     file = io.BytesIO()
     Image.new("1", (width, height)).save(file, "PNG")
     return file.getvalue()

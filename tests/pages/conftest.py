@@ -20,16 +20,16 @@ def checkpoint(tmp_path_factory):
     """Folder of `zoo:qwen2_5_vl` converted to 37.5% of its cache."""
     folder = tmp_path_factory.mktemp("pages") / "small"
     model, processor = load(f"zoo:{NAME}"), load_processor(f"zoo:{NAME}")
-    records = zoo_records(NAME, split="train", count=24, seed=1)
+    records = zoo_records(NAME, split="train", samples=24, seed=1)
     save(convert(model, processor, records, ConversionConfig(rope_dim=32, d_kv=16)), processor, folder)
     return folder
 
 
 @pytest.fixture(scope="session")
-def pictures(tmp_path_factory):
-    """Folder of chats and their pictures."""
-    folder = tmp_path_factory.mktemp("pictures")
-    write_chats(NAME, folder, split="test", count=6, seed=0)
+def images(tmp_path_factory):
+    """Folder of chats and their images."""
+    folder = tmp_path_factory.mktemp("images")
+    write_chats(NAME, folder, split="test", samples=6, seed=0)
     return folder
 
 

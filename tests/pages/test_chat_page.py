@@ -1,4 +1,4 @@
-"""The chat page as a person uses it: a picture, a question, two answers and the bytes behind them."""
+"""The chat page as a person uses it: an image, a question, two answers and the bytes behind them."""
 
 import re
 import socket
@@ -36,8 +36,8 @@ def value(browser, element):
 def upload(browser, path):
     """Give the page a file."""
     wait = WebDriverWait(browser, 60)
-    wait.until(lambda b: b.find_elements(By.CSS_SELECTOR, "#picture input[type=file]"))
-    browser.find_element(By.CSS_SELECTOR, "#picture input[type=file]").send_keys(str(path))
+    wait.until(lambda b: b.find_elements(By.CSS_SELECTOR, "#image input[type=file]"))
+    browser.find_element(By.CSS_SELECTOR, "#image input[type=file]").send_keys(str(path))
 
 
 def ask(browser, question):
@@ -46,8 +46,8 @@ def ask(browser, question):
     browser.find_element(By.CSS_SELECTOR, "#ask").click()
 
 
-def test_both_models_answer_and_the_bytes_are_those_of_their_caches(browser, page, checkpoint, pictures):
-    record = load_records(pictures / "chats.jsonl")[0]
+def test_both_models_answer_and_the_bytes_are_those_of_their_caches(browser, page, checkpoint, images):
+    record = load_records(images / "chats.jsonl")[0]
     question, image = message_text(record.messages[0]), record.images[0]
     browser.get(page)
     upload(browser, image)
@@ -75,17 +75,17 @@ def shown(browser, text):
 
 
 @pytest.mark.parametrize("name", ["notes.png", "many.png"])
-def test_a_picture_that_cannot_be_used_is_refused_with_the_reason(browser, page, pictures, tmp_path, name):
-    (tmp_path / "notes.png").write_text("no picture")
+def test_an_image_that_cannot_be_used_is_refused_with_the_reason(browser, page, images, tmp_path, name):
+    (tmp_path / "notes.png").write_text("no image")
     Image.new("1", (13_000, 13_000)).save(tmp_path / "many.png")
     says = {"notes.png": "it is none of PNG, JPEG", "many.png": "has 13000 x 13000 pixels"}[name]
     browser.get(page)
-    upload(browser, load_records(pictures / "chats.jsonl")[0].images[0])
+    upload(browser, load_records(images / "chats.jsonl")[0].images[0])
     WebDriverWait(browser, 60).until(lambda b: b.find_elements(By.CSS_SELECTOR, "#preview img"))
-    browser.find_element(By.CSS_SELECTOR, "#picture button[aria-label='Clear']").click()
+    browser.find_element(By.CSS_SELECTOR, "#image button[aria-label='Clear']").click()
     upload(browser, tmp_path / name)
     shown(browser, says)
-    assert not browser.find_elements(By.CSS_SELECTOR, "#preview img")  # of the picture before
+    assert not browser.find_elements(By.CSS_SELECTOR, "#preview img")  # of the image before
     browser.refresh()
     upload(browser, tmp_path / name)
     ask(browser, "What is this?")
@@ -108,7 +108,7 @@ def test_what_is_wrong_with_a_question_is_shown_as_it_was_written(browser, page)
     shown(browser, "<|image_pad|>")
 
 
-def test_an_example_fills_picture_and_question(browser, page):
+def test_an_example_fills_image_and_question(browser, page):
     browser.get(page)
     WebDriverWait(browser, 60).until(lambda b: b.find_elements(By.CSS_SELECTOR, "tbody tr.tr-body"))
     browser.find_element(By.CSS_SELECTOR, "tbody tr.tr-body").click()

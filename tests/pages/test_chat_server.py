@@ -7,7 +7,7 @@ import threading
 import time
 
 import pytest
-from chat_client import Client, Server, crowd, pictures_in, png
+from chat_client import Client, Server, crowd, images_in, png
 from helpers import free_port, original, run_command
 
 from mha2mla_vlm.errors import InputError
@@ -46,12 +46,12 @@ def test_a_question_that_comes_past_the_page_is_refused(client, question, says):
     ],
     ids=["many pixels", "empty", "svg"],
 )
-def test_a_picture_is_refused_with_the_reason(client, function, data, says):
-    picture = client.upload(data)
-    assert says in client.said(function, *([picture, "What is this?"] if function == "ask" else [picture]))
+def test_an_image_is_refused_with_the_reason(client, function, data, says):
+    image = client.upload(data)
+    assert says in client.said(function, *([image, "What is this?"] if function == "ask" else [image]))
 
 
-def test_a_picture_of_any_shape_has_a_preview(client):
+def test_an_image_of_any_shape_has_a_preview(client):
     for width, height in ((1, 1), (3000, 1), (20_000, 10)):
         assert client.said("_preview", client.upload(png(width, height))) == ""
 
@@ -80,14 +80,14 @@ def test_many_may_wait_but_not_more(server):
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
-def test_no_picture_stays_on_the_disk(endless, tmp_path, name):
-    """Also when it ends while the model answers and while a picture is being sent."""
+def test_no_image_stays_on_the_disk(endless, tmp_path, name):
+    """Also when it ends while the model answers and while an image is being sent."""
     server = Server(endless, tmp_path / "tmp", "--max-new-tokens", 1500)
     client = Client(server.address)
-    picture = client.upload(png(60, 60))
-    client.said("_preview", picture)
-    assert {"picture.png", "image.webp"} <= set(pictures_in(server.folder))
-    assert client.send("ask", picture, "What is this?").status_code == 200
+    image = client.upload(png(60, 60))
+    client.said("_preview", image)
+    assert {"image.png", "image.webp"} <= set(images_in(server.folder))
+    assert client.send("ask", image, "What is this?").status_code == 200
     events = client.events()
     assert any(event["msg"] == "process_generating" for event in events)
     with socket.create_connection(("127.0.0.1", server.port)) as half:
@@ -108,7 +108,7 @@ def test_no_picture_stays_on_the_disk(endless, tmp_path, name):
     assert not [path for path in server.folder.rglob("*") if path.is_file()]
 
 
-def test_a_picture_is_not_kept_for_ever_while_the_page_is_served(tmp_path, monkeypatch):
+def test_an_image_is_not_kept_for_ever_while_the_page_is_served(tmp_path, monkeypatch):
     monkeypatch.setattr(page, "KEPT", (1, 15))
     monkeypatch.setenv(FOLDER, str(tmp_path / "uploads"))
     (tmp_path / "example.png").write_bytes(png(60, 60))
@@ -118,17 +118,17 @@ def test_a_picture_is_not_kept_for_ever_while_the_page_is_served(tmp_path, monke
     _, address, _ = blocks.launch(prevent_thread_lock=True, quiet=True, server_port=free_port())
     try:
         client = Client(address)
-        picture = client.upload(png(80, 80))
-        assert client.said("_preview", picture) == ""
-        assert client.said("ask", picture, "What is this?") == ""
+        image = client.upload(png(80, 80))
+        assert client.said("_preview", image) == ""
+        assert client.said("ask", image, "What is this?") == ""
         example = client.result("load_example", 0)[0]["value"]
         assert client.said("ask", example, "What is this?") == ""
-        assert len(pictures_in(tmp_path / "uploads")) == 2
+        assert len(images_in(tmp_path / "uploads")) == 2
         end = time.monotonic() + 60
-        while pictures_in(tmp_path / "uploads"):
+        while images_in(tmp_path / "uploads"):
             assert time.monotonic() < end
             time.sleep(0.5)
-        assert "is not kept any longer; give it again" in client.said("ask", picture, "What is this?")
+        assert "is not kept any longer; give it again" in client.said("ask", image, "What is this?")
         example = client.result("load_example", 0)[0]["value"]
         assert client.said("ask", example, "And this?") == ""
     finally:

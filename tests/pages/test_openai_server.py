@@ -17,9 +17,9 @@ pytestmark = pytest.mark.pages
 
 
 @pytest.fixture(scope="module")
-def asked(pictures):
-    """A question about a picture, and both as a record and as a message."""
-    record = load_records(pictures / "chats.jsonl")[0]
+def asked(images):
+    """A question about an image, and both as a record and as a message."""
+    record = load_records(images / "chats.jsonl")[0]
     question, image = "Read all digits.", record.images[0]
     data = base64.b64encode(image.read_bytes()).decode()
     parts = [{"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}}]
@@ -42,7 +42,7 @@ def client(checkpoint, serve):
     return OpenAI(base_url=serve(*program, path="/health") + "/v1", api_key="-")
 
 
-def test_it_answers_about_a_picture(client, checkpoint, asked):
+def test_it_answers_about_an_image(client, checkpoint, asked):
     record, messages = asked
     wanted = answer(load(checkpoint), load_processor(checkpoint), record, max_new_tokens=24)
     given = {"model": str(checkpoint), "messages": messages, "max_tokens": 24, "temperature": 0}
@@ -57,7 +57,7 @@ def test_it_answers_about_a_picture(client, checkpoint, asked):
     assert "".join(pieces).strip() == wanted.text
 
 
-def test_it_goes_on_after_a_bad_picture(client, checkpoint, asked):
+def test_it_goes_on_after_a_bad_image(client, checkpoint, asked):
     _, messages = asked
     bad = [{"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}]
     with pytest.raises(APIError):

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.pages
 def report(checkpoint, tmp_path_factory):
     """The page about the converted zoo model."""
     target = tmp_path_factory.mktemp("report") / "report.html"
-    report_checkpoint(str(checkpoint), target, limit=8, probed=4)
+    report_checkpoint(str(checkpoint), target, samples=8, layer_samples=4)
     return target
 
 
@@ -23,8 +23,8 @@ def test_it_loads_alone_and_draws_everything(browser, report):
     figures = browser.find_elements(By.CSS_SELECTOR, "figure svg")
     assert len(figures) == 4
     assert all(figure.size["width"] > 300 and figure.size["height"] > 100 for figure in figures)
-    pictures = browser.find_elements(By.CSS_SELECTOR, ".example img")
-    assert all(browser.execute_script("return arguments[0].naturalWidth", picture) for picture in pictures)
+    images = browser.find_elements(By.CSS_SELECTOR, ".example img")
+    assert all(browser.execute_script("return arguments[0].naturalWidth", image) for image in images)
     assert browser.get_log("browser") == []
     messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
     asked = [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]

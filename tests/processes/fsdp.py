@@ -43,7 +43,7 @@ def main(family):
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     model, _ = random_mla(family)
     _, processor = original(family)
-    chat = next(iter(sample_chats(family, split="train", count=1, seed=2)))
+    chat = next(iter(sample_chats(family, split="train", samples=1, seed=2)))
     record = Record(messages=chat.messages, images=chat.images)
     batch = encode_with_labels(processor, [record], model.visual_token_ids)
     prompt = prompt_inputs(family, processor, ["two images"])

@@ -80,7 +80,7 @@ def converted(tmp_path_factory):
     def folder(name):
         if name not in made:
             model, processor = load(f"zoo:{name}", dtype=torch.float32), load_processor(f"zoo:{name}")
-            chats = zoo_records(name, split="train", count=24, seed=1)
+            chats = zoo_records(name, split="train", samples=24, seed=1)
             small = convert(model, processor, chats, ConversionConfig(budget=0.25))
             made[name] = save(small, processor, tmp_path_factory.mktemp(name) / "small")
         return made[name]

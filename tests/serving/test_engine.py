@@ -24,7 +24,7 @@ LONG = "Say again: " + "the digit 7 is in row 1, column 2. " * 40
 
 
 def requests(name):
-    """Twenty chats: of no, one and two pictures, short and long, the first few asked twice."""
+    """Twenty chats: of no, one and two images, short and long, the first few asked twice."""
     kinds = ["text", "image", "two images", "two turns"]
     chats = [record(name, kinds[i % 4], seed=i) for i in range(13)]
     for i, (question, count) in enumerate([(LONG, 0), (LONG, 1), (LONG[:300], 1)]):
@@ -39,8 +39,8 @@ def prompts(processor, chats):
     asked = []
     for chat in chats:
         text = processor.apply_chat_template(chat.messages, tokenize=False, add_generation_prompt=True)
-        pictures = {"multi_modal_data": {"image": chat.load_images()}} if chat.images else {}
-        asked.append({"prompt": text, **pictures})
+        images = {"multi_modal_data": {"image": chat.load_images()}} if chat.images else {}
+        asked.append({"prompt": text, **images})
     return asked
 
 
@@ -143,7 +143,7 @@ def test_video(random_folder):
     text = processor.apply_chat_template(
         [{"role": "user", "content": parts}], tokenize=False, add_generation_prompt=True
     )
-    # after a video that lasts longer than it is large, vLLM goes on at other positions than transformers does
+    # after a video that lasts longer than it is large, vLLM continues at other positions than transformers
     known = {"total_num_frames": 4, "fps": 4.0, "duration": 1.0, "frames_indices": [0, 1, 2, 3]}
     inputs = processor(
         text=[text],
@@ -181,7 +181,7 @@ def test_bfloat16_answers_as_well(converted):
     from vllm import SamplingParams
 
     folder = converted("qwen2_5_vl")
-    chats = zoo_records("qwen2_5_vl", split="test", count=12, seed=3)
+    chats = zoo_records("qwen2_5_vl", split="test", samples=12, seed=3)
     processor = load_processor(folder)
     places = [(chat, index) for chat in chats for index in chat.answers()]
     asked = [chat.before(index) for chat, index in places]

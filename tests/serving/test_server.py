@@ -20,7 +20,7 @@ QUESTION = "Read all digits."
 
 
 def message(image, question=QUESTION):
-    """A chat about a picture, as the protocol has it."""
+    """A chat about an image, as the protocol has it."""
     data = io.BytesIO()
     image.save(data, "png")
     url = "data:image/png;base64," + base64.b64encode(data.getvalue()).decode()
@@ -59,7 +59,7 @@ def text_of(found):
 
 
 @pytest.fixture(scope="module")
-def pictures():
+def images():
     return [record("qwen2_5_vl", "image", seed).load_images()[0] for seed in range(16)]
 
 
@@ -68,32 +68,32 @@ def wanted(folder, image):
     return answer(model, processor, prompt_record(QUESTION, [image]), max_new_tokens=24).text
 
 
-def test_it_answers_about_a_picture(server, pictures):
+def test_it_answers_about_an_image(server, images):
     folder, ask = server
-    right = wanted(folder, pictures[0])
-    assert text_of(ask(message(pictures[0]))) == right
-    chunks = [c.choices[0].delta.content or "" for c in ask(message(pictures[0]), stream=True) if c.choices]
+    right = wanted(folder, images[0])
+    assert text_of(ask(message(images[0]))) == right
+    chunks = [c.choices[0].delta.content or "" for c in ask(message(images[0]), stream=True) if c.choices]
     assert len(chunks) > 2
     assert "".join(chunks).strip() == right
 
 
-def test_sixteen_at_once_get_their_own_answers(server, pictures):
+def test_sixteen_at_once_get_their_own_answers(server, images):
     _, ask = server
-    one_by_one = [text_of(ask(message(picture))) for picture in pictures]
+    one_by_one = [text_of(ask(message(image))) for image in images]
     with ThreadPoolExecutor(16) as pool:
-        together = list(pool.map(lambda picture: text_of(ask(message(picture))), pictures))
+        together = list(pool.map(lambda image: text_of(ask(message(image))), images))
     assert together == one_by_one
     assert len(set(together)) > 4
 
 
-def test_bad_requests_are_refused_and_the_server_lives(server, pictures):
+def test_bad_requests_are_refused_and_the_server_lives(server, images):
     _, ask = server
-    bad = message(pictures[0])
+    bad = message(images[0])
     bad[0]["content"][0]["image_url"]["url"] = "data:image/png;base64,AAAA"
     with pytest.raises(APIStatusError) as refused:
         ask(bad)
     assert 400 <= refused.value.status_code < 500
     with pytest.raises(APIStatusError) as refused:
-        ask(message(pictures[0], "How many digits are 7? " * 200))
+        ask(message(images[0], "How many digits are 7? " * 200))
     assert 400 <= refused.value.status_code < 500
-    assert text_of(ask(message(pictures[0])))
+    assert text_of(ask(message(images[0])))

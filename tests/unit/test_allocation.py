@@ -1,4 +1,4 @@
-"""Allotment of one budget over layers: exact, and what is around it."""
+"""Allocation of one budget over layers: exact, and what is around it."""
 
 import itertools
 import random

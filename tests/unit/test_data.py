@@ -31,14 +31,14 @@ def answer(value):
     return {"role": "assistant", "content": [text(value)]}
 
 
-def picture(width=48, height=48, shade=200):
+def draw(width=48, height=48, shade=200):
     return Image.new("RGB", (width, height), (shade, 30, 90))
 
 
 @pytest.fixture
 def folder(tmp_path):
     for name, shade in (("a.png", 10), ("b.png", 250)):
-        picture(shade=shade).save(tmp_path / name)
+        draw(shade=shade).save(tmp_path / name)
     return tmp_path
 
 
@@ -59,7 +59,7 @@ def turns(human="<image>\nWhat?", gpt="A digit."):
     return [{"from": "human", "value": human}, {"from": "gpt", "value": gpt}]
 
 
-def test_lines_of_chats_are_read_in_order_with_their_pictures(folder):
+def test_lines_of_chats_are_read_in_order_with_their_images(folder):
     first = {"messages": [user(IMAGE, "What?"), answer("Ten.")], "images": ["a.png"]}
     second = {"messages": [user("Hello."), answer("Hi.")]}
     third = {"messages": [user(IMAGE, IMAGE, "Same?"), answer("No.")], "images": ["b.png", "a.png"]}
@@ -89,7 +89,7 @@ def test_content_may_be_a_plain_string(folder):
     assert record.answers() == [1]
 
 
-def test_llava_file_with_one_picture_a_list_of_pictures_and_text_only(folder):
+def test_llava_file_with_one_image_a_list_of_images_and_text_only(folder):
     one = {"id": 1, "image": "a.png", "conversations": turns() + turns("And now?", "Still.")}
     two = {"id": 2, "image": ["a.png", "b.png"], "conversations": turns("<image>\n<image>\nSame?", "No.")}
     none = {"id": 3, "conversations": turns("Hello.", "Hi.")}
@@ -111,9 +111,9 @@ def test_llava_placeholder_after_the_question_keeps_its_place(folder):
     assert record.messages[0] == user("What?", IMAGE)
 
 
-def test_before_an_answer_is_the_chat_and_the_pictures_shown_so_far():
+def test_before_an_answer_is_the_chat_and_the_images_shown_so_far():
     messages = [user(IMAGE, "One?"), answer("1"), user(IMAGE, "Two?"), answer("2")]
-    record = Record(messages=messages, images=[picture(shade=1), picture(shade=2)])
+    record = Record(messages=messages, images=[draw(shade=1), draw(shade=2)])
     first, second = (record.before(index) for index in record.answers())
     assert (len(first.messages), len(first.images)) == (1, 1)
     assert (len(second.messages), len(second.images)) == (3, 2)
@@ -175,7 +175,7 @@ def test_a_bad_llava_record_is_refused_with_file_record_and_value(folder, case):
     assert [part for part in [str(path), *wanted] if part not in str(error.value)] == []
 
 
-def test_a_truncated_picture_is_refused_by_name(folder):
+def test_a_truncated_image_is_refused_by_name(folder):
     path = folder / "broken.png"
     noise = torch.randint(0, 255, (64, 64, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     Image.fromarray(noise.numpy()).save(path)
@@ -242,11 +242,11 @@ def parts_of(name):
 def two_turns():
     messages = [user(IMAGE, "Which digit is in row 1, column 2?"), answer("7")]
     messages += [user(IMAGE, "Picture 2: Read all digits."), answer("12 34 user 5")]
-    return Record(messages=messages, images=[picture(96, 96), picture(96, 48)])
+    return Record(messages=messages, images=[draw(96, 96), draw(96, 48)])
 
 
 def short_chat():
-    return Record(messages=[user(IMAGE, "How many digits are 7?"), answer("3")], images=[picture(48, 48)])
+    return Record(messages=[user(IMAGE, "How many digits are 7?"), answer("3")], images=[draw(48, 48)])
 
 
 def text_chat():
@@ -325,7 +325,7 @@ def test_the_generation_prompt_ends_where_the_first_label_begins(name):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_chat_without_an_answer_has_no_labels(name):
     processor, visual, _ = parts_of(name)
-    record = Record(messages=[user(IMAGE, "What?")], images=[picture()])
+    record = Record(messages=[user(IMAGE, "What?")], images=[draw()])
     assert bool((encode_with_labels(processor, [record], visual)["labels"] == IGNORE_INDEX).all())
 
 

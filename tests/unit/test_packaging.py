@@ -62,7 +62,7 @@ def test_what_is_imported_later_is_in_an_extra():
 def test_what_is_declared_is_imported():
     trees = [ast.parse(path.read_text(encoding="utf-8")) for path in SOURCE.rglob("*.py")]
     used = set().union(*(imported(tree, lazily=lazily) for tree in trees for lazily in (False, True)))
-    assert declared() - used == {"torchvision"}  # transformers' processors of pictures need it
+    assert declared() - used == {"torchvision"}  # transformers' processors of images need it
 
 
 def pinned(name):

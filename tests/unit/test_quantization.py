@@ -1,4 +1,4 @@
-"""Rounding to few bits, and a layer that keeps blocks of tokens so."""
+"""Quantisation, and a layer that keeps blocks of quantised tokens."""
 
 import pytest
 import torch

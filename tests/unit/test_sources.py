@@ -26,13 +26,13 @@ def turns(human="<image>\nWhat?", gpt="A digit."):
 
 
 def llava_rows(folder):
-    """Rows as LLaVA-NeXT-Data has them: pictures as bytes, and one record without any."""
+    """Rows as LLaVA-NeXT-Data has them: images as bytes, and one record without any."""
     shown = [{"bytes": (folder / name).read_bytes(), "path": None} for name in ("a.png", "b.png")]
     rows = [{"id": str(i), "image": image, "conversations": turns()} for i, image in enumerate(shown)]
     return [*rows, {"id": "2", "image": None, "conversations": turns("What is 1 + 1?", "2")}]
 
 
-def test_parquet_with_pictures_as_bytes(folder):
+def test_parquet_with_images_as_bytes(folder):
     datasets = pytest.importorskip("datasets")
     rows = datasets.Dataset.from_list(llava_rows(folder)).cast_column("image", datasets.Image())
     (folder / "parts").mkdir()
@@ -56,17 +56,17 @@ def test_a_folder_of_datasets(folder):
 
 def test_chats_in_parquet_lose_the_keys_that_only_other_rows_have(folder):
     datasets = pytest.importorskip("datasets")
-    picture_chat = {"messages": [QUESTION, ANSWER | {"kind": "read"}], "images": ["a.png"]}
+    image_chat = {"messages": [QUESTION, ANSWER | {"kind": "read"}], "images": ["a.png"]}
     text_chat = {"messages": [ANSWER | {"role": "user"}, ANSWER], "images": []}
-    datasets.Dataset.from_list([picture_chat, text_chat]).to_parquet(folder / "chats.parquet")
+    datasets.Dataset.from_list([image_chat, text_chat]).to_parquet(folder / "chats.parquet")
     first, second = load_records(folder / "chats.parquet")
-    assert first.messages == picture_chat["messages"]
+    assert first.messages == image_chat["messages"]
     assert second.messages == text_chat["messages"]
     assert first.images == [folder / "a.png"]
 
 
 def test_bad_records_are_skipped_on_demand_and_counted(folder, caplog):
-    (folder / "broken.png").write_bytes(b"no picture")
+    (folder / "broken.png").write_bytes(b"no image")
     lines = [CHAT, "{broken", CHAT | {"images": ["broken.png"]}, CHAT | {"images": ["absent.png"]}, CHAT]
     path = folder / "data.jsonl"
     path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines))

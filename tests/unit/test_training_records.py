@@ -18,7 +18,7 @@ from mha2mla_vlm.zoo.chats import sample_chats
 def records(name, count=12):
     return [
         Record(messages=chat.messages, images=chat.images)
-        for chat in sample_chats(name, split="train", count=count, seed=4)
+        for chat in sample_chats(name, split="train", samples=count, seed=4)
     ]
 
 
@@ -63,7 +63,7 @@ def test_unreadable_chats_fail_or_are_counted(tmp_path):
     assert chosen.unreadable == 3
 
 
-def test_chats_with_and_without_pictures_in_one_batch(family):
+def test_chats_with_and_without_images_in_one_batch(family):
     """Labels of a mixed batch are those of each chat alone."""
     model, processor = original(family)
     visual = get_family(family).visual_token_ids(model.config)

@@ -60,7 +60,7 @@ def test_scans_by_digit_hold_each_scan_of_the_split_under_its_own_digit(split):
         assert {int(target[i]) for i in indices} == {digit}
 
 
-def test_a_scan_picture_is_the_scan():
+def test_a_scan_image_is_the_scan():
     scan = np.asarray(scan_image(5), dtype=float)
     np.testing.assert_allclose(scan / 255 * 16, scans()[0][5], atol=0.04)
 
@@ -107,13 +107,13 @@ def test_questions_reach_every_place_of_a_grid():
 
 def chats_behind(name):
     """The chats of a written file, made again, with the digits of their pages."""
-    return sample_chats(name, split="test", count=COUNT, seed=3)
+    return sample_chats(name, split="test", samples=COUNT, seed=3)
 
 
 @pytest.fixture(scope="module", params=FAMILY_NAMES)
 def written(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
-    return request.param, write_chats(request.param, folder, split="test", count=COUNT, seed=3)
+    return request.param, write_chats(request.param, folder, split="test", samples=COUNT, seed=3)
 
 
 def test_written_answers_are_right_for_the_pages_shown(written):
@@ -131,14 +131,14 @@ def test_written_answers_are_right_for_the_pages_shown(written):
             if len(pages) > 1:
                 number, question = re.fullmatch(r"Picture (\d): (.*)", question).groups()
                 which = int(number) - 1
-            assert which < shown, "asked about a picture not shown yet"
+            assert which < shown, "asked about an image not shown yet"
             kind = check_answer(question, answer, pages[which].digits)
             assert record.messages[place]["kind"] == kind
             kinds.append(kind)
     assert set(kinds) == set(KINDS)
 
 
-def test_every_written_record_loads_with_its_pictures(written):
+def test_every_written_record_loads_with_its_images(written):
     _, path = written
     records = load_records(path)
     assert len(records) == COUNT
@@ -165,7 +165,7 @@ def files_of(folder):
 
 @pytest.mark.parametrize("name", FAMILY_NAMES)
 def test_equal_arguments_write_equal_bytes_and_any_other_argument_does_not(name, tmp_path):
-    base = {"split": "test", "count": 6, "seed": 3}
+    base = {"split": "test", "samples": 6, "seed": 3}
     variants = {"one": {}, "again": {}, "seed": {"seed": 4}, "split": {"split": "train"}}
     for label, change in variants.items():
         (tmp_path / label).mkdir()
@@ -181,7 +181,7 @@ def test_equal_arguments_write_equal_bytes_and_any_other_argument_does_not(name,
 def test_a_longer_file_begins_with_the_shorter_one(tmp_path):
     for count in (3, 5):
         (tmp_path / str(count)).mkdir()
-        write_chats("llava", tmp_path / str(count), split="test", count=count, seed=0)
+        write_chats("llava", tmp_path / str(count), split="test", samples=count, seed=0)
     short, long = ((tmp_path / count / "chats.jsonl").read_text().splitlines() for count in ("3", "5"))
     assert long[:3] == short
     assert len(long) == 5

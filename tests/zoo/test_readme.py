@@ -9,9 +9,9 @@ README = Path(__file__).parents[2] / "README.md"
 def test_the_python_example_runs(tmp_path, monkeypatch, capsys):
     (code,) = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
     monkeypatch.chdir(tmp_path)
-    assert code.count("count=64") == 1
+    assert code.count("samples=64") == 1
     names = {}
-    exec(compile(code.replace("count=64", "count=12"), "README.md", "exec"), names)
+    exec(compile(code.replace("samples=64", "samples=12"), "README.md", "exec"), names)
     assert names["small"].mla_config.kl["factorization"] < 0.5
     assert (tmp_path / "small" / "modeling_mha2mla.py").is_file()
     assert re.fullmatch(r"[0-9 ]+", re.search(r"text='([^']*)'", capsys.readouterr().out)[1])

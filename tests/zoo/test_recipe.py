@@ -1,4 +1,4 @@
-"""The recipe trains, can be interrupted, and goes on as if it had not been."""
+"""The recipe trains, can be interrupted, and resumes as if it had not been."""
 
 import json
 import random
@@ -21,7 +21,7 @@ SHORT = Recipe(
 
 def test_an_interrupted_run_ends_as_an_unbroken_one(tmp_path, monkeypatch):
     monkeypatch.setattr(recipe_module, "SAVE_EVERY", 0.0)
-    measure = recipe_module.answer_accuracy  # of 60 pictures after each phase, most of the time
+    measure = recipe_module.answer_accuracy  # of 60 images after each phase, most of the time
     monkeypatch.setattr(
         recipe_module, "answer_accuracy", lambda *given, **_: measure(*given, count=2, seed=1)
     )

@@ -27,18 +27,18 @@ def shipped(family):
 @functools.cache
 def calibration(family):
     """Chats about training scans."""
-    return zoo_records(family, split="train", count=48, seed=1)
+    return zoo_records(family, split="train", samples=48, seed=1)
 
 
 @functools.cache
 def accuracy(family):
-    """Accuracy of the original on a sample of the pictures that docs/zoo.md counts."""
+    """Accuracy of the original on a sample of the images that docs/zoo.md counts."""
     model, processor = shipped(family)
-    return evaluate(model, processor, zoo_records(family, split="test", count=80, seed=0))
+    return evaluate(model, processor, zoo_records(family, split="test", samples=80, seed=0))
 
 
 def documented(family):
-    """Accuracies on all 500 pictures, from the table of docs/zoo.md."""
+    """Accuracies on all 500 images, from the table of docs/zoo.md."""
     text = DOCS.read_text(encoding="utf-8")
     (row,) = re.findall(rf"^\| `zoo:{family}` \|((?: [\d.]+% \|)+)$", text, re.MULTILINE)
     values = [float(cell) / 100 for cell in re.findall(r"[\d.]+", row)]
@@ -77,7 +77,7 @@ def test_full_rank_conversion_keeps_the_logits_and_the_accuracy(family):
     inputs = prompt_inputs(family, processor, ["two images"])
     expected = whole_logits(model, inputs)
     torch.testing.assert_close(whole_logits(converted, inputs), expected, atol=1e-3, rtol=1e-3)
-    measured = evaluate(converted, processor, zoo_records(family, split="test", count=80, seed=0))
+    measured = evaluate(converted, processor, zoo_records(family, split="test", samples=80, seed=0))
     assert abs(measured["exact_match"] - accuracy(family)["exact_match"]) < 0.01
 
 
@@ -110,7 +110,7 @@ def test_the_default_beats_the_published_method_at_the_same_bytes(family):
 
 def test_demo_measures_the_cache(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr("mha2mla_vlm.demo.CALIBRATION_CHATS", 32)  # of 128: a quarter of the time
-    monkeypatch.setattr("sys.argv", ["mha2mla", "demo", "--pictures", "12", "-o", str(tmp_path / "demo")])
+    monkeypatch.setattr("sys.argv", ["mha2mla", "demo", "--samples", "12", "-o", str(tmp_path / "demo")])
     with pytest.raises(SystemExit) as ended:
         main()
     output = capsys.readouterr()

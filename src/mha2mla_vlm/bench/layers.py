@@ -1,4 +1,4 @@
-"""A decoding step of the attention layers alone, original against converted, over caches of random numbers.
+"""A decoding step of the attention layers only, original against converted, over caches of random numbers.
 
 Shapes: B batch, S cached tokens, H query heads, G KV heads, D head dim, R rope dims, r latent dims.
 """
@@ -70,7 +70,7 @@ def random_caches(
 def time_attention(
     converted: PreTrainedModel, dense: LatentCache, latent: LatentCache, seconds: float
 ) -> Rows:
-    """Attention alone, from queries to the heads' outputs, over converted layers: each dense way, and ours.
+    """Attention only, from queries to the heads' outputs, over converted layers: each dense way, and ours.
 
     Ours includes what the up projections cost, which the original has behind it.
     """

@@ -69,7 +69,7 @@ def check_pair(original: PreTrainedModel, converted: PreTrainedModel) -> None:
         raise InputError(f"{converted.config.model_type} is not a converted model; convert it first")
     specs = converted.mla_config.layers(AttentionSizes.of(converted.config))
     if any(spec is not None and spec.rank is None for spec in specs):
-        raise InputError("this model has partial RoPE alone and caches no latents; convert it with --d-kv")
+        raise InputError("this model has only partial RoPE and caches no latents; convert it with --d-kv")
     if any(spec is not None and spec.at_read for spec in specs):
         raise InputError("this model rotates keys at read, for which there is no kernel to time yet")
     if getattr(original.config, "mla", None) is not None:
@@ -198,7 +198,7 @@ def prefill(
 
 
 def _tokens(model: PreTrainedModel, length: int, batch: int, start: int = 0) -> dict[str, torch.Tensor]:
-    """A prompt with visual tokens but no pictures, for which language models take as long; or one token."""
+    """A prompt with visual tokens but no images, for which language models take as long; or one token."""
     device = next(model.parameters()).device
     ids = torch.full((batch, length), 1, device=device)
     if length > 1:
@@ -233,7 +233,7 @@ def _nothing_fits(original: PreTrainedModel, converted: PreTrainedModel, batch: 
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Bytes that can be allocated; None where the system does not tell."""
+    """Bytes that can be allocated; None where the system does not report it."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:

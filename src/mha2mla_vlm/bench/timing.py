@@ -72,7 +72,7 @@ def wait(device: torch.device) -> None:
 def peak_memory(device: torch.device) -> Iterator[dict[str, int | None]]:
     """Within the context, watch memory; the dict then has `bytes`, the most that was held over the start.
 
-    On a GPU allocated memory, else the process's resident memory, or None where Linux does not tell it.
+    On a GPU allocated memory, else the process's resident memory, or None where Linux does not report it.
     """
     found: dict[str, int | None] = {"bytes": None}
     start = _reset_peak(device)

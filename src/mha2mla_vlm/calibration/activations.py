@@ -54,7 +54,7 @@ class Chat:
     """One chat: what each layer is `given` besides hidden states, what the model adds to these between layers
     (`layer_arguments`), and what its tokens are.
 
-    `visual [T]` tells visual tokens, `weights [T]` how much each counts as a query, `answers [T - 1]`
+    `visual [T]` marks visual tokens, `weights [T]` how much each counts as a query, `answers [T - 1]`
     where the next token is one of an answer.
     """
 
@@ -218,5 +218,5 @@ def attending(layer: Any, attention: nn.Module) -> Iterator[None]:
 
 
 def answer_states(chat: Chat, hidden: torch.Tensor, norm: nn.Module) -> torch.Tensor:
-    """Normed hidden states `[A, C]` that tell the answers, from those after the last layer."""
+    """Normed hidden states `[A, C]` that predict the answers, from those after the last layer."""
     return norm(hidden)[0, :-1][chat.answers]

@@ -1,4 +1,4 @@
-"""What calibration chats tell about one layer: enough to convert it to any size.
+"""What calibration chats show about one layer: enough to convert it to any size.
 
 Shapes: G KV heads, D head dim, P = D / 2 pairs, R rope dims kept.
 """

@@ -1,4 +1,4 @@
-"""What errors of a layer's attention do to the answers, foretold by gradients.
+"""What errors of a layer's attention do to the answers, predicted by gradients.
 
 To second order an answer token diverges by `d^T (diag(p) - p p^T) d / 2`, d the change of its logits and p
 its probabilities. Random signs e sketch that metric: with `u = sqrt(p) * e - p (sqrt(p) . e)` the mean of

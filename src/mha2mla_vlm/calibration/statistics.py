@@ -1,4 +1,4 @@
-"""What a calibration chat tells about one layer's attention.
+"""What a calibration chat shows about one layer's attention.
 
 Shapes: T tokens, H query heads, G KV heads, D head dim,
 P = D / 2 pairs.

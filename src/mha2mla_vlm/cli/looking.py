@@ -14,6 +14,7 @@ from mha2mla_vlm.cli.options import (
     DeviceOption,
     DType,
     DTypeOption,
+    MaxNewTokensOption,
     ModelArgument,
     OutputOption,
     finish,
@@ -26,18 +27,18 @@ from mha2mla_vlm.utils.folders import check_file
 def generate(
     checkpoint: ModelArgument,
     prompt: Annotated[str | None, typer.Option(help="The question.", show_default=False)] = None,
-    image: Annotated[list[Path] | None, typer.Option(help="A picture; repeat for several.")] = None,
+    image: Annotated[list[Path] | None, typer.Option(help="An image; repeat for several.")] = None,
     interactive: Annotated[
-        bool, typer.Option("--interactive", help="Go on with questions from standard input, a line each.")
+        bool, typer.Option("--interactive", help="Read more questions from standard input, one a line.")
     ] = False,
-    max_new_tokens: Annotated[int, typer.Option(min=1, max=LARGEST)] = 128,
+    max_new_tokens: MaxNewTokensOption = 128,
     cache_bits: CacheBitsOption = None,
     dtype: DTypeOption = DType.auto,
     device: DeviceOption = "auto",
 ) -> None:
-    """Answer questions about pictures, streamed to standard error; the result names the cache's bytes.
+    """Answer questions about images, streamed to standard error; the result has the bytes of the cache.
 
-    In a conversation a line `/image PATH` gives one more picture to the next question; an empty line ends it.
+    In a conversation a line `/image PATH` adds an image to the next question; an empty line ends it.
     """
     from mha2mla_vlm.model.cache.quantized import QuantizationConfig
     from mha2mla_vlm.serving.chat.conversation import Conversation, converse
@@ -66,7 +67,7 @@ def generate(
 
 
 def inspect(checkpoint: ModelArgument) -> None:
-    """Layers, pairs, ranks and bytes per token of a converted model."""
+    """Layers, frequency pairs, ranks and bytes per token of a converted model."""
     from mha2mla_vlm.conversion.describe import describe, print_layers
 
     description = describe(checkpoint)
@@ -78,21 +79,21 @@ def evaluate(
     checkpoint: ModelArgument,
     data: DataOption,
     baseline: Annotated[
-        str | None, typer.Option(help="Model to compare with, as folder, hub id or zoo:NAME.")
+        str | None, typer.Option(help="The original to compare with; a folder, hub id or zoo:NAME.")
     ] = None,
-    limit: Annotated[
-        int | None, typer.Option(min=1, max=LARGEST, help="Records to evaluate, at most.")
+    samples: Annotated[
+        int | None, typer.Option(min=1, max=LARGEST, help="Chats to evaluate on, at most.")
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, max=LARGEST)] = 16,
+    batch_size: Annotated[int, typer.Option(min=1, max=LARGEST, help="Chats per forward pass.")] = 16,
     dtype: DTypeOption = DType.auto,
     device: DeviceOption = "auto",
 ) -> None:
-    """Exact match of greedy answers, their cross-entropy, and the divergence from a baseline."""
+    """Exact match of greedy answers, their cross-entropy, and the KL divergence from a baseline."""
     from mha2mla_vlm.data.sources import load_records
     from mha2mla_vlm.evaluation.answers import check_baseline
     from mha2mla_vlm.evaluation.answers import evaluate as evaluate_model
 
-    records = load_records(data, limit=limit)
+    records = load_records(data, limit=samples)
     if baseline is not None:
         check_baseline(checkpoint, baseline)
     model, processor = load_model(checkpoint, dtype, device)
@@ -103,17 +104,20 @@ def evaluate(
 def report(
     checkpoint: ModelArgument,
     data: Annotated[
-        str | None, typer.Option(help="Held-out chats; of a zoo model 100 are made.", show_default=False)
+        str | None, typer.Option(help="Held-out chats; for a zoo model 100 are made.", show_default=False)
     ] = None,
     baseline: Annotated[
-        str | None, typer.Option(help="The original; else the one it was converted from.", show_default=False)
+        str | None,
+        typer.Option(help="The original; else the model it was converted from.", show_default=False),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="The page.  [default: CHECKPOINT/report.html]")
+        Path | None, typer.Option("--output", "-o", help="File to write.  [default: CHECKPOINT/report.html]")
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, max=LARGEST, help="Chats, at most.")] = None,
-    probe: Annotated[
-        int, typer.Option(min=0, max=LARGEST, help="Chats to measure each layer alone on; 0 leaves that out.")
+    samples: Annotated[
+        int | None, typer.Option(min=1, max=LARGEST, help="Chats to evaluate on, at most.")
+    ] = None,
+    layer_samples: Annotated[
+        int, typer.Option(min=0, max=LARGEST, help="Chats to measure the loss of each layer on; 0 skips it.")
     ] = 16,
     dtype: DTypeOption = DType.auto,
     device: DeviceOption = "auto",
@@ -124,20 +128,19 @@ def report(
     target = output or Path(checkpoint) / "report.html"
     if output is not None:
         check_file(output)
-    given: dict[str, Any] = {"data": data, "baseline": baseline, "limit": limit, "probed": probe}
+    given: dict[str, Any] = {"data": data, "baseline": baseline}
+    given |= {"samples": samples, "layer_samples": layer_samples}
     page = report_checkpoint(checkpoint, target, **given, dtype=dtype.value, device=device)
     finish({"report": str(target), **page.quality})
 
 
 def task(
-    data: Annotated[str, typer.Argument(help="Chats, as --data of the others.", show_default=False)],
+    data: Annotated[str, typer.Argument(help="Chats, as --data of other commands.", show_default=False)],
     output: OutputOption,
     name: Annotated[str, typer.Option(help="Name of the task.", show_default=False)],
-    max_new_tokens: Annotated[
-        int, typer.Option(min=1, max=LARGEST, help="Length of an answer, at most.")
-    ] = 32,
+    max_new_tokens: MaxNewTokensOption = 32,
 ) -> None:
-    """Make chats a task of lmms-eval: every answer a question, exact match the measure."""
+    """Make an lmms-eval task of chats: one question for every answer, scored by exact match."""
     from mha2mla_vlm.data.sources import load_records
     from mha2mla_vlm.evaluation.lmms_eval.task import write_task
     from mha2mla_vlm.utils.folders import new_folder
@@ -160,11 +163,11 @@ def chat(
         int | None, typer.Option(min=1, max=65535, help="[default: the first free from 7860]")
     ] = None,
     browser: Annotated[bool, typer.Option(help="Open the page in a browser.")] = True,
-    max_new_tokens: Annotated[int, typer.Option(min=1, max=LARGEST)] = 128,
+    max_new_tokens: MaxNewTokensOption = 128,
     dtype: DTypeOption = DType.auto,
     device: DeviceOption = "auto",
 ) -> None:
-    """Serve a page to ask a model about pictures, beside its original."""
+    """Serve a page that asks a model about images, beside its original."""
     need("gradio", "chat", "the page")
     from mha2mla_vlm.evaluation.answers import check_baseline
     from mha2mla_vlm.model.checkpoint import load_config

@@ -49,9 +49,7 @@ for _command in (evaluate, generate, inspect, report, chat, task):
 
 @app.callback()
 def options(
-    debug: Annotated[
-        bool, typer.Option("--debug", help="Show where an error of the system happened.")
-    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show where a system error happened.")] = False,
 ) -> None:
     """Convert vision-language models to multi-head latent attention."""
 
@@ -59,9 +57,7 @@ def options(
 @app.command()
 def demo(
     model: Annotated[str, typer.Option(help="Name of a zoo model.")] = "qwen2_5_vl",
-    pictures: Annotated[
-        int, typer.Option(min=1, max=LARGEST, help="Held-out pictures to evaluate on.")
-    ] = 100,
+    samples: Annotated[int, typer.Option(min=1, max=LARGEST, help="Held-out chats to evaluate on.")] = 100,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for the figures.")] = None,
     device: DeviceOption = "auto",
 ) -> None:
@@ -70,7 +66,7 @@ def demo(
         check_output(output)
     from mha2mla_vlm.demo import print_table, run_demo
 
-    result = run_demo(model, pictures=pictures, output=output, device=device)
+    result = run_demo(model, samples=samples, output=output, device=device)
     print_table(result)
     finish(result)
 
@@ -86,7 +82,7 @@ def convert(
     resume: ResumeOption = False,
     spill: SpillOption = None,
     push_to_hub: PushOption = None,
-    evaluate: Annotated[
+    eval_data: Annotated[
         str | None,
         typer.Option(help="Held-out chats to write OUTPUT/report.html about.", show_default=False),
     ] = None,
@@ -94,13 +90,13 @@ def convert(
     device: DeviceOption = "auto",
     **options: Any,
 ) -> None:
-    """Convert a model without training; a fifth of the chats is held out to measure the loss.
+    """Convert a model without training; a fifth of the chats is held out to measure the KL.
 
     One layer at a time is in memory, and an interrupted run can be resumed.
     """
     check_output(output)
-    if evaluate is not None:
-        need("matplotlib", "report", "--evaluate")
+    if eval_data is not None:
+        need("matplotlib", "report", "--eval-data")
     from mha2mla_vlm.conversion.plan import plan
     from mha2mla_vlm.data.sources import load_records
     from mha2mla_vlm.model.card import check_repository
@@ -109,12 +105,12 @@ def convert(
 
     config = ConversionConfig(**{key: value for key, value in options.items() if value is not None})
     plan(load_config(model), config)
-    if evaluate is not None:
-        load_records(evaluate, limit=1)
+    if eval_data is not None:
+        load_records(eval_data, limit=1)
     check_repository(push_to_hub)
     target, records = join_processes(pick_device(device)), load_records(data, limit=config.samples)
     if dry_run:
-        _foretell(model, records, config, dtype, target)
+        _print_estimate(model, records, config, dtype, target)
         return
     streamed = {"resume": resume, "spill": spill, "dtype": dtype.value, "device": target}
     how: dict[str, Any] = {"dtype": dtype.value, "device": device}
@@ -123,12 +119,12 @@ def convert(
             (model, adapter, records, output, config),
             streamed,
             lambda source, result: _finish_conversion(
-                output, push_to_hub, result, lambda: _report(evaluate, source, output, how)
+                output, push_to_hub, result, lambda: _report(eval_data, source, output, how)
             ),
         )
 
 
-def _foretell(model: str, records: Any, config: Any, dtype: DType, device: Any) -> None:
+def _print_estimate(model: str, records: Any, config: Any, dtype: DType, device: Any) -> None:
     from mha2mla_vlm.conversion.estimate import predict, print_prediction
 
     prediction = predict(model, records, config, dtype=dtype.value, device=device)
@@ -192,13 +188,13 @@ def finetune(
     eval_data: Annotated[
         str | None, typer.Option(help="Chats to measure on; else some are held out.", show_default=False)
     ] = None,
-    teacher: Annotated[
+    baseline: Annotated[
         str | None,
         typer.Option(help="Original to learn from; else the one it was converted from.", show_default=False),
     ] = None,
     **options: Any,
 ) -> None:
-    """Train a converted model on chats; an interrupted run goes on where it stopped.
+    """Train a converted model on chats; an interrupted run is resumed where it stopped.
 
     Run it under `accelerate launch` for many processes.
     """
@@ -207,7 +203,7 @@ def finetune(
     from mha2mla_vlm.training.run import finetune as finetune_model
     from mha2mla_vlm.training.run import is_main_process
 
-    result = finetune_model(checkpoint, data, output, recipe, eval_data=eval_data, teacher=teacher)
+    result = finetune_model(checkpoint, data, output, recipe, eval_data=eval_data, baseline=baseline)
     if is_main_process():
         finish(result)
 
@@ -220,7 +216,7 @@ def bench(
         list[int] | None,
         typer.Option(min=2, max=LARGEST, help="Tokens; repeat for several.  [default: 1k, 4k, 16k, 64k]"),
     ] = None,
-    batch: Annotated[
+    batch_size: Annotated[
         list[int] | None,
         typer.Option(min=1, max=LARGEST, help="Batch size; repeat for several.  [default: 1, 8]"),
     ] = None,
@@ -249,7 +245,7 @@ def bench(
             original,
             converted,
             contexts=context or CONTEXTS,
-            batches=batch or BATCHES,
+            batches=batch_size or BATCHES,
             seconds=seconds,
             quantization=quantization,
         )

@@ -18,7 +18,7 @@ LARGEST = 2**31 - 1  # of whole numbers: beyond, one library or another fails
 
 
 class DType(StrEnum):
-    """Number formats of weights."""
+    """Data types of weights."""
 
     auto = "auto"
     float32 = "float32"
@@ -41,28 +41,27 @@ DataOption = Annotated[
     ),
 ]
 DryRunOption = Annotated[
-    bool, typer.Option("--dry-run", help="Foretell sizes, memory, disk and time, and stop.")
+    bool, typer.Option("--dry-run", help="Estimate sizes, memory, disk and time, and stop.")
 ]
 AdapterOption = Annotated[
     str | None,
-    typer.Option(help="Adapter (LoRA, by peft) of the model to merge into it first.", show_default=False),
+    typer.Option(help="LoRA adapter (peft) to merge into the model first.", show_default=False),
 ]
-ResumeOption = Annotated[
-    bool, typer.Option("--resume", help="Go on where an earlier run to this output was interrupted.")
-]
+ResumeOption = Annotated[bool, typer.Option("--resume", help="Resume an interrupted run to this output.")]
 SpillOption = Annotated[
     Path | None, typer.Option(help="Folder for hidden states.  [default: beside the output]")
 ]
 PushOption = Annotated[
-    str | None, typer.Option(help="Repository of the hub to send the result to.", show_default=False)
+    str | None, typer.Option(help="Hub repository to send the result to.", show_default=False)
 ]
 OutputOption = Annotated[
     Path, typer.Option("--output", "-o", help="Folder to write; new or empty.", show_default=False)
 ]
+MaxNewTokensOption = Annotated[int, typer.Option(min=1, max=LARGEST, help="Tokens of an answer, at most.")]
 CacheBitsOption = Annotated[
-    int | None, typer.Option(help="8, 4 or 2: keep the cache in so many bits.  [default: as the weights]")
+    int | None, typer.Option(help="Quantise the cache to 8, 4 or 2 bits.  [default: not quantised]")
 ]
-DTypeOption = Annotated[DType, typer.Option(help="Number format to run in; auto is the stored one.")]
+DTypeOption = Annotated[DType, typer.Option(help="Data type to run in; auto is the stored one.")]
 DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.")]
 
 

@@ -24,7 +24,7 @@ def zoo_data(
     name: Annotated[str, typer.Argument(help="Name of a zoo model.", show_default=False)],
     output: OutputOption,
     split: Annotated[SplitName, typer.Option(help="Scans to draw from.")] = SplitName.test,
-    count: Annotated[int, typer.Option(min=1, max=LARGEST, help="Chats to write.")] = 500,
+    samples: Annotated[int, typer.Option(min=1, max=LARGEST, help="Chats to write.")] = 500,
     seed: Annotated[int, typer.Option(help="Equal arguments write equal bytes.")] = 0,
 ) -> None:
     """Write chats about pages of handwritten digits as JSONL and PNG files."""
@@ -34,8 +34,8 @@ def zoo_data(
 
     bare = check_name(name)
     with new_folder(output) as folder:
-        path = write_chats(bare, folder, split=split.value, count=count, seed=seed)
-    finish({"data": str(output / path.name), "records": count, "split": split.value, "seed": seed})
+        path = write_chats(bare, folder, split=split.value, samples=samples, seed=seed)
+    finish({"data": str(output / path.name), "records": samples, "split": split.value, "seed": seed})
 
 
 @zoo_app.command("build")
@@ -45,7 +45,7 @@ def zoo_build(
     minutes: Annotated[float | None, typer.Option(min=0.01, help="Time to train for, at most.")] = None,
     seed: Annotated[int, typer.Option(min=0, max=LARGEST, help="Seed of weights and data.")] = 0,
 ) -> None:
-    """Train a zoo model from nothing; goes on where an interrupted run with the same output stopped."""
+    """Train a zoo model from nothing; an interrupted run with the same output is resumed."""
     from mha2mla_vlm.model.shipped import check_name
     from mha2mla_vlm.utils.folders import claimed, put_in_place, writing
     from mha2mla_vlm.utils.progress import kept
@@ -55,7 +55,7 @@ def zoo_build(
     with claimed(output) as path:
         partial = path.with_name(path.name + ".partial")
         check_begun(partial)
-        on = "the same command goes on"
+        on = "resume with the same command"
         with kept(partial, on), writing(partial, kept=f"; what is done is kept, {on}"):
             accuracy = build(bare, partial, Recipe(seed=seed, minutes=minutes))
             put_in_place(partial, path)

@@ -22,8 +22,8 @@ def describe(name: str) -> dict[str, Any]:
     """Layers, sizes, kept pairs and bytes per token (16 bits an element) of a converted checkpoint.
 
     `pairs` lists, for each layer and KV head, the frequency pairs that stay rotated, none for a layer left as
-    it was; of a checkpoint on the hub they alone are read. `predicted_kl` is, for each layer, what converting
-    it alone was foretold to cost, by which sizes were allotted.
+    it was; of a checkpoint on the hub only they are read. `predicted_kl` is, for each layer, the KL
+    that converting only this layer was predicted to cost, by which sizes were allocated.
     """
     config = load_config(name)
     if getattr(config, "mla", None) is None:
@@ -49,7 +49,7 @@ def describe(name: str) -> dict[str, Any]:
 
 
 def conversion_summary(original: Any, mla: MLAConfig, dtype: torch.dtype) -> dict[str, Any]:
-    """What a conversion made of a model with the config `original`; bytes in its number format."""
+    """What a conversion made of a model with the config `original`; bytes in its dtype."""
     converted = converted_config(original, mla)
     return {
         "family": original.model_type.removesuffix("_mla"),
@@ -87,9 +87,9 @@ def print_layers(description: dict[str, Any]) -> None:
     size = description["bytes_per_token"]
     title = f"{description['family']}: {size} cache bytes per token, {ratio:.1%} of the original"
     table = Table(title=title)
-    for column in ("layer", "R", "r", "KL alone", "pairs that stay rotated, by KV head"):
+    for column in ("layer", "R", "r", "predicted KL", "pairs that stay rotated, by KV head"):
         table.add_column(column)
-    alone = description["predicted_kl"] or []
+    predicted = description["predicted_kl"] or []
     mla = MLAConfig(
         qk_rope_head_dim=description["qk_rope_head_dim"], kv_lora_rank=description["kv_lora_rank"]
     )
@@ -97,7 +97,7 @@ def print_layers(description: dict[str, Any]) -> None:
         spec = mla.layer(layer)
         pairs = description["pairs"][layer] if description["pairs"] else []
         shown = "\n".join(" ".join(map(str, head)) for head in pairs)
-        cost = f"{alone[layer]:.4f}" if alone else "-"
+        cost = f"{predicted[layer]:.4f}" if predicted else "-"
         sizes = ["as it was", "-"] if spec is None else [str(spec.rope_dim), str(spec.rank or "-")]
         table.add_row(str(layer), *sizes, cost, shown)
     console().print(table)

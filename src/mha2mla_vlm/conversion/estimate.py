@@ -1,4 +1,4 @@
-"""What a conversion layer by layer will take, before it starts: from the config, the headers of the shards
+"""What a conversion will take, estimated before it starts: from the config, the headers of the shards
 and one layer of random numbers that is converted on this machine.
 """
 
@@ -42,8 +42,8 @@ SMALL_VOCABULARY = 16
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """Bytes a token takes in the cache before and after (in the model's number format), bytes of the
-    result and of what is on disk meanwhile, the most memory (None where Linux does not tell), and seconds.
+    """Bytes a token takes in the cache before and after (in the model's dtype), bytes of the
+    result and of temporary files, peak memory (None where Linux does not report it), and seconds.
     """
 
     bytes_per_token: int
@@ -67,12 +67,14 @@ def predict(
     dtype: str = "auto",
     device: torch.device | str = "cpu",
 ) -> Prediction:
-    """Foretell `on_disk.convert_checkpoint`; raises `InputError` for what it would refuse."""
+    """Estimate what `on_disk.convert_checkpoint` takes; raises `InputError` for what it would refuse."""
     source = resolve(name)
     model_config = load_config(name)
     mla = plan(model_config, config)
     if getattr(model_config, "mla", None) is not None:
-        raise InputError(f"{str(name)!r} has partial RoPE already; what originals take can be foretold")
+        raise InputError(
+            f"{str(name)!r} has partial RoPE already; only conversions of originals can be estimated"
+        )
     allocated = is_allocated(model_config, config)
     if allocated:
         mla = _evenly(mla, AttentionSizes.of(model_config), config)
@@ -108,7 +110,7 @@ def predict(
 
 
 def _stored_dtype(source: str) -> torch.dtype:
-    """The number format of the first decoder layer, from the headers of the shards."""
+    """The dtype of the first decoder layer, from the headers of the shards."""
     for header in _headers(source):
         for key, dtype in header:
             if FIRST_LAYER in key and key.endswith("q_proj.weight"):
@@ -117,7 +119,7 @@ def _stored_dtype(source: str) -> torch.dtype:
 
 
 def _headers(source: str) -> Iterator[list[tuple[str, str]]]:
-    """Names and number formats in each shard, of a folder or on the hub."""
+    """Names and dtypes in each shard, of a folder or on the hub."""
     if not Path(source).is_dir():
         for _, _, header in remote_headers(source):
             yield [(key, entry["dtype"]) for key, entry in header.items() if "dtype" in entry]
@@ -161,7 +163,7 @@ def _one_layer(
     allocated: bool,
 ) -> tuple[dict[str, float], int | None, int]:
     """Seconds of each phase for one chat and one layer, of vision too, the most memory, and the bytes of
-    what is kept of a layer to allot sizes.
+    what is kept of a layer to allocate sizes.
     """
     known = forget_peak()
     model = AutoModelForImageTextToText.from_config(_small(model_config), dtype=number).to(device).eval()
@@ -225,7 +227,7 @@ def _renamed(batch: BatchFeature, config: Any) -> BatchFeature:
 
 def print_prediction(prediction: Prediction) -> None:
     """The figures as a table, on standard error."""
-    table = Table(title="what it will take", show_header=False)
+    table = Table(title="estimate", show_header=False)
     share = prediction.bytes_per_token / prediction.bytes_per_token_original
     cache = f"{prediction.bytes_per_token_original:,} to {prediction.bytes_per_token:,} ({share:.1%})"
     rows = {

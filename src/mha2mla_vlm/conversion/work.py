@@ -13,7 +13,7 @@ class Work(Protocol):
     """Steps `done`, `notes` of what they found, hidden states, tensors under names, and the seconds that
     each phase took.
 
-    `main` tells whether this process is the one that writes and shows progress.
+    `main` says whether this process is the one that writes and shows progress.
     """
 
     main: bool

@@ -1,4 +1,4 @@
-"""Where a conversion layer by layer keeps what is done, so that it can go on after any end."""
+"""Where a conversion layer by layer keeps what is done, so that it can be resumed after any end."""
 
 import contextlib
 import hashlib
@@ -74,7 +74,7 @@ class WorkFolder:
             self._write_progress()
 
     def _spilled(self, spill: Path, resume: bool) -> Path:
-        """The folder in `spill` that is this output's alone, marked as made for it."""
+        """The folder in `spill` that is only for this output, marked as made for it."""
         unique = hashlib.sha256(str(self.output).encode()).hexdigest()[:12]
         folder = spill / f"{self.output.name}-{unique}.states"
         mark = folder / MARK

@@ -18,7 +18,7 @@ from mha2mla_vlm.utils.compat import image_token_counts
 IGNORE_INDEX = -100  # label of a token that is not part of an answer
 ROLES = ("system", "user", "assistant")
 PARTS = ("text", "image")
-Picture = Path | bytes | Image.Image  # a file, its content, or a picture
+ImageSource = Path | bytes | Image.Image  # a file, its content, or a decoded image
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # no others: reading EPS runs Ghostscript
 MAX_PIXELS = 89_478_485  # of an image, where Pillow begins to warn: a small file can be gigabytes of pixels
 
@@ -31,7 +31,7 @@ class Record:
     """
 
     messages: list[dict[str, Any]]
-    images: Sequence[Picture] = field(default_factory=tuple)
+    images: Sequence[ImageSource] = field(default_factory=tuple)
     source: str = "record"
 
     def __post_init__(self) -> None:
@@ -44,7 +44,7 @@ class Record:
             )
 
     def load_images(self) -> list[Image.Image]:
-        """The pictures, decoded to RGB; raises `InputError` naming a file that is missing or broken."""
+        """The images, decoded to RGB; raises `InputError` naming a file that is missing or broken."""
         return [open_image(image, self.source) for image in self.images]
 
     def answers(self) -> list[int]:
@@ -97,7 +97,7 @@ def _checked_messages(messages: Any, source: str) -> list[dict[str, Any]]:
     return checked
 
 
-def open_image(image: Picture, source: str) -> Image.Image:
+def open_image(image: ImageSource, source: str) -> Image.Image:
     """An image in RGB; raises `InputError` if it is missing, broken, too large or of no known format."""
     if isinstance(image, Image.Image):
         return image.convert("RGB")
@@ -159,7 +159,7 @@ def _special(processor: ProcessorMixin, text: str) -> dict[str, bool]:
 def _process(processor: ProcessorMixin, texts: list[str], images: list[list[Image.Image]]) -> BatchFeature:
     kwargs: dict[str, Any] = _special(processor, texts[0])
     if any(images):
-        # a chat without pictures must not reach the processor as an empty list
+        # a chat without images must not reach the processor as an empty list
         kwargs["images"] = images if all(images) else [image for chat in images for image in chat]
     return processor(text=texts, **kwargs, padding=True, return_tensors="pt")
 

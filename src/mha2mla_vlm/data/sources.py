@@ -13,7 +13,7 @@ import numpy as np
 from huggingface_hub import is_offline_mode
 
 from mha2mla_vlm.config import OnBadRecord
-from mha2mla_vlm.data.records import Picture, Record
+from mha2mla_vlm.data.records import ImageSource, Record
 from mha2mla_vlm.errors import InputError, first_line, need, reading, shown
 from mha2mla_vlm.utils.remote import unreachable
 
@@ -247,7 +247,7 @@ def _to_record(entry: Any, folder: Path, where: str) -> Record:
     if not isinstance(images, list):
         raise InputError(f"{where}: `images` must be a list of file names")
     return Record(
-        messages=messages, images=[_picture(image, folder, where) for image in images], source=where
+        messages=messages, images=[_image_source(image, folder, where) for image in images], source=where
     )
 
 
@@ -260,7 +260,7 @@ def _given(value: Any) -> Any:
     return value
 
 
-def _picture(image: Any, folder: Path, where: str) -> Picture:
+def _image_source(image: Any, folder: Path, where: str) -> ImageSource:
     """An image as files and datasets name it: a path, or an object with `bytes` or `path`."""
     if isinstance(image, dict) and isinstance(image.get("bytes"), bytes):
         content: bytes = image["bytes"]

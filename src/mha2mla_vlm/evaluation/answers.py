@@ -19,8 +19,8 @@ from mha2mla_vlm.model.families import get_family
 from mha2mla_vlm.utils.progress import track
 
 DEFAULT_KIND = "answer"
-# what tells how many tokens a picture is
-PICTURE_FIELDS = ("image_size", "patch_size", "spatial_merge_size", "image_grid_pinpoints")
+# what sets how many tokens an image takes
+IMAGE_FIELDS = ("image_size", "patch_size", "spatial_merge_size", "image_grid_pinpoints")
 
 
 @torch.no_grad()
@@ -40,7 +40,7 @@ def answers_right(guesses: torch.Tensor, batch: BatchFeature) -> list[bool]:
     """Which answers of one chat `guesses [A]`, the likeliest tokens, get exactly right.
 
     Greedy decoding follows a right answer up to its first error, so one pass over the right answers
-    tells what decoding would give.
+    shows what decoding would give.
     """
     inside = predicted(batch)[0]
     return all_right(inside.nonzero()[:, 0], guesses == batch["labels"][0, 1:][inside])
@@ -193,7 +193,7 @@ def evaluate_answers(
 
 
 def check_comparable(model: PreTrainedModel, baseline: PreTrainedModel) -> None:
-    """Raise `InputError` unless both models are of one family and take the same tokens and pictures."""
+    """Raise `InputError` unless both models are of one family and take the same tokens and images."""
     _check_configs(model.config, baseline.config)
 
 
@@ -216,7 +216,7 @@ def _check_configs(config: PreTrainedConfig, baseline: PreTrainedConfig) -> None
         if (theirs := sides[1][what]) != ours:
             raise InputError(
                 f"the baseline has {what} {theirs}, the model {ours}; compare within one family, with the "
-                "same tokens and pictures"
+                "same tokens and images"
             )
 
 
@@ -227,7 +227,7 @@ def _inputs(config: PreTrainedConfig) -> dict[str, Any]:
         "family": family.model_type,
         "vocab_size": config.get_text_config(decoder=True).vocab_size,
         "visual tokens": family.visual_token_ids(config),
-        **{name: getattr(vision, name, getattr(config, name, None)) for name in PICTURE_FIELDS},
+        **{name: getattr(vision, name, getattr(config, name, None)) for name in IMAGE_FIELDS},
     }
 
 

@@ -62,7 +62,7 @@ class Finite(LogitsProcessor):
 def prompt_record(
     prompt: str, images: Sequence[Path | Image.Image] = (), *, source: str = "record"
 ) -> Record:
-    """A chat of one question about pictures; errors name `source`."""
+    """A chat of one question about images; errors name `source`."""
     content: list[dict[str, str]] = [{"type": "image"}] * len(images)
     messages = [{"role": "user", "content": [*content, {"type": "text", "text": prompt}]}]
     return Record(messages=messages, images=images, source=source)
@@ -83,7 +83,7 @@ def answer(
     `quantization` is a `QuantizationConfig` for the cache, as keyword arguments.
     """
     if quantization and getattr(model.config, "mla", None) is None:
-        raise InputError("a cache of few bits is for converted models; this one is an original")
+        raise InputError("a quantised cache is for converted models; this one is an original")
     options = {"cache_implementation": "quantized", "cache_config": quantization} if quantization else {}
     inputs = encode(processor, [record], generation_prompt=True).to(model.device)
     output = model.generate(

@@ -26,7 +26,8 @@ small latent for each token instead of keys and values.
 |---|---|
 {rows}
 
-Losses are the mean divergence from the original on held-out answers, as the conversion measured it.
+KL is the mean divergence from the original, in nats per token of held-out answers, measured by the
+conversion.
 
 ## Use
 
@@ -71,13 +72,15 @@ def _facts(config: Any, mla: MLAConfig) -> dict[str, str]:
     specs = mla.layers(AttentionSizes.of(config))
     facts = {
         "cache bytes per token (16 bits)": f"{before:,} to {after:,} ({after / before:.1%})",
-        "rotated dims per head (R), by layer": by_layer([spec and spec.rope_dim for spec in specs]),
+        "rope dims per KV head (R), by layer": by_layer([spec and spec.rope_dim for spec in specs]),
         "latent dims (r), by layer": by_layer([spec and spec.rank for spec in specs]),
         "choice of pairs": f"{mla.rope_selection or 'not recorded'}{', folded' if mla.folded else ''}",
         "factorisation": f"{mla.factorization or 'none'}, for {' and '.join(mla.modalities)} tokens",
     }
     losses = (mla.kl or {}).items()
-    return facts | {f"KL after {step.replace('_', ' ')}": f"{kl:.4f} nats a token" for step, kl in losses}
+    return facts | {
+        f"KL after {step.replace('_', ' ')}": f"{kl:.4f} nats per answer token" for step, kl in losses
+    }
 
 
 def by_layer(values: list[Any]) -> str:

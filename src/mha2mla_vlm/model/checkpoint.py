@@ -80,7 +80,7 @@ def load(name: str | Path, **kwargs: Any) -> PreTrainedModel:
 
 
 def _cached(away: str | None) -> dict[str, Any]:
-    """The option to read what is in the cache alone, if the hub cannot be reached."""
+    """The option to read only what is in the cache, if the hub cannot be reached."""
     return {} if away is None else {"local_files_only": True}
 
 

@@ -25,7 +25,7 @@ def empty_model(config: Any) -> Any:
 def disk_map(config: Any, device: torch.device) -> dict[str, str]:
     """The `device_map` of a model that is read from disk to `device` module by module, but for its last norm.
 
-    What stays on the device tells accelerate where to work; before 1.15 it takes no model without, and
+    What stays on the device shows accelerate where to work; before 1.15 it takes no model without, and
     cannot read tied weights, so that these stay too.
     """
     whole, near = empty_model(config), str(device)

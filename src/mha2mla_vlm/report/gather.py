@@ -26,21 +26,21 @@ ORIGINAL, CHANGED = "original", "changed"  # streams
 
 @dataclass(frozen=True, kw_only=True)
 class Layer:
-    """A decoder layer: R (None if it is left as it was), r, the `pairs` that stay rotated by KV head, what
-    converting it alone was foretold to cost and what it was measured to, and its spectra by modality.
+    """A decoder layer: R (None if it is left as it was), r, the `pairs` that stay rotated by KV head, the KL
+    of converting only this layer, predicted and measured, and its spectra by modality.
     """
 
     rope_dim: int | None
     rank: int | None
     pairs: list[list[int]]
-    foretold: float | None
+    predicted: float | None
     measured: float | None
     spectra: dict[str, list[tuple[int, float]]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    """A question about pictures, its right answer, and what both models say."""
+    """A question about images, its right answer, and what both models say."""
 
     images: list[Image.Image]
     turns: list[tuple[str, str]]  # role and text
@@ -81,10 +81,11 @@ def gather(
     name: str,
     findings: dict[str, Any] | None = None,
     commands: Sequence[str] = (),
-    probed: int = 16,
+    layer_samples: int = 16,
     answers: Sequence[Answered] | None = None,
 ) -> Report:
-    """Measure a converted model beside its original on `records`, and each layer alone on the first `probed`.
+    """Measure a converted model beside its original on `records`, and the KL of converting only one layer,
+    for each, on the first `layer_samples`.
 
     `findings` are those of the conversion, `answers` those of the model where it was asked already.
     Raises `InputError` for models that cannot be compared, and for records without answers.
@@ -109,7 +110,9 @@ def gather(
         itemsize=itemsize,
         quality=summary(answers),
         by_kind=by_kind(answers),
-        layers=_layers(model, found.get("spectra"), _alone(model, baseline, processor, records[:probed])),
+        layers=_layers(
+            model, found.get("spectra"), _layer_kl(model, baseline, processor, records[:layer_samples])
+        ),
         examples=_examples(answers),
         commands=list(commands),
     )
@@ -122,13 +125,13 @@ def _layers(
     every_pair = [list(range(sizes.head_dim // 2))] * sizes.kv_heads
     for index, layer in enumerate(decoder_layers(model)):
         spec = model.mla_config.layer(index)
-        foretold = model.mla_config.predicted_kl
+        predicted = model.mla_config.predicted_kl
         found.append(
             Layer(
                 rope_dim=spec and spec.rope_dim,
                 rank=spec and spec.rank,
                 pairs=layer.self_attn.rope_pairs.tolist() if spec else every_pair,
-                foretold=None if foretold is None else foretold[index],
+                predicted=None if predicted is None else predicted[index],
                 measured=None if measured is None else measured[index],
                 spectra={} if spectra is None else spectra[index],
             )
@@ -137,10 +140,10 @@ def _layers(
 
 
 @torch.no_grad()
-def _alone(
+def _layer_kl(
     model: PreTrainedModel, baseline: PreTrainedModel, processor: ProcessorMixin, records: Sequence[Record]
 ) -> list[float] | None:
-    """KL that each converted layer alone costs in the original model, in nats per answer token."""
+    """KL of the original model with only one layer converted, for each layer, in nats per answer token."""
     if not records:
         return None
     visual = get_family(baseline.config.model_type).visual_token_ids(baseline.config)
@@ -150,7 +153,7 @@ def _alone(
     for index, layer in enumerate(layers):
         advance(layer, index, chats, states, ORIGINAL)
     losses = []
-    for index in track(range(len(layers)), "measuring layers alone"):
+    for index in track(range(len(layers)), "measuring each layer"):
         for number in range(len(chats)):
             states[CHANGED, index, number] = states[ORIGINAL, index, number]
         with attending(layers[index], decoder_layers(model)[index].self_attn):

@@ -26,8 +26,8 @@ def report_checkpoint(
     *,
     data: str | None = None,
     baseline: str | None = None,
-    limit: int | None = None,
-    probed: int = 16,
+    samples: int | None = None,
+    layer_samples: int = 16,
     dtype: str = "auto",
     device: str = "auto",
 ) -> Report:
@@ -45,7 +45,7 @@ def report_checkpoint(
     if original is None:
         raise original_is_missing(checkpoint, "--baseline MODEL")
     check_baseline(checkpoint, original)
-    records = _records(data, original, limit)
+    records = _records(data, original, samples)
     with claimed(target, check_file):
         where, processor = pick_device(device), load_processor(checkpoint)
         model, other = (load(name, dtype=dtype).to(where) for name in (checkpoint, original))
@@ -57,23 +57,23 @@ def report_checkpoint(
             name=Path(resolve(checkpoint)).name,
             findings=read_findings(checkpoint),
             commands=_commands(checkpoint, original, data, read_findings(checkpoint)),
-            probed=probed,
+            layer_samples=layer_samples,
         )
         write_report(found, target)
     return found
 
 
-def _records(data: str | None, original: str, limit: int | None) -> list[Record]:
+def _records(data: str | None, original: str, samples: int | None) -> list[Record]:
     if data is not None:
-        return list(load_records(data, limit=limit))
+        return list(load_records(data, limit=samples))
     if not original.startswith(ZOO_PREFIX):
         raise InputError("give held-out chats with --data")
     bare = original.removeprefix(ZOO_PREFIX)
-    return zoo_records(bare, split="test", count=limit or ZOO_CHATS, seed=0)
+    return zoo_records(bare, split="test", samples=samples or ZOO_CHATS, seed=0)
 
 
 def read_findings(checkpoint: str) -> dict[str, Any]:
-    """What the conversion found, if the folder tells."""
+    """What the conversion found, if the folder holds it."""
     path = Path(resolve(checkpoint)) / FINDINGS
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 

@@ -12,7 +12,7 @@ from mha2mla_vlm.report.gather import Report
 from mha2mla_vlm.report.plots import cache_plot, losses_plot, pairs_plot, spectra_plot
 from mha2mla_vlm.utils.folders import new_file
 
-LARGEST_SIDE = 384  # pixels of a picture that is shown
+LARGEST_SIDE = 384  # pixels of an image that is shown
 SHOWN_TOKENS = 32_768  # of the caches that the head of the page compares
 
 
@@ -25,13 +25,13 @@ def render(report: Report) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": _percent, "size": _size, "picture": _picture}
+    environment.filters |= {"percent": _percent, "size": _size, "data_url": _data_url}
     before, after, coded = report.bytes_per_token
     return environment.get_template("page.html.j2").render(
         report=report,
         share=after / before,
         tokens=SHOWN_TOKENS,
-        caches=[("original", before), ("converted", after), ("converted, in 4 bits", coded)],
+        caches=[("original", before), ("converted", after), ("converted, 4-bit", coded)],
         facts=_facts(report),
         cache=cache_plot(report),
         pairs=pairs_plot(report),
@@ -58,8 +58,8 @@ def _facts(report: Report) -> dict[str, str]:
         "heads": f"{sizes.heads} for queries, {sizes.kv_heads} for keys and values, of {sizes.head_dim} dims",
         "pairs chosen by": f"{mla.rope_selection or 'not recorded'}{', folded' if mla.folded else ''}",
         "factorisation": f"{mla.factorization or 'none'}, for {' and '.join(mla.modalities)} tokens",
-        "rotated dims a head (R)": _range([layer.rope_dim for layer in report.layers if layer.rope_dim]),
-        "latent dims (r)": _range(latents) if latents else "keys and values whole",
+        "rope dims per KV head (R)": _range([layer.rope_dim for layer in report.layers if layer.rope_dim]),
+        "latent dims per token (r)": _range(latents) if latents else "keys and values whole",
     }
     if report.settings:
         facts["budget"] = _percent(report.settings["budget"]) if report.settings.get("budget") else "none"
@@ -86,8 +86,8 @@ def _size(value: float) -> str:
     return f"{value:,.2f} GB"
 
 
-def _picture(image: Image.Image) -> Any:
-    """A picture as the address of itself."""
+def _data_url(image: Image.Image) -> Any:
+    """An image as a `data:` URL."""
     small = image.copy()
     small.thumbnail((LARGEST_SIDE, LARGEST_SIDE))
     buffer = io.BytesIO()

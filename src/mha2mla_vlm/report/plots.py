@@ -43,7 +43,7 @@ def cache_plot(report: Report) -> str:
 
     def draw(figure: Any) -> None:
         axes = figure.subplots()
-        names = ("original", "converted", "converted, 4 bits")
+        names = ("original", "converted", "converted, 4-bit")
         colors = (ORIGINAL, CONVERTED, FOUR_BITS)
         for name, size, color in zip(names, report.bytes_per_token, colors, strict=True):
             axes.plot(CONTEXTS, [size * tokens / 1e6 for tokens in CONTEXTS], color=color, label=name)
@@ -51,7 +51,7 @@ def cache_plot(report: Report) -> str:
         axes.set(xlabel="tokens", ylabel="MB", ylim=(0, None), xlim=(0, CONTEXTS[-1]))
         axes.legend()
 
-    return _figure(draw, 6.4, 3.0, "Cache size over context length")
+    return _figure(draw, 6.4, 3.0, "Cache size by context length")
 
 
 def pairs_plot(report: Report) -> str:
@@ -103,9 +103,9 @@ def spectra_plot(report: Report) -> str | None:
 
 
 def losses_plot(report: Report) -> str | None:
-    """What each layer costs alone, foretold and measured; None if neither is known."""
+    """KL of converting only one layer, predicted and measured; None if neither is known."""
     series = {
-        "foretold": ([layer.foretold for layer in report.layers], ORIGINAL),
+        "predicted": ([layer.predicted for layer in report.layers], ORIGINAL),
         "measured": ([layer.measured for layer in report.layers], CONVERTED),
     }
     known = {name: pair for name, pair in series.items() if None not in pair[0]}
@@ -117,7 +117,7 @@ def losses_plot(report: Report) -> str | None:
         for number, (name, (values, color)) in enumerate(known.items()):
             places = [index - 0.4 + width * (number + 0.5) for index in range(len(values))]
             axes.bar(places, values, width=width, color=color, label=name)
-        axes.set(xlabel="layer", ylabel="KL, nats a token", xticks=range(len(report.layers)))
+        axes.set(xlabel="layer", ylabel="KL, nats per token", xticks=range(len(report.layers)))
         axes.legend()
 
-    return _figure(draw, 6.4, 2.6, "Loss of each layer converted alone")
+    return _figure(draw, 6.4, 2.6, "KL of converting only one layer")

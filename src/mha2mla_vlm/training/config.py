@@ -19,7 +19,7 @@ _POSITIVE = (
     "gradient_accumulation",
     "max_length",
     "lora_rank",
-    "eval_records",
+    "eval_samples",
     "evaluate_every",
     "save_every",
 )
@@ -45,31 +45,33 @@ class FinetuneConfig(Strict):
     """
 
     trains: str = option("attention-and-norms", "What trains: a policy, by name or published alias.")
-    distillation: float = option(1.0, "Share of the original in the loss; 0 is labels alone.")
-    attention_loss: float = option(1.0, "Weight of its attention outputs beside the KL to its answers.")
+    distillation: float = option(1.0, "Share of the original in the loss; 0 is labels only.")
+    attention_loss: float = option(
+        1.0, "Weight of the original's attention outputs beside the KL to its answers."
+    )
     alignment: float = option(0.0, "Share of the steps that first align the layers' attention outputs.")
     learning_rate: float | None = option(None, "Peak learning rate; else 0.05 over the hidden size.")
     warmup: float = option(0.1, "Share of the steps over which the learning rate grows, linearly.")
-    decay: float = option(0.9, "Share of the steps, the last, over which it falls to 0, as 1 - sqrt.")
-    weight_decay: float = option(0.0, "Of AdamW.")
+    decay: float = option(0.9, "Share of the steps, at the end, over which it falls to 0, as 1 - sqrt.")
+    weight_decay: float = option(0.0, "Weight decay of AdamW.")
     epochs: float = option(1.0, "Passes over the data.")
     max_steps: int | None = option(None, "Optimiser steps, instead of epochs.")
     batch_size: int = option(1, "Chats per forward pass and process.")
     gradient_accumulation: int = option(16, "Forward passes per optimiser step.")
     max_length: int = option(4096, "Tokens; longer chats are dropped and counted, never cut.")
     shuffle: bool = option(True, "Draw chats in random order.")
-    seed: int = option(0, "Of the order, of the chats held out, and of LoRA's weights.")
+    seed: int = option(0, "Seed of the order, the held-out chats, and LoRA's weights.")
     lora_rank: int | None = option(None, "Train LoRA adapters of this rank and merge them at the end.")
-    dtype: str = option("auto", "Number format of frozen weights; what trains is float32.")
+    dtype: str = option("auto", "Data type of frozen weights; what trains is float32.")
     bf16: bool = option(True, "Compute in bfloat16 (autocast).")
     attn_implementation: str | None = option(
         None, "sdpa, eager, flash_attention_2; else transformers' choice."
     )
     gradient_checkpointing: bool = option(False, "Compute activations again instead of storing them.")
-    eval_records: int = option(128, "Chats held out from the data to measure on, unless some are given.")
-    evaluate_every: int | None = option(None, "Steps between measurements; else before and after alone.")
-    save_every: int | None = option(None, "Steps between checkpoints; else ten in a run.")
-    workers: int = option(0, "Processes a GPU that read and prepare chats.")
+    eval_samples: int = option(128, "Chats held out from the data to measure on, unless some are given.")
+    evaluate_every: int | None = option(None, "Steps between measurements; else only before and after.")
+    save_every: int | None = option(None, "Steps between checkpoints; else ten per run.")
+    workers: int = option(0, "Processes per GPU that read and prepare chats.")
     on_bad_record: str = option("fail", "fail, or skip and count, for chats that cannot be read.")
     training_arguments: dict[str, Any] = field(default_factory=dict)
 
@@ -119,11 +121,11 @@ class FinetuneConfig(Strict):
 
     @property
     def loaded_dtype(self) -> str:
-        """Number format to load models in: without autocast all is float32."""
+        """Data type to load models in: without autocast all is float32."""
         return self.dtype if self.bf16 else "float32"
 
     @property
-    def needs_teacher(self) -> bool:
+    def needs_baseline(self) -> bool:
         """Whether the loss compares with the original model."""
         return self.distillation > 0 or self.alignment > 0
 

@@ -57,7 +57,7 @@ def relative_errors(
 def share_frozen(teacher: PreTrainedModel, student: PreTrainedModel) -> int:
     """Let the teacher use the student's frozen parameters where they are equal; returns how many numbers.
 
-    All but attention is, so a teacher costs the memory of its attention alone.
+    All but attention is, so a teacher costs only the memory of its attention.
     """
     frozen = {name: p for name, p in student.named_parameters() if not p.requires_grad}
     shared = 0

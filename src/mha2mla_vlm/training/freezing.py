@@ -20,7 +20,7 @@ def trained_names(model: nn.Module, policy: str) -> list[str]:
 def set_trained(model: PreTrainedModel, policy: str) -> int:
     """Freeze all but what `policy` trains, and hold that in float32; returns how many numbers train.
 
-    A step of AdamW is often less than bfloat16 tells apart.
+    A step of AdamW is often less than bfloat16 can represent.
     """
     chosen = set(trained_names(model, policy))
     if not chosen:

@@ -46,7 +46,7 @@ class Chats(Dataset[Record]):
 
 @dataclass(frozen=True, kw_only=True)
 class Collator:
-    """Records to a batch with answer-only labels; chats with and without pictures may be mixed."""
+    """Records to a batch with answer-only labels; chats with and without images may be mixed."""
 
     processor: ProcessorMixin
     visual_token_ids: Sequence[int]
@@ -87,7 +87,7 @@ def choose(
     """Records that can be read and are not longer than `max_length` tokens, `held_out` of them put aside.
 
     At most a tenth, and at least one, is put aside; none if `held_out` is 0. `workers` processes look.
-    Raises `InputError` for the first record that cannot be read, unless told to skip, and if no
+    Raises `InputError` for the first record that cannot be read, unless they are to be skipped, and if no
     record is left.
     """
     kept, too_long, unreadable = [], 0, 0

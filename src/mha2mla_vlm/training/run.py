@@ -52,28 +52,28 @@ def finetune(
     config: FinetuneConfig = FinetuneConfig(),
     *,
     eval_data: Source | None = None,
-    teacher: str | Path | None = None,
+    baseline: str | Path | None = None,
 ) -> dict[str, Any]:
     """Train a checkpoint on chats and write one of the same kind; returns what it gained.
 
-    `checkpoint` is a converted model (partial RoPE alone, latent, or both) or an original one;
-    `teacher`, by default the model it was converted from, is what `kl` compares with. Works in
-    `OUTPUT.partial`, from where an interrupted run with the same arguments goes on, also under
+    `checkpoint` is a converted model (only partial RoPE, only latents, or both) or an original one;
+    `baseline`, by default the model it was converted from, is the teacher, and what `kl` compares with.
+    Works in `OUTPUT.partial`, from where an interrupted run with the same arguments is resumed, also under
     `accelerate launch`. Raises `InputError` for bad input before any work.
     """
     path = check_output(output)
-    teacher = teacher or original_of(checkpoint)
-    if teacher is None and config.needs_teacher:
+    baseline = baseline or original_of(checkpoint)
+    if baseline is None and config.needs_baseline:
         raise original_is_missing(
-            checkpoint, "--teacher MODEL, or train on labels alone with --distillation 0"
+            checkpoint, "--baseline MODEL, or train on labels only with --distillation 0"
         )
-    if teacher is None:
-        logger.warning("the original of %s is not known: no KL is measured without --teacher", checkpoint)
+    if baseline is None:
+        logger.warning("the original of %s is not known: no KL is measured without --baseline", checkpoint)
     _processes()  # which meet, if there are several
     with contextlib.ExitStack() as claim:
         with shared_work():
             claim.enter_context(claimed_by_first(path))
-        result = _finetune(checkpoint, data, path, config, eval_data, teacher)
+        result = _finetune(checkpoint, data, path, config, eval_data, baseline)
     return {"output": str(output), **result}
 
 
@@ -83,26 +83,26 @@ def _finetune(
     path: Path,
     config: FinetuneConfig,
     eval_data: Source | None,
-    teacher: str | Path | None,
+    baseline: str | Path | None,
 ) -> dict[str, Any]:
     """What `finetune` does once no other run may write to `path`."""
     records, eval_records = _records(data), None if eval_data is None else _records(eval_data)
-    sources = {"checkpoint": checkpoint, "data": data, "eval_data": eval_data, "teacher": teacher}
+    sources = {"checkpoint": checkpoint, "data": data, "eval_data": eval_data, "baseline": baseline}
     settings = {key: _name(source) for key, source in sources.items()} | asdict(config)
     folder = path.with_name(path.name + ".partial")
-    settings |= {"weights": [_weights(checkpoint), _weights(teacher)]}
+    settings |= {"weights": [_weights(checkpoint), _weights(baseline)]}
     _check_folder(folder)
     processor = load_processor(checkpoint)
     how = {"dtype": config.loaded_dtype, "attn_implementation": config.attn_implementation}
     model = load(checkpoint, **how)
-    original = None if teacher is None else load(teacher, **how)
+    original = None if baseline is None else load(baseline, **how)
     if original is not None:
         check_comparable(model, original)
     stored = load_config(checkpoint).dtype or model.dtype
     dtype = stored if config.dtype == "auto" else model.dtype
     model = prepare(model, config)
     _arguments(config, folder, examples=1, hidden=AttentionSizes.of(model.config).hidden)
-    on = "the same command goes on"
+    on = "resume with the same command"
     with kept(folder, on), writing(folder, kept=f"; what is done is kept, {on}"):
         with _processes().main_process_first():
             chosen = _chosen(folder, settings, records, eval_records, processor, config)
@@ -306,7 +306,7 @@ def _is_state(path: Path) -> bool:
 
 
 def write_model(trainer: RecoveryTrainer, folder: Path, dtype: torch.dtype) -> None:
-    """Write the trained model whole, gathered from all processes, adapters merged, in its number format."""
+    """Write the trained model whole, gathered from all processes, adapters merged, in its dtype."""
     model = trainer.accelerator.unwrap_model(trainer.model)
     if hasattr(model, "merge_and_unload"):
         model = model.merge_and_unload()
@@ -322,7 +322,7 @@ def write_model(trainer: RecoveryTrainer, folder: Path, dtype: torch.dtype) -> N
 
 
 def _weights(name: str | Path | None) -> dict[str, str] | None:
-    """What the weights of a model in a folder are; of one of the hub, its name tells."""
+    """What the weights of a model in a folder are; None for one of the hub, which its name identifies."""
     folder = None if name is None else Path(resolve(name))
     return weights_digest(folder) if folder is not None and folder.is_dir() else None
 
@@ -337,7 +337,7 @@ def _check_folder(folder: Path) -> None:
 
 
 def _name(source: Source | None) -> str | None:
-    """How a source is told from others; of records, how many."""
+    """How a source is identified; for records, how many."""
     if source is None or isinstance(source, (str, Path)):
         return None if source is None else str(source)
     return f"{len(source)} records"
@@ -363,7 +363,7 @@ def _chosen(
             changed = [key for key in settings if settings[key] != state["settings"].get(key)]
             raise InputError(
                 f"{folder} holds an unfinished run with other settings ({', '.join(changed)}); "
-                "give the same ones to go on, or remove the folder"
+                "give the same ones to resume, or remove the folder"
             )
         return Chosen(**state["chosen"])
     how: dict[str, Any] = {
@@ -372,7 +372,7 @@ def _chosen(
         "on_bad_record": config.on_bad_record,
         "workers": config.workers,
     }
-    chosen = choose(records, processor, held_out=0 if eval_records else config.eval_records, **how)
+    chosen = choose(records, processor, held_out=0 if eval_records else config.eval_samples, **how)
     if eval_records is not None:
         others = choose(eval_records, processor, held_out=0, **how)
         chosen = Chosen(**chosen.to_dict() | {"held_out": others.train})
@@ -388,7 +388,7 @@ def _write(path: Path, value: Any) -> None:
 
 
 def _write_rest(folder: Path, settings: dict[str, Any]) -> None:
-    """Write settings and logs beside the model. Nothing is moved: until the end a run may go on from here."""
+    """Write settings and logs beside the model. Nothing is moved: the run may be resumed until the end."""
     result = folder / RESULT
     (result / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     for path in folder.iterdir():

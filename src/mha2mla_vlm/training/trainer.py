@@ -129,7 +129,7 @@ class RecoveryTrainer(Trainer):
 
     @property
     def _teacher(self) -> PreTrainedModel:
-        assert self.teacher is not None, "a recipe that needs a teacher is refused without one"
+        assert self.teacher is not None, "a recipe that needs the original is refused without it"
         return self.teacher
 
     @torch.no_grad()
@@ -215,7 +215,7 @@ class ProgressBar(TrainerCallback):
         self.task = self.bar.add_task("training", total=state.max_steps, completed=state.global_step, loss="")
 
     def _cut_log(self, step: int) -> None:
-        """Leave out what a run that was killed wrote after the checkpoint from which this one goes on."""
+        """Leave out what a run that was killed wrote after the checkpoint from which this one resumes."""
         if not self.path.exists():
             return
         lines = self.path.read_text(encoding="utf-8").splitlines()

@@ -127,7 +127,7 @@ def static_length(layer: Any) -> torch.Tensor:
 
 
 def keep_address(tensor: torch.Tensor) -> None:
-    """Tell `torch.compile` that a tensor is never replaced: CUDA graphs then do not copy it at each step."""
+    """Mark a tensor as never replaced: CUDA graphs of `torch.compile` then do not copy it at each step."""
     if not torch.compiler.is_compiling():
         torch._dynamo.mark_static_address(tensor)
 
@@ -187,7 +187,7 @@ def without_attention_plan(text_model: PreTrainedModel) -> None:
 
 
 def is_loaded(tensor: torch.Tensor) -> bool:
-    """Whether a tensor came from a checkpoint, so that initialisation must leave it alone."""
+    """Whether a tensor came from a checkpoint, so that initialisation must not touch it."""
     return getattr(tensor, "_is_hf_initialized", False)
 
 
@@ -224,7 +224,7 @@ def prepare_inputs(trainer: "Trainer", inputs: dict[str, Any]) -> dict[str, Any]
 def hook_at_rest(module: Any) -> Iterator[None]:
     """Within the context, accelerate's hook of an offloaded module neither reads nor drops its weights.
 
-    accelerate has no public switch; `align_module_device` alone is undone by the first call of the module.
+    accelerate has no public switch; the first call of the module undoes `align_module_device`.
     """
     module._hf_hook.offload = False
     try:

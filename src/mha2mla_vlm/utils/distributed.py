@@ -1,6 +1,6 @@
 """Several processes that share the chats of a calibration (`accelerate launch`).
 
-They do so only within `shared_work`: a process group alone does not say that all processes call this.
+They do so only within `shared_work`: a process group by itself does not say that all processes call this.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ def join_processes(device: torch.device) -> torch.device:
 
 @contextlib.contextmanager
 def shared_work(shared: bool = True) -> Iterator[None]:
-    """Within the context, all processes of the group, if there is one, work together, or each alone."""
+    """Within the context, all processes of the group, if there is one, work together, or each by itself."""
     token = _SHARED.set(shared)
     try:
         yield

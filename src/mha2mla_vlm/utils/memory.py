@@ -1,4 +1,4 @@
-"""What Linux tells about this process's memory."""
+"""What Linux reports about this process's memory."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ STATUS = Path("/proc/self/status")
 
 
 def resident_bytes() -> int | None:
-    """Memory in use, files mapped into it included; None where Linux does not tell."""
+    """Memory in use, files mapped into it included; None where Linux does not report it."""
     return _status("VmRSS")
 
 

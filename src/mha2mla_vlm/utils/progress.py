@@ -31,7 +31,7 @@ def track(items: Iterable[T], title: str) -> Iterator[T]:
 
 @contextlib.contextmanager
 def kept(folder: Path, how: str) -> Iterator[None]:
-    """Within the context, an interrupt says that the work so far is kept, and `how` to go on."""
+    """Within the context, an interrupt says that the work so far is kept, and `how` to resume."""
     try:
         yield
     except KeyboardInterrupt:

@@ -22,7 +22,7 @@ VISUAL_TOKENS = {"qwen2_5_vl": (4, 0), "llava_next": (0, 70), "llava": (0, 64)}
 
 @dataclass(frozen=True, kw_only=True)
 class Page:
-    """One picture and the digits on it, by row."""
+    """One image and the digits on it, by row."""
 
     digits: list[list[int]]
     image: Image.Image
@@ -40,7 +40,7 @@ class Chat:
     """Messages as transformers takes them, and the pages that they show, in order.
 
     `sources` says for each digit of the answers, in order, which page it is about and which cells
-    of it tell.
+    of it show the digit.
     """
 
     messages: list[dict[str, Any]]
@@ -49,7 +49,7 @@ class Chat:
 
     @property
     def images(self) -> list[Image.Image]:
-        """The pages' pictures."""
+        """The pages' images."""
         return [page.image for page in self.pages]
 
 
@@ -132,24 +132,24 @@ def make_chat(
     return Chat(messages=messages, pages=pages, sources=sources)
 
 
-def sample_chats(name: str, *, split: Split, count: int, seed: int) -> Iterator[Chat]:
+def sample_chats(name: str, *, split: Split, samples: int, seed: int) -> Iterator[Chat]:
     """Chats as evaluation and calibration see them: one page of 1 x 1 to 4 x 4 digits, or two pages."""
-    for index in range(count):
+    for index in range(samples):
         rng = random.Random(f"{name}/{split}/{seed}/{index}")
         pages = 2 if rng.random() < 0.1 else 1
         sides = [(rng.randint(1, MAX_SIDE), rng.randint(1, MAX_SIDE)) for _ in range(pages)]
         yield make_chat(rng, split=split, multiple=PAGE_MULTIPLE[name], sides=sides, turns=rng.randint(1, 4))
 
 
-def write_chats(name: str, output: Path, *, split: Split, count: int, seed: int) -> Path:
-    """Write `count` chats as `chats.jsonl` and `images/*.png`; equal arguments give equal bytes.
+def write_chats(name: str, output: Path, *, split: Split, samples: int, seed: int) -> Path:
+    """Write `samples` chats as `chats.jsonl` and `images/*.png`; equal arguments give equal bytes.
 
     Returns the path of the JSONL file. `output` must exist.
     """
     (output / "images").mkdir()
     path = output / "chats.jsonl"
     with path.open("w", encoding="utf-8") as file:
-        for index, chat in enumerate(sample_chats(name, split=split, count=count, seed=seed)):
+        for index, chat in enumerate(sample_chats(name, split=split, samples=samples, seed=seed)):
             files = [f"images/{index:06d}-{i}.png" for i in range(len(chat.pages))]
             for image, image_file in zip(chat.images, files, strict=True):
                 image.save(output / image_file, optimize=False)
@@ -157,7 +157,7 @@ def write_chats(name: str, output: Path, *, split: Split, count: int, seed: int)
     return path
 
 
-def zoo_records(name: str, *, split: Split, count: int, seed: int) -> list[Record]:
+def zoo_records(name: str, *, split: Split, samples: int, seed: int) -> list[Record]:
     """Chats about pages of digits, as `mha2mla zoo data` writes them, without the files."""
-    chats = sample_chats(name, split=split, count=count, seed=seed)
+    chats = sample_chats(name, split=split, samples=samples, seed=seed)
     return [Record(messages=chat.messages, images=chat.images) for chat in chats]

@@ -42,7 +42,7 @@ def scans_by_digit(split: Split) -> tuple[tuple[int, ...], ...]:
 
 @functools.cache
 def scan_image(index: int) -> Image.Image:
-    """One scan as an 8 x 8 grey picture, ink bright on black."""
+    """One scan as an 8 x 8 grey image, ink bright on black."""
     return Image.fromarray(np.round(scans()[0][index] * (255 / 16)).astype(np.uint8))
 
 

@@ -1,4 +1,4 @@
-"""What guides training: where on its page each image token lies, and which tokens tell an answer."""
+"""What guides training: where on its page each image token lies, and which tokens show an answer."""
 
 import torch
 
@@ -43,10 +43,10 @@ def token_targets(name: str, chats: list[Chat]) -> torch.Tensor:
 def answer_sources(
     name: str, chats: list[Chat], is_image: torch.Tensor, labels: torch.Tensor, digits: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Where each digit of the answers is predicted, and which tokens of the prompt tell it.
+    """Where each digit of the answers is predicted, and which tokens of the prompt show it.
 
     `is_image` and `labels` are `[B, T]`, `digits` the ids of the ten digits. Returns rows and
-    positions `[n]`, and a mask `[n, T]`; digits that no cell tells (a count of none) are left out.
+    positions `[n]`, and a mask `[n, T]`; digits that no cell shows (a count of none) are left out.
     """
     rows, positions, masks = [], [], []
     for row, chat in enumerate(chats):
@@ -60,8 +60,8 @@ def answer_sources(
                 found = page.digit_at(*point) if point else None
                 if found:
                     tokens.setdefault((number, *found[1:]), []).append(place)
-        told = torch.isin(labels[row, 1:].cpu(), digits).nonzero()[:, 0].tolist()
-        for position, (number, cells) in zip(told, chat.sources, strict=True):
+        places = torch.isin(labels[row, 1:].cpu(), digits).nonzero()[:, 0].tolist()
+        for position, (number, cells) in zip(places, chat.sources, strict=True):
             if cells:
                 mask = torch.zeros(labels.shape[1])
                 mask[[place for cell in cells for place in tokens[number, *cell]]] = 1

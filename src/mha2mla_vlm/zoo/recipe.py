@@ -2,9 +2,9 @@
 
 A language model that starts together with an untrained tower never learns to look, so a warm-up
 names the digit under each visual token. Then everything trains together on chats whose pages grow
-to 4 x 4 digits, and once more at half the learning rate: counting comes late. Answers alone teach
+to 4 x 4 digits, and once more at half the learning rate: counting comes late. Answers by themselves teach
 slowly where to look, so over the first three fifths of each of these phases two guides help: what
-lies under each image token, and which tokens tell an answer (`zoo.guides`).
+lies under each image token, and which tokens show an answer (`zoo.guides`).
 """
 
 import json
@@ -62,7 +62,7 @@ class Recipe:
     learning_rate: float = 1e-3  # half of it in the last phase
     weight_decay: float = 0.05
     evaluate_every: int = 250  # steps
-    held_out: int = 500  # pictures of the final measurement
+    held_out: int = 500  # chats of the final measurement
 
 
 @dataclass
@@ -221,7 +221,7 @@ class _Run:
 
 
 def make_optimizer(modules: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    """AdamW with weight decay on matrices alone."""
+    """AdamW with weight decay on matrices only."""
     matrices = [p for n, p in modules.named_parameters() if p.ndim >= 2 and "embed" not in n]
     others = [p for n, p in modules.named_parameters() if p.ndim < 2 or "embed" in n]
     groups = [
@@ -317,9 +317,9 @@ def chat_loss(
 ) -> torch.Tensor:
     """Cross-entropy of the answers' tokens of one step's chats, and early on two guides.
 
-    The guides fade out between two and three fifths of the phase: the middle layer has to tell
+    The guides fade out between two and three fifths of the phase: the middle layer has to name
     digit, row and column under each image token, and one head of the next layer to look at the
-    tokens that tell an answer's digit.
+    tokens that show an answer's digit.
     """
     visual = get_family(name).visual_token_ids(model.config)
     chats = training_chats(name, rng, progress, tokens)
@@ -350,7 +350,7 @@ def answer_accuracy(
     right: Counter[str] = Counter()
     asked: Counter[str] = Counter()
     model.eval()
-    for chat in sample_chats(name, split="test", count=count, seed=seed):
+    for chat in sample_chats(name, split="test", samples=count, seed=seed):
         record = Record(messages=chat.messages, images=chat.images)
         batch = encode_with_labels(processor, [record], visual).to(model.device)
         with torch.autocast(model.device.type, torch.bfloat16):

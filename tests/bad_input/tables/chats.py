@@ -68,7 +68,7 @@ LINES = {
     "deep nesting": ('{"messages": ' + DEEP, "broken JSON"),
     "not UTF-8": (b'{"messages": "\xff"}', "not UTF-8"),
     "UTF-16": (chat(QUESTION, ANSWER).encode("utf-16"), "line 1"),
-    "a picture": (b"\x89PNG\r\n\x1a\n\x00\x00", "line 1"),
+    "an image": (b"\x89PNG\r\n\x1a\n\x00\x00", "line 1"),
     "zero bytes": (b"\x00" * 100, "line 1"),
     "a placeholder without an image": (
         chat({"role": "user", "content": [{"type": "image"}]}, ANSWER),
@@ -118,13 +118,13 @@ NAMES = {
 }
 
 
-def pictured(name):
+def with_image(name):
     """A chat about the file of that name."""
     return chat({"role": "user", "content": [{"type": "image"}]}, ANSWER, images=[name])
 
 
 def looped(folder):
-    text("data/chats.jsonl", pictured("loop.png"))(folder)
+    text("data/chats.jsonl", with_image("loop.png"))(folder)
     (folder / "data" / "loop.png").symlink_to("loop.png")
 
 
@@ -135,7 +135,7 @@ CASES = {
     },
     **{
         f"image: {name}": Case(
-            command=EVALUATE, change=text("data/chats.jsonl", pictured(file)), named="image"
+            command=EVALUATE, change=text("data/chats.jsonl", with_image(file)), named="image"
         )
         for name, file in NAMES.items()
     },

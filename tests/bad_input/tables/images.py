@@ -1,4 +1,4 @@
-"""Files of pictures, asked about and in chats."""
+"""Files of images, asked about and in chats."""
 
 import io
 import struct
@@ -15,7 +15,7 @@ def encoded(size=(8, 8), form="PNG", mode="RGB"):
 
 
 def huge_png(width, height):
-    """The beginning of a picture of that size: enough to open it, not to decode it."""
+    """The beginning of an image of that size: enough to open it, not to decode it."""
     header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
     chunks = [header, b"IDAT" + zlib.compress(b"\0" * 64), b"IEND"]
     parts = [struct.pack(">I", len(c) - 4) + c + struct.pack(">I", zlib.crc32(c)) for c in chunks]
@@ -23,7 +23,7 @@ def huge_png(width, height):
 
 
 def with_bad_sum():
-    """A picture one of whose checksums is wrong."""
+    """An image one of whose checksums is wrong."""
     content = bytearray(encoded())
     content[30] ^= 1
     return bytes(content)

@@ -205,11 +205,13 @@ CASES = {
     "no weights to inspect": Case(
         command="inspect small", change=removed("small/model.safetensors"), named="small"
     ),
-    "a teacher that is not there": Case(
-        command="finetune small --data data -o out --teacher nowhere", named="nowhere"
+    "a baseline to learn from that is not there": Case(
+        command="finetune small --data data -o out --baseline nowhere", named="nowhere"
     ),
-    "a teacher that is broken": Case(command=FINETUNE, change=cut(WEIGHTS, 1000), named="model"),
-    "no teacher": Case(command="finetune small --data data -o out", named="--teacher"),
+    "a baseline to learn from that is broken": Case(
+        command=FINETUNE, change=cut(WEIGHTS, 1000), named="model"
+    ),
+    "no baseline to learn from": Case(command="finetune small --data data -o out", named="--baseline"),
     "a baseline that is not there": Case(command=f"{EVALUATE} --baseline nowhere", named="nowhere"),
     "an adapter that is not there": Case(command=f"{CONVERT} --adapter nowhere", named="nowhere"),
     "an adapter that is broken": Case(

@@ -81,7 +81,7 @@ RECIPES = {
     "an unknown schedule": ("training_arguments: {lr_scheduler_type: best}", "best"),
     "the work folder elsewhere": ("training_arguments: {output_dir: data}", "output_dir"),
     "the work folder above": ("training_arguments: {output_dir: ..}", "output_dir"),
-    "no checkpoints to go on from": ("training_arguments: {save_strategy: 'no'}", "save_strategy"),
+    "no checkpoints to resume from": ("training_arguments: {save_strategy: 'no'}", "save_strategy"),
     "columns dropped": ("training_arguments: {remove_unused_columns: true}", "remove_unused_columns"),
     "a rate beside the recipe's": ("training_arguments: {learning_rate: 1.0}", "learning_rate"),
     "a seed beside the recipe's": ("training_arguments: {seed: 3}", "seed"),

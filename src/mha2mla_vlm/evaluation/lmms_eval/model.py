@@ -23,8 +23,8 @@ SAMPLING = ("temperature", "top_p", "top_k")
 class MHA2MLA(lmms):
     """An original or a converted checkpoint, by folder, hub id or `zoo:NAME` (`pretrained`).
 
-    `cache_bits` (8, 4 or 2) keeps the cache of a converted model in so many bits. Pictures only; answers
-    are generated, greedily unless a task says otherwise. Raises `InputError` for what is not supported.
+    `cache_bits` (8, 4 or 2) quantises the cache of a converted model. Images only; answers are
+    generated, greedily unless a task says otherwise. Raises `InputError` for what is not supported.
     """
 
     is_simple = False
@@ -82,7 +82,7 @@ class MHA2MLA(lmms):
         raise NotImplementedError("mha2mla answers one round; choose a task of output type generate_until")
 
     def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
-        """Not supported: lmms-eval asks it of models without chat templates alone."""
+        """Not supported: lmms-eval asks it only of models without chat templates."""
         raise NotImplementedError("mha2mla generates answers; choose a task of output type generate_until")
 
 
@@ -91,7 +91,7 @@ def chat_record(messages: list[dict[str, Any]]) -> Record:
     chat = ChatMessages(messages=messages)
     images, videos, audios = chat.extract_media()
     if videos or audios:
-        raise InputError("mha2mla takes pictures and text; choose a task without video and audio")
+        raise InputError("mha2mla takes images and text; choose a task without video and audio")
     return Record(
         messages=[
             {
@@ -111,7 +111,7 @@ def chat_record(messages: list[dict[str, Any]]) -> Record:
 def generation_options(given: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """What `generate` is given for a task's settings, and the texts that end an answer.
 
-    A temperature draws unless told not to, one of 0 never does. What is not about decoding is left out.
+    A temperature above 0 samples unless the task says otherwise. What is not about decoding is left out.
     """
     stops, temperature = given.get("until") or [], given.get("temperature")
     draws = bool(given.get("do_sample", temperature)) and temperature != 0

@@ -32,7 +32,7 @@ def write_task(
 ) -> int:
     """Write a task of every answer in `records`, exact match its measure; returns their number.
 
-    Pictures are copied. `place` is where the folder will lie. Raises `InputError` for a name that cannot be
+    Images are copied. `place` is where the folder will lie. Raises `InputError` for a name that cannot be
     one of a file, and if there is nothing to ask.
     """
     if not name.isidentifier() or len(name) > 100:
@@ -54,7 +54,7 @@ def write_task(
         "test_split": "test",
         "output_type": "generate_until",
         "doc_to_messages": Function(f"{HERE}.messages"),
-        "doc_to_visual": Function(f"{HERE}.pictures"),
+        "doc_to_visual": Function(f"{HERE}.images"),
         "doc_to_text": "question",
         "doc_to_target": "answer",
         "generation_kwargs": {"max_new_tokens": max_new_tokens, "do_sample": False},
@@ -86,12 +86,12 @@ def _documents(records: Iterable[Record], folder: Path, place: Path) -> Iterator
 
 def messages(document: dict[str, Any]) -> list[dict[str, Any]]:
     """The chat of a document, in lmms-eval's form."""
-    images = iter(pictures(document))
+    decoded = iter(images(document))
     return [
         {
             "role": message["role"],
             "content": [
-                {"type": "image", "url": next(images)} if part["type"] == "image" else part
+                {"type": "image", "url": next(decoded)} if part["type"] == "image" else part
                 for part in message["content"]
             ],
         }
@@ -99,8 +99,8 @@ def messages(document: dict[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def pictures(document: dict[str, Any]) -> list[Image.Image]:
-    """The pictures of a document, decoded."""
+def images(document: dict[str, Any]) -> list[Image.Image]:
+    """The images of a document, decoded."""
     return [open_image(Path(path), "task") for path in document["images"]]
 
 

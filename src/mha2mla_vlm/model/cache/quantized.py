@@ -1,6 +1,6 @@
-"""A latent cache in 8, 4 or 2 bits, of which a few blocks at a time are ever numbers again.
+"""A latent cache quantised to 8, 4 or 2 bits, dequantised a few blocks at a time.
 
-transformers' quantised layers make the whole cache numbers again at every step; they work too, but their
+transformers' quantised layers dequantise the whole cache at every step; they work too, but their
 peak memory is that of no quantisation. Here attention takes the cache piece by piece.
 
 Shapes: B batch, S all tokens, G KV heads, R rope dims per head, r latent dims.
@@ -19,7 +19,7 @@ from mha2mla_vlm.model.cache.latent import LatentCache, LatentLayer, Pieces
 from mha2mla_vlm.model.cache.quantization import BITS, Quantized, dequantize, quantize
 from mha2mla_vlm.utils.compat import replicate
 
-PIECE = {"cpu": 4096, "cuda": 16384}  # tokens that are numbers at a time
+PIECE = {"cpu": 4096, "cuda": 16384}  # tokens that are dequantised at a time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +55,7 @@ class QuantizationConfig(Strict):
 
 
 class QuantizedLatentLayer(LatentLayer):
-    """One layer: whole blocks of tokens in few bits, and the last ones as numbers in `keys`, `values`."""
+    """One layer: whole blocks of tokens quantised, and the last ones as they are in `keys`, `values`."""
 
     def __init__(self, config: QuantizationConfig | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -79,7 +79,7 @@ class QuantizedLatentLayer(LatentLayer):
         return QuantizedTokens(self)
 
     def _quantize(self, count: int) -> None:
-        """Move the first `count` of the recent tokens, whole blocks, into few bits."""
+        """Quantise the first `count` of the recent tokens, whole blocks."""
         block = self.config.q_group_size
         latent = quantize(self.keys[:, :, :count], self.config.nbits, block)
         rope: Quantized | torch.Tensor = self.values[:, :, :count].clone()
@@ -99,7 +99,7 @@ class QuantizedLatentLayer(LatentLayer):
 
     @property
     def quantized_length(self) -> int:
-        """Tokens in few bits."""
+        """Quantised tokens."""
         return 0 if self.latent is None else self.latent.tokens
 
     def get_seq_length(self) -> int:
@@ -173,7 +173,7 @@ class QuantizedLatentLayer(LatentLayer):
 
 
 class QuantizedTokens(Pieces):
-    """The tokens of a layer: those in few bits, `coded`, and after them the `recent` ones."""
+    """The tokens of a layer: the quantised ones, `coded`, and after them the `recent` ones."""
 
     def __init__(self, layer: QuantizedLatentLayer) -> None:
         self.layer = layer
@@ -200,7 +200,7 @@ class QuantizedTokens(Pieces):
 
 
 def quantized_bytes_per_token(config: Any, quantization: QuantizationConfig, *, itemsize: int = 2) -> float:
-    """Bytes that a token adds to a long cache of a converted model in few bits, over all layers.
+    """Bytes that a token adds to a long quantised cache of a converted model, over all layers.
 
     Ranges are included: for each channel of a block two numbers of `itemsize` bytes, those of the weights.
     A layer left as the original keeps its keys and values as they are.
@@ -217,7 +217,7 @@ def quantized_bytes_per_token(config: Any, quantization: QuantizationConfig, *, 
 
 
 def quantized_cache(**config: Any) -> LatentCache:
-    """A `LatentCache` in few bits; takes what `QuantizationConfig` does."""
+    """A quantised `LatentCache`; takes what `QuantizationConfig` does."""
     cache = LatentCache()
     replicate(cache, partial(QuantizedLatentLayer, QuantizationConfig.from_dict(config)))
     return cache

@@ -70,7 +70,7 @@ struct Scratch {
   __m512i *rows = nullptr, *columns = nullptr, *queries = nullptr;
   float *scores = nullptr, *other = nullptr, *turned = nullptr;
   uint32_t *weights = nullptr, *pairs = nullptr;
-  bf16 *latent = nullptr, *keys = nullptr;  // tiles of tokens that are stored in few bits
+  bf16 *latent = nullptr, *keys = nullptr;  // tiles of quantised tokens
   long row_room = 0, width_room = 0, tile_room = 0;
 
   void fit(const Call& c, const Sizes& z) {

@@ -66,7 +66,7 @@ class _Source(ctypes.Structure):
         self.pages, self.pages_row, self.page = stored.table.data_ptr(), stored.table.stride(0), stored.size
 
     def precede(self, coded: Quantized) -> None:
-        """Put tokens in few bits before the numbers."""
+        """Put quantised tokens before the others."""
         self.codes, self.low, self.step = (x.data_ptr() for x in coded.tensors)
         self.code_batch, self.code_head, _, self.code_token, _ = coded.codes.stride()
         self.range_batch, self.range_head = coded.low.stride()[:2]
@@ -123,7 +123,7 @@ def decode(
 ) -> torch.Tensor:
     """Attention of `q_rope [B, H, T, R]` and `q_nope [B, H, T, N]` over latents, `[B, T, H, D]`.
 
-    `stored` is tensors, tokens in few bits as `cache.quantized` keeps them (ranges in float16), or pages.
+    `stored` is tensors, quantised tokens as `cache.quantized` keeps them (ranges in float16), or pages.
     `visual [B, S]` is the modality of tokens (None: one modality), `mask` a `dense_mask` of bool, and
     `filled` the number of tokens in use, if a mask hides the others.
     """
@@ -185,7 +185,7 @@ def _sources(
 
 
 def _in_tiles(stored: QuantizedTokens) -> bool:
-    """Whether tokens in few bits, if any, come in blocks that the kernel's tiles of tokens divide."""
+    """Whether quantised tokens, if any, come in blocks that the kernel's tiles of tokens divide."""
     return all(
         coded is None
         or (isinstance(coded, Quantized) and coded.codes.shape[3] % TILE == 0 and coded.low.dtype == RANGES)

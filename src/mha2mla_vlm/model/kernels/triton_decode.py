@@ -187,7 +187,7 @@ def _merge_kernel(
 def can_run(
     q_rope: torch.Tensor, q_nope: torch.Tensor, ups: Sequence[Up], stored: Piece | Pieces | Paged
 ) -> bool:
-    """Whether the kernels take these tensors: stored as they are, in a number format that they know."""
+    """Whether the kernels take these tensors: stored as they are, in a dtype that they know."""
     if isinstance(stored, Pieces):
         return False
     numbers = (stored.pages,) if isinstance(stored, Paged) else stored

@@ -41,7 +41,7 @@ def _is_free(host: str, port: int) -> bool:
         if number == errno.EACCES:
             raise InputError(f"--port {port}: {reason}; give one from 1024 up") from None
         raise InputError(
-            f"--host {host}: {reason}; give an address of this machine, {LOOPBACK} for it alone or 0.0.0.0 "
+            f"--host {host}: {reason}; give an address of this machine, {LOOPBACK} for itself or 0.0.0.0 "
             "for its whole network"
         ) from None
     return True

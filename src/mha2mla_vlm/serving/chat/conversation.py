@@ -1,4 +1,4 @@
-"""A chat that goes on: questions, pictures and answers, one after the other."""
+"""A conversation: questions, images and answers, one after the other."""
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -11,11 +11,11 @@ from mha2mla_vlm.data.records import Record
 from mha2mla_vlm.errors import InputError
 from mha2mla_vlm.evaluation.generation import Answer, answer
 
-IMAGE = "/image "  # begins a line that names a picture
+IMAGE = "/image "  # begins a line that names an image
 
 
 class Conversation:
-    """The messages so far; pictures that were shown go with the next question."""
+    """The messages so far; images that were shown go with the next question."""
 
     def __init__(self) -> None:
         self.messages: list[dict[str, Any]] = []
@@ -23,9 +23,9 @@ class Conversation:
         self._shown = 0
 
     def show(self, image: Path | Image.Image) -> None:
-        """Show a picture; raises `InputError` if it cannot be read."""
+        """Show an image; raises `InputError` if it cannot be read."""
         message = {"role": "user", "content": [{"type": "image"}]}
-        self.images += Record(messages=[message], images=[image], source="picture").load_images()
+        self.images += Record(messages=[message], images=[image], source="/image").load_images()
         self._shown += 1
 
     def ask(self, question: str) -> Record:

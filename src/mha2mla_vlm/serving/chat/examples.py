@@ -1,4 +1,4 @@
-"""Pictures and questions to begin with, for the models that were shipped."""
+"""Images and questions to begin with, for the models that were shipped."""
 
 import contextlib
 import tempfile
@@ -17,14 +17,14 @@ COUNT = 4
 def zoo_examples(config: Any, name: str) -> Iterator[list[tuple[Path, str]]]:
     """Some held-out pages and questions, as files within the context; none for a model that reads no digits.
 
-    `name` is the model's own; a converted one tells in `config` which it was made of.
+    `name` is the model's own; a converted one names in `config` which it was made of.
     """
     mla = getattr(config, "mla", None) or {}
     origin = mla.get("original") or name
     if not origin.startswith(ZOO_PREFIX):
         yield []
         return
-    records = zoo_records(origin.removeprefix(ZOO_PREFIX), split="test", count=8 * COUNT, seed=0)
+    records = zoo_records(origin.removeprefix(ZOO_PREFIX), split="test", samples=8 * COUNT, seed=0)
     with tempfile.TemporaryDirectory() as folder:
         found: list[tuple[Path, str]] = []
         for record in (record for record in records if len(record.images) == 1):

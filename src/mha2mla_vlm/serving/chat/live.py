@@ -43,11 +43,11 @@ class Moment:
 
 
 class _Watch(TextStreamer):
-    """Tells of every token; text comes when it is whole."""
+    """Reports every token; text comes when it is whole."""
 
-    def __init__(self, tokenizer: Any, cache: Any, tell: Callable[[Moment], None]) -> None:
+    def __init__(self, tokenizer: Any, cache: Any, report: Callable[[Moment], None]) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.cache, self.tell = cache, tell
+        self.cache, self.report = cache, report
         self.text, self.tokens, self.start = "", -1, 0.0  # the prompt is put first
 
     def put(self, value: Any) -> None:
@@ -57,7 +57,7 @@ class _Watch(TextStreamer):
         if self.tokens == 1:
             self.start = time.perf_counter()
         if self.tokens:
-            self.tell(self.moment())
+            self.report(self.moment())
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         """Add a piece of text that is whole."""
@@ -75,7 +75,7 @@ class _Watch(TextStreamer):
 
 
 class _Given(StoppingCriteria):
-    """Stops generation when it is told to, by either of two events."""
+    """Stops generation at either of two events."""
 
     def __init__(self, ended: threading.Event) -> None:
         self.up, self.ended = threading.Event(), ended
@@ -116,7 +116,7 @@ def live_answer(
             )
             news.put(watch.moment())
             news.put(None)
-        except BaseException as error:  # goes on where the answer is read
+        except BaseException as error:  # raised again where the answer is read
             news.put(error)
 
     # at its end a process waits for this thread: one that is killed within PyTorch takes the process down

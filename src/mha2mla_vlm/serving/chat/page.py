@@ -20,7 +20,7 @@ from mha2mla_vlm.serving.chat.question import MAX_QUESTION, open_upload, questio
 
 MAX_UPLOAD = "10mb"
 MAX_WAITING = 16  # questions
-KEPT = (60, 3600)  # seconds: every minute, pictures that were given an hour ago are deleted
+KEPT = (60, 3600)  # seconds: every minute, images that were given an hour ago are deleted
 PREVIEW = 1024  # pixels, on the longer side
 NOTES = (
     "The cache is that of the whole chat, measured on its tensors.",
@@ -45,7 +45,7 @@ def build_page(
     max_new_tokens: int = 128,
     ended: threading.Event,
 ) -> gr.Blocks:
-    """A page with a picture, a question, and an answer of each of `sides`; `examples` fill both.
+    """A page with an image, a question, and an answer of each of `sides`; `examples` fill both.
 
     `ended` stops answers that are under way.
     """
@@ -63,25 +63,24 @@ def build_page(
     with gr.Blocks(title="mha2mla-vlm", analytics_enabled=False, delete_cache=KEPT) as page:
         notes = " ".join(NOTES[: len(sides)])
         gr.Markdown(f"## {' and '.join(side.name for side in sides)}\n{notes}")
-        picture, question, button, stop = _inputs()
+        image, question, button, stop = _inputs()
         outputs = _outputs(sides)
         models: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "models"}
         asked = [
-            trigger(ask, [picture, question], outputs, **models)
-            for trigger in (button.click, question.submit)
+            trigger(ask, [image, question], outputs, **models) for trigger in (button.click, question.submit)
         ]
         stop.click(None, cancels=asked)
         if examples:
             gr.set_static_paths([path for path, _ in examples])  # copies would be deleted as uploads are
-            gr.Examples([[str(path), text] for path, text in examples], [picture, question])
+            gr.Examples([[str(path), text] for path, text in examples], [image, question])
     return page.queue(max_size=MAX_WAITING)
 
 
 def _inputs() -> tuple[Any, Any, Any, Any]:
-    """A picture with its preview, a question, and what asks it and stops the answer."""
+    """An image with its preview, a question, and what asks it and stops the answer."""
     with gr.Row():
-        picture: Any = gr.File(
-            label="Picture", file_types=["image"], type="filepath", elem_id="picture", height=120
+        image: Any = gr.File(
+            label="Image", file_types=["image"], type="filepath", elem_id="image", height=120
         )
         with gr.Column():
             question = gr.Textbox(
@@ -96,8 +95,8 @@ def _inputs() -> tuple[Any, Any, Any, Any]:
                 stop = gr.Button("Stop", elem_id="stop")
     look: dict[str, Any] = {"height": 260, "visible": False, "buttons": ["fullscreen"]}
     preview = gr.Image(label="Shown", interactive=False, **look, elem_id="preview")
-    picture.change(_preview, picture, preview)
-    return picture, question, button, stop
+    image.change(_preview, image, preview)
+    return image, question, button, stop
 
 
 def _outputs(sides: Sequence[Side]) -> list[Any]:
@@ -121,7 +120,7 @@ def _told() -> Iterator[None]:
 
 
 def _preview(path: str | None) -> Any:
-    """The picture, small; nothing, and the reason, for what cannot be asked about."""
+    """The image, small; nothing, and the reason, for what cannot be asked about."""
     image = None
     if path is not None:
         try:
@@ -134,7 +133,7 @@ def _preview(path: str | None) -> Any:
 
 def _state(moment: Moment) -> str:
     """Bytes of the cache, and the speed."""
-    rate = "" if moment.rate is None else f", {moment.rate:.1f} tokens a second"
+    rate = "" if moment.rate is None else f", {moment.rate:.1f} tokens per second"
     return f"{moment.cache_bytes:,} bytes for {moment.cached_tokens:,} tokens{rate}"
 
 

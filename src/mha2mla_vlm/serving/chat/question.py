@@ -1,4 +1,4 @@
-"""What may be asked: a question of limited length, and a picture that can be read."""
+"""What may be asked: a question of limited length, and an image that can be read."""
 
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ MAX_QUESTION = 2_000  # characters
 
 
 def question_record(path: str | None, question: str | None) -> Record:
-    """The chat of a question and, at `path`, its picture; raises `InputError` for what cannot be asked."""
+    """The chat of a question and, at `path`, its image; raises `InputError` for what cannot be asked."""
     text = (question or "").strip()
     if not text:
         raise InputError("write a question first")
@@ -23,12 +23,12 @@ def question_record(path: str | None, question: str | None) -> Record:
 
 
 def open_upload(path: str) -> Image.Image:
-    """The picture in an uploaded file; raises `InputError`, without the file's place, if there is none."""
+    """The image in an uploaded file; raises `InputError`, without the file's place, if there is none."""
     try:
         data = Path(path).read_bytes()
     except FileNotFoundError:
-        raise InputError("the picture is not kept any longer; give it again") from None
-    return open_image(data, "picture")
+        raise InputError("the image is not kept any longer; give it again") from None
+    return open_image(data, "upload")
 
 
 def check_answer_length(config: Any, max_new_tokens: int) -> None:

@@ -1,4 +1,4 @@
-"""Where gradio keeps pictures while a page is served."""
+"""Where gradio keeps images while a page is served."""
 
 import contextlib
 import os
@@ -11,7 +11,7 @@ FOLDER = "GRADIO_TEMP_DIR"  # gradio has no other way to be told
 
 @contextlib.contextmanager
 def uploads_folder() -> Iterator[Path]:
-    """A folder for what gradio keeps, of this process alone, that is gone after the context.
+    """A folder for what gradio keeps, of this process only, that is gone after the context.
 
     It is where the user wants gradio's files, else where temporary files are.
     """

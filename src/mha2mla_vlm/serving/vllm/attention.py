@@ -130,7 +130,7 @@ class LatentAttention(nn.Module, AttentionLayerBase):
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Take a converted checkpoint's weights of this layer; returns the names of what they filled."""
         taken = {"down_proj.weight"} | ({"down_proj.bias"} if self.down_proj.bias is not None else set())
-        if self.down_proj.bias is not None:  # of the rotated keys alone
+        if self.down_proj.bias is not None:  # of the rotated keys only
             self.down_proj.bias.data.zero_()
         return taken | AutoWeightsLoader(self).load_weights(self._others(weights))
 
@@ -162,7 +162,7 @@ def _check(spec: LayerSpec, stock: Any, config: VllmConfig) -> None:
     """Raise `InputError` for what cannot be served."""
     if spec.rank is None:
         raise InputError(
-            "this checkpoint has partial RoPE alone, its keys and values are not factorised, so there is no "
+            "this checkpoint has only partial RoPE, its keys and values are not factorised, so there is no "
             "small cache to serve; convert it with `mha2mla convert CHECKPOINT --d-kv`, or serve the original"
         )
     if spec.at_read:

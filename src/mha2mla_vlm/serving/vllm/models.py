@@ -26,7 +26,7 @@ _TOWER = re.compile(r"(vision_tower\.)(embeddings|encoder|pre_layrnorm|post_laye
 class LatentMixin(_Model):
     """What a converted model adds to vLLM's class of its family, whichever that is."""
 
-    requires_raw_input_tokens = True  # token ids beside embeddings: they tell visual tokens from text
+    requires_raw_input_tokens = True  # token ids beside embeddings: they show which are visual
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
