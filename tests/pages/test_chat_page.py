@@ -53,7 +53,7 @@ def test_both_models_answer_and_the_bytes_are_those_of_their_caches(browser, pag
     upload(browser, image)
     WebDriverWait(browser, 60).until(lambda b: b.find_elements(By.CSS_SELECTOR, "#preview img"))
     ask(browser, question)
-    WebDriverWait(browser, 120).until(lambda b: "tokens a second" in value(b, "cache-1"))
+    WebDriverWait(browser, 120).until(lambda b: "tokens per second" in value(b, "cache-1"))
     processor = load_processor(checkpoint)
     for number, name in enumerate((ORIGINAL, checkpoint)):
         wanted = answer(load(name), processor, prompt_record(question, [image]), max_new_tokens=24)
@@ -115,14 +115,14 @@ def test_an_example_fills_image_and_question(browser, page):
     WebDriverWait(browser, 60).until(lambda b: b.find_elements(By.CSS_SELECTOR, "#preview img"))
     assert value(browser, "question")
     browser.find_element(By.CSS_SELECTOR, "#ask").click()
-    WebDriverWait(browser, 120).until(lambda b: "tokens a second" in value(b, "cache-1"))
+    WebDriverWait(browser, 120).until(lambda b: "tokens per second" in value(b, "cache-1"))
 
 
 def test_an_answer_can_be_stopped(browser, server):
     browser.get(server.address)
     WebDriverWait(browser, 60).until(lambda b: b.find_elements(By.CSS_SELECTOR, "#question textarea"))
     ask(browser, "Go on?")
-    WebDriverWait(browser, 60).until(lambda b: "tokens a second" in value(b, "cache-0"))
+    WebDriverWait(browser, 60).until(lambda b: "tokens per second" in value(b, "cache-0"))
     browser.find_element(By.CSS_SELECTOR, "#stop").click()
     start = time.monotonic()
     Client(server.address).begins("ask", None, "And now?")
