@@ -31,9 +31,8 @@ def main() -> None:
     parser.add_argument("models", nargs="*", default=list(ZOO_NAMES), metavar="MODEL")
     parser.add_argument("--samples", type=int, default=200, help="chats to measure on")
     given = parser.parse_args()
-    print(
-        "| | budget | rotated at | bytes per token | KL | exact match | original |\n|---|---|---|---|---|---|---|"
-    )
+    print("| | budget | rotated at | bytes per token | KL | exact match | original |")
+    print("|---|---|---|---|---|---|---|")
     for name in given.models:
         model, processor = load(f"zoo:{name}", dtype="float32"), load_processor(f"zoo:{name}")
         chats = zoo_records(name, split="train", count=128, seed=1)
