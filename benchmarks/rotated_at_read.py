@@ -35,8 +35,8 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|")
     for name in given.models:
         model, processor = load(f"zoo:{name}", dtype="float32"), load_processor(f"zoo:{name}")
-        chats = zoo_records(name, split="train", count=128, seed=1)
-        held_out = zoo_records(name, split="test", count=given.samples, seed=0)
+        chats = zoo_records(name, split="train", samples=128, seed=1)
+        held_out = zoo_records(name, split="test", samples=given.samples, seed=0)
         for mode in ("write", "read"):
             profile = make_profile(model, processor, chats, ConversionConfig(rotate_at=mode))
             for budget in BUDGETS:

@@ -74,12 +74,22 @@ def _facts(config: Any, mla: MLAConfig) -> dict[str, str]:
         "cache bytes per token (16 bits)": f"{before:,} to {after:,} ({after / before:.1%})",
         "rope dims per KV head (R), by layer": by_layer([spec and spec.rope_dim for spec in specs]),
         "latent dims (r), by layer": by_layer([spec and spec.rank for spec in specs]),
-        "choice of pairs": f"{mla.rope_selection or 'not recorded'}{', folded' if mla.folded else ''}",
-        "factorisation": f"{mla.factorization or 'none'}, for {' and '.join(mla.modalities)} tokens",
+        **method(mla),
     }
     losses = (mla.kl or {}).items()
     return facts | {
         f"KL after {step.replace('_', ' ')}": f"{kl:.4f} nats per answer token" for step, kl in losses
+    }
+
+
+def method(mla: MLAConfig) -> dict[str, str]:
+    """How a model was converted, in words."""
+    modes = mla.rotate_at if isinstance(mla.rotate_at, list) else [mla.rotate_at]
+    kept = "all stay rotated" if "write" not in modes else "not recorded"
+    return {
+        "pairs chosen by": f"{mla.rope_selection or kept}{', folded' if mla.folded else ''}",
+        "keys are rotated at": " or ".join(sorted(set(modes))),
+        "factorisation": f"{mla.factorization or 'none'}, for {' and '.join(mla.modalities)} tokens",
     }
 
 

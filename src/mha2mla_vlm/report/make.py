@@ -88,8 +88,8 @@ def _commands(checkpoint: str, original: str, data: str | None, findings: dict[s
     ]
     how = [
         f"--{key.replace('_', '-')} {settings[key]}"
-        for key in ("rope_selection", "factorization")
-        if settings
+        for key in ("rotate_at", "rope_selection", "factorization")
+        if settings.get(key)
     ]
     how += ["--no-fold"] if settings.get("fold") is False else []
     name = shared_name(checkpoint)

@@ -8,6 +8,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
+from mha2mla_vlm.model.card import method
 from mha2mla_vlm.report.gather import Report
 from mha2mla_vlm.report.plots import cache_plot, losses_plot, pairs_plot, spectra_plot
 from mha2mla_vlm.utils.folders import new_file
@@ -56,8 +57,7 @@ def _facts(report: Report) -> dict[str, str]:
         "family": report.family,
         "decoder layers": str(sizes.layers),
         "heads": f"{sizes.heads} for queries, {sizes.kv_heads} for keys and values, of {sizes.head_dim} dims",
-        "pairs chosen by": f"{mla.rope_selection or 'not recorded'}{', folded' if mla.folded else ''}",
-        "factorisation": f"{mla.factorization or 'none'}, for {' and '.join(mla.modalities)} tokens",
+        **method(mla),
         "rope dims per KV head (R)": _range([layer.rope_dim for layer in report.layers if layer.rope_dim]),
         "latent dims per token (r)": _range(latents) if latents else "keys and values whole",
     }
