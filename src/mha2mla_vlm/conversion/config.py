@@ -75,6 +75,10 @@ class ConversionConfig(Strict):
             raise InputError(f"budget = {budget}: give a share of the original cache, above 0 and up to 1")
         if self.rope_dim is not None and self.d_kv is not None:
             raise InputError("budget, rope_dim and d_kv together say too much; leave one of them out")
+        if self.at_read and self.d_kv is not None:
+            raise InputError(
+                "budget and d_kv together say too much at read, where all is latent; leave one out"
+            )
         if not factorization(self.factorization).takes_budget:
             raise InputError(
                 f"factorization {self.factorization!r} has no ranks to allocate; "
