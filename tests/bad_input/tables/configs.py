@@ -127,6 +127,8 @@ MLA = {
     "modalities of lists": ({"mla__modalities": [["text"], ["vision"]]}, "modalities"),
     "one modality where weights have two": ({"mla__modalities": ["shared"]}, "missing keys"),
     "no modalities": ({"mla__modalities": []}, "modalities"),
+    "a time to rotate that there is not": ({"mla__rotate_at": "both"}, "rotate_at 'both'"),
+    "times to rotate of other layers": ({"mla__rotate_at": ["read"]}, "rotate_at lists 1 layers"),
     "a selection that is a number": ({"mla__rope_selection": 5}, "rope_selection"),
     "a factorisation that is a list": ({"mla__factorization": ["svd"]}, "factorization"),
     "folded that is text": ({"mla__folded": "yes"}, "folded"),

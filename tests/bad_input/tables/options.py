@@ -27,6 +27,7 @@ OPTIONS = {
     "a rank of 0": (f"{CONVERTING} --d-kv 0", "rank 0"),
     "a rank below 0": (f"{CONVERTING} --d-kv -8", "rank -"),
     "a rank beyond all": (f"{CONVERTING} --d-kv {HUGE}", "--d-kv"),
+    "a time to rotate that there is not": (f"{CONVERT} --rotate-at both", "both"),
     "a selection that there is not": (f"{CONVERT} --rope-selection best", "best"),
     "a factorisation that there is not": (f"{CONVERT} --factorization best", "best"),
     "one sample": (f"{CONVERT} --samples 1", "samples = 1"),
