@@ -20,7 +20,7 @@ def unit_dims(head_dim: int) -> int:
 def interpolate(measured: Curve, up_to: int) -> dict[int, float]:
     """Losses at 1 to `up_to` units from those measured, never rising with size, linear in the logarithm.
 
-    Below the least measured size the curve goes on as between its first two points; above the
+    Below the least measured size the curve continues as between its first two points; above the
     largest it stays.
     """
     points, best = [], math.inf

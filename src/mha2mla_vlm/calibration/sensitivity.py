@@ -3,7 +3,7 @@
 To second order an answer token diverges by `d^T (diag(p) - p p^T) d / 2`, d the change of its logits and p
 its probabilities. Random signs e sketch that metric: with `u = sqrt(p) * e - p (sqrt(p) . e)` the mean of
 `(u . d)^2` is `d^T (diag(p) - p p^T) d`. So the gradient of `u . logits` at the output of a layer's
-attention tells in one number what an error there does, however many layers lie above.
+attention shows in one number what an error there does, however many layers lie above.
 
 Shapes: S sketches, A answer tokens, V vocabulary, T tokens, C hidden.
 """

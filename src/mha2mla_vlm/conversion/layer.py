@@ -110,7 +110,7 @@ class LayerwiseConversion(Sweep):
         return ConvertedLayer(weights=weights, spectra=spectra)
 
     def _profile(self, layer: nn.Module, index: int) -> LayerProfile:
-        """What calibration tells about the original layer; nothing is asked of one that is none any more."""
+        """What calibration shows about the original layer; nothing of one that is converted already."""
         if self.known is not None:
             return self.known(index)
         if not self.is_original:

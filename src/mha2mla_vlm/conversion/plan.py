@@ -142,7 +142,7 @@ def _plan_factors(model_config: Any, config: ConversionConfig) -> MLAConfig:
     """Sizes of a model whose RoPE is partial already and whose keys and values are now factorised."""
     mla, sizes = MLAConfig.from_dict(model_config.mla), AttentionSizes.of(model_config)
     if mla.kv_lora_rank is not None:
-        raise InputError("the model is converted already; give the original, or one with partial RoPE alone")
+        raise InputError("the model is converted already; give the original, or one with only partial RoPE")
     method = factorization(config.factorization)
     if config.at_read:
         raise InputError("the model has partial RoPE already; --rotate-at read starts from the original")

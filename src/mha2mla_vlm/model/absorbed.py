@@ -174,7 +174,7 @@ def attend_pieces(
     """Attention over tokens that come piece by piece, of which one at a time is in memory.
 
     `runs` are the modalities of all tokens in their order; where rows of a batch differ, in runs of
-    kind MIXED, `visual [B, S]` tells. `mask` is over all tokens, as `dense_mask` gives it.
+    kind MIXED, `visual [B, S]` shows which. `mask` is over all tokens, as `dense_mask` gives it.
     """
     running, start = RunningSoftmax(), 0
     for piece in pieces:
@@ -186,7 +186,7 @@ def attend_pieces(
         lse = scores.float().logsumexp(-1, keepdim=True)
         sums = _sums(scores.softmax(-1), piece[0], inside, which, len(queries.latent))
         mass = sums.text_mass
-        if mass is None and len(sums.latent) == 2 and sums.latent[0] is not None:  # text alone
+        if mass is None and len(sums.latent) == 2 and sums.latent[0] is not None:  # only text
             mass = torch.ones_like(lse)
         running.add((*sums.latent, mass), lse)
         start = stop
@@ -277,7 +277,7 @@ def dense_mask(
 ) -> torch.Tensor | None:
     """Any mask that transformers gives to attention, as one over scores `[.., T, S]`; None hides nothing.
 
-    None means causal; `[B, S]` is padding alone, to which causality is added; `[B, 1, T, S]` is
+    None means causal; `[B, S]` is only padding, to which causality is added; `[B, 1, T, S]` is
     complete, as bool (True is kept) or to be added. `filled` is how many tokens of S there are, where a
     cache has room for more.
     """

@@ -59,7 +59,7 @@ class TokenModality:
 
     @classmethod
     def of_text(cls, rows: int, length: int, device: torch.device) -> Self:
-        """Text alone."""
+        """Only text."""
         mask = torch.zeros(rows, length, dtype=torch.bool, device=device)
         return cls(mask, (Run(0, length, Kind.TEXT),))
 

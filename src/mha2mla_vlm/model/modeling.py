@@ -68,7 +68,7 @@ def latent_attentions(layers: Iterable[Any]) -> list[MLAAttention]:
 
 
 def loading_errors(info: dict[str, Any]) -> str:
-    """What `from_pretrained` tells of weights that are not those of the model, in one line; empty if none."""
+    """What `from_pretrained` says of weights that are not those of the model, in one line; empty if none."""
     said = [
         f"{what} keys {', '.join(sorted(map(str, info[f'{what}_keys']))[:3])}"
         for what in ("missing", "unexpected")
@@ -205,15 +205,21 @@ class MLAInnerMixin(MLACheckpoint):
         One token after others is text if nothing visual comes with it: looking would wait for the device.
         """
         ids = inputs.get("input_ids")
-        alone = all(inputs.get(name) is None for name in VISUAL_INPUTS)
-        if alone and cache is not None and ids is not None and ids.shape[1] == 1 and cache.is_initialized:
+        no_visuals = all(inputs.get(name) is None for name in VISUAL_INPUTS)
+        if (
+            no_visuals
+            and cache is not None
+            and ids is not None
+            and ids.shape[1] == 1
+            and cache.is_initialized
+        ):
             return TokenModality.of_text(len(ids), 1, ids.device)
         if ids is not None:
             return torch.stack([ids == token for token in self.visual_token_ids]).any(0)
         embeds, types = inputs.get("inputs_embeds"), inputs.get(TOKEN_TYPES)
-        if embeds is None or (types is None and alone):
+        if embeds is None or (types is None and no_visuals):
             raise InputError(
-                "inputs_embeds alone do not say which tokens are visual; give mm_token_type_ids [B, T] too"
+                "inputs_embeds do not say which tokens are visual; give mm_token_type_ids [B, T] too"
             )
         # what is not filled in yet, and the marks around it, has the embeddings of its ids
         table = self.get_input_embeddings()

@@ -54,5 +54,5 @@ class ByModality(nn.ModuleDict):
 
 
 def _whole(parameter: Any) -> Any:
-    """A parameter that is read beside its module's `forward`: FSDP gathers it there alone."""
+    """A parameter that is read beside its module's `forward`: FSDP gathers it only there."""
     return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter

@@ -1,4 +1,4 @@
-"""Keys alone are factorised."""
+"""Only keys are factorised."""
 
 from mha2mla_vlm.algorithms.factorization.blocks import apart
 

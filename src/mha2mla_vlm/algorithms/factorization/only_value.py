@@ -1,4 +1,4 @@
-"""Values alone are factorised."""
+"""Only values are factorised."""
 
 from mha2mla_vlm.algorithms.factorization.blocks import apart
 

@@ -167,7 +167,7 @@ class LatentStaticLayer(StaticLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write latents and rotated keys; returns the whole room, or a prompt alone if it is the first."""
+        """Write latents and rotated keys; returns the whole room, or only a prompt if it is the first."""
         first = not self.is_initialized
         whole = super().update(key_states, value_states, *args, **kwargs)
         return (key_states, value_states) if first else whole
@@ -259,7 +259,7 @@ def track_modality(cache: Cache | None, new: TokenModality | torch.Tensor) -> To
 def _track_static(cache: StaticCache, new_mask: torch.Tensor) -> TokenModality:
     """As `track_modality`, with one mask for the whole room and without waiting for the device.
 
-    Which tokens are visual is then known on the device alone, so all are of kind MIXED but for those of
+    Which tokens are visual is then known only on the device, so all are of kind MIXED but for those of
     a prompt that is the first.
     """
     layer, new = cache.layers[0], new_mask.shape[1]
