@@ -65,10 +65,10 @@ def convert_checkpoint(
     """Convert a model folder or hub id to `output`, with one decoder layer in memory at a time.
 
     What `convert` and `save` would give. A budget takes two more passes over the layers, before they are
-    converted, to find what each needs. It works in `OUTPUT.partial`; interrupted at any moment, it goes
-    on there with `resume`. Hidden states of the chats lie there too, or in `spill`. A `temporary` folder is
-    not named in the result as what it was made of. Raises `InputError`
-    for what cannot be converted, and for disks and shards that fail, with the work so far kept.
+    converted, to find what each needs. It works in `OUTPUT.partial`; interrupted at any moment, it is resumed
+    there with `resume`. Hidden states of the chats lie there too, or in `spill`. A result does not name a
+    `temporary` folder as what it was made of. Raises `InputError` for what cannot be converted, and for disks
+    and shards that fail, with the work so far kept.
     """
     folder, target = local_folder(name), torch.device(device)
     plan(model_config := load_config(folder), config)
@@ -81,13 +81,11 @@ def convert_checkpoint(
     given["weights"] = weights_digest(folder)
     settings = given | {"processes": process_count(), "records": _digest(chats)}
     with claimed_by_first(output):
-        where = None if spill is None else Path(spill)
-        work = WorkFolder(Path(output), settings, resume=resume, spill=where)
+        work = WorkFolder(Path(output), settings, resume=resume, spill=Path(spill) if spill else None)
         with kept(work.folder, "resume with --resume"):
             found = run(model, config, chats, device=target, work=work, sink=_shards(model, work))
             if temporary or not Path(resolve(name)).is_dir():  # on the hub, wherever its files are now
-                known = getattr(model_config, "mla", None)
-                original = None if temporary else known.get("original") if known else str(name)
+                original = None if temporary else _original(model_config, str(name))
                 found = replace(found, mla=replace(found.mla, original=original))
             start = time.perf_counter()
             if work.main:
@@ -102,6 +100,12 @@ def convert_checkpoint(
         seconds=dict(work.seconds),
         peak_bytes=peak_resident_bytes(),
     )
+
+
+def _original(config: Any, name: str) -> str | None:
+    """What a model of the hub was made of: itself, unless it is converted."""
+    known = getattr(config, "mla", None)
+    return known.get("original") if known else name
 
 
 def _shards(model: PreTrainedModel, work: WorkFolder) -> Sink:

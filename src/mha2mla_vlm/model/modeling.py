@@ -206,13 +206,8 @@ class MLAInnerMixin(MLACheckpoint):
         """
         ids = inputs.get("input_ids")
         no_visuals = all(inputs.get(name) is None for name in VISUAL_INPUTS)
-        if (
-            no_visuals
-            and cache is not None
-            and ids is not None
-            and ids.shape[1] == 1
-            and cache.is_initialized
-        ):
+        later = cache is not None and cache.is_initialized
+        if later and no_visuals and ids is not None and ids.shape[1] == 1:
             return TokenModality.of_text(len(ids), 1, ids.device)
         if ids is not None:
             return torch.stack([ids == token for token in self.visual_token_ids]).any(0)
@@ -223,10 +218,8 @@ class MLAInnerMixin(MLACheckpoint):
             )
         # what is not filled in yet, and the marks around it, has the embeddings of its ids
         table = self.get_input_embeddings()
-        ids = [
-            token for token in self.visual_token_ids if token < table.num_embeddings
-        ]  # defaults may be more
-        marks = table(torch.tensor(ids, device=embeds.device))
+        known = [token for token in self.visual_token_ids if token < table.num_embeddings]  # not all defaults
+        marks = table(torch.tensor(known, device=embeds.device))
         visual = torch.stack([(embeds == mark).all(-1) for mark in marks]).any(0)
         return visual if types is None else visual | (types[:, -embeds.shape[1] :] > 0)
 
