@@ -169,4 +169,4 @@ def test_what_cannot_be_served_is_refused_before_weights_are_loaded(monkeypatch,
     assert "error: --host 192.0.2.1: " in refused("--host", "192.0.2.1")
     assert "error: --max-new-tokens 1000000: " in refused("--max-new-tokens", 1_000_000)
     assert "error: the baseline has family qwen2_5_vl" in refused("--baseline", tmp_path / "other")
-    assert "error: cannot load the weights" in refused("--baseline", tmp_path / "model")
+    assert "error: cannot read the weights" in refused("--baseline", tmp_path / "model")
