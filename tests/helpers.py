@@ -126,9 +126,9 @@ def record(name, prompt, seed=0):
     return Record(messages=messages, images=images)
 
 
-def answered(name, count=6):
-    """Chats about one image and about two, each with an answer."""
-    asked = [record(name, ("image", "two images")[seed % 2], seed) for seed in range(count)]
+def answered(name, count=6, prompts=("image", "two images")):
+    """Chats of the `prompts` in turn, each with an answer."""
+    asked = [record(name, prompts[seed % len(prompts)], seed) for seed in range(count)]
     answer = {"role": "assistant", "content": "7"}
     return [Record(messages=[*r.messages, answer], images=r.images) for r in asked]
 

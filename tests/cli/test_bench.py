@@ -23,20 +23,14 @@ def pair(family, tmp_path):
     return tmp_path / "original", tmp_path / "converted"
 
 
-def test_bench(monkeypatch, capsys, pair, tmp_path, family):
+def bench(pair, *options):
+    """The command that times a converted model beside its original."""
     baseline, checkpoint = pair
-    command = [
-        "bench",
-        checkpoint,
-        "--baseline",
-        baseline,
-        "--context",
-        40,
-        "--context",
-        20,
-        "--batch-size",
-        2,
-    ]
+    return ["bench", checkpoint, "--baseline", baseline, *options]
+
+
+def test_bench(monkeypatch, capsys, pair, tmp_path, family):
+    command = bench(pair, "--context", 40, "--context", 20, "--batch-size", 2)
     options = ["--seconds", 0, "--dtype", "float32", "-o", tmp_path / "report"]
     code, out, err = run_command(monkeypatch, capsys, *command, *options)
     assert code == 0, err
@@ -57,19 +51,7 @@ def test_bench(monkeypatch, capsys, pair, tmp_path, family):
 
 
 def test_bench_in_few_bits(monkeypatch, capsys, pair, family):
-    baseline, checkpoint = pair
-    command = [
-        "bench",
-        checkpoint,
-        "--baseline",
-        baseline,
-        "--context",
-        160,
-        "--batch-size",
-        1,
-        "--seconds",
-        0,
-    ]
+    command = bench(pair, "--context", 160, "--batch-size", 1, "--seconds", 0)
     code, out, err = run_command(monkeypatch, capsys, *command, "--cache-bits", 4, "--dtype", "float32")
     assert code == 0, err
     row = json.loads(out.splitlines()[-1])["rows"][0]

@@ -7,6 +7,7 @@ import pytest
 import torch
 from helpers import (
     PROMPTS,
+    answered,
     original,
     piecewise_logits,
     prompt_inputs,
@@ -21,7 +22,6 @@ from transformers import DynamicCache
 
 from mha2mla_vlm.conversion.config import ConversionConfig
 from mha2mla_vlm.conversion.pipeline import convert
-from mha2mla_vlm.data.records import Record
 from mha2mla_vlm.model.cache.latent import LatentCache
 from mha2mla_vlm.model.modeling import decoder_layers
 from mha2mla_vlm.utils.compat import enable_checkpointing
@@ -48,10 +48,7 @@ def converted_whole():
     def make(family):
         if family not in made:
             model, processor = original(family)
-            records = [
-                Record(messages=[*r.messages, {"role": "assistant", "content": "7"}], images=r.images)
-                for r in (record(family, "two images", seed) for seed in range(3))
-            ]
+            records = answered(family, 3, ["two images"])
             config = ConversionConfig(rope_dim=64, d_kv=64)
             made[family] = model, convert(model, processor, records, config), processor
         return made[family]

@@ -131,6 +131,13 @@ def only_second_image(model, inputs):
     return inputs | {key: inputs[key][1:] for key in ("pixel_values", "image_sizes") if key in inputs}
 
 
+def quantised(backend, installed):
+    """transformers' quantised cache of a library, where that is installed."""
+    how = {"cache_config": {"backend": backend, "nbits": 4, "q_group_size": 8}}
+    mark = pytest.mark.skipif(not installed, reason=f"{backend} is not installed")
+    return pytest.param({"cache_implementation": "quantized"} | how, marks=mark)
+
+
 @pytest.mark.parametrize(
     "how",
     [
@@ -139,20 +146,8 @@ def only_second_image(model, inputs):
             {"cache_implementation": "offloaded"},
             marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="offloading needs a GPU"),
         ),
-        pytest.param(
-            {
-                "cache_implementation": "quantized",
-                "cache_config": {"backend": "hqq", "nbits": 4, "q_group_size": 8},
-            },
-            marks=pytest.mark.skipif(not is_hqq_available(), reason="hqq is not installed"),
-        ),
-        pytest.param(
-            {
-                "cache_implementation": "quantized",
-                "cache_config": {"backend": "quanto", "nbits": 4, "q_group_size": 8},
-            },
-            marks=pytest.mark.skipif(not is_optimum_quanto_available(), reason="quanto is not installed"),
-        ),
+        quantised("hqq", is_hqq_available()),
+        quantised("quanto", is_optimum_quanto_available()),
     ],
     ids=lambda how: "-".join(map(str, how.values())),
 )

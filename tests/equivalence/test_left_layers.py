@@ -3,11 +3,11 @@
 import pytest
 import torch
 from helpers import (
+    answered,
     original,
     piecewise_logits,
     prompt_inputs,
     real_tokens,
-    record,
     set_attention,
     whole_logits,
 )
@@ -18,7 +18,6 @@ from mha2mla_vlm.config import AttentionSizes
 from mha2mla_vlm.conversion.config import ConversionConfig
 from mha2mla_vlm.conversion.describe import describe, print_layers
 from mha2mla_vlm.conversion.pipeline import convert
-from mha2mla_vlm.data.records import Record
 from mha2mla_vlm.model.attention import MLAAttention
 from mha2mla_vlm.model.cache.latent import LatentCache, bytes_per_token, cache_bytes
 from mha2mla_vlm.model.cache.quantized import QuantizationConfig, quantized_bytes_per_token, quantized_cache
@@ -39,10 +38,7 @@ def models():
     def make(family):
         if family not in made:
             model, processor = original(family)
-            records = [
-                Record(messages=[*r.messages, {"role": "assistant", "content": "7"}], images=r.images)
-                for r in (record(family, "two images", seed) for seed in range(3))
-            ]
+            records = answered(family, 3, ["two images"])
             whole = convert(model, processor, records, ConversionConfig(rope_dim=64, d_kv=64))
             made[family] = model, with_left(model, whole), processor
         return made[family]

@@ -41,9 +41,11 @@ def attention_usage(
     for head in range(heads):
         group = head // (heads // kv_heads)
         gram = output[:, head].float().T @ output[:, head].float()
+        seen = values[group] @ gram
         for start in range(0, total, QUERY_BLOCK):
             rows = torch.arange(start, min(start + QUERY_BLOCK, total), device=keys.device)
-            attention, spread = _attend(queries[head, rows], keys[group], values[group], rows, gram, scaling)
+            given = (queries[head, rows], keys[group], values[group], seen, rows, gram, scaling)
+            attention, spread = _attend(*given)
             squared = attention.square() * weights[rows, None]
             received += squared.sum(0)
             pull = (squared * spread) @ one_hot  # [queries, E]
@@ -57,16 +59,18 @@ def _attend(
     queries: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
+    seen: torch.Tensor,
     rows: torch.Tensor,
     gram: torch.Tensor,
     scaling: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Of one head's rotated queries `[t, D]` of the tokens `rows [t]`: their attention p_ij, and how far each
-    value lies from the output, `|v_j - o_i|^2` in the metric `gram [D, D]`; both `[t, T]`.
+    value lies from the output, `|v_j - o_i|^2` in the metric `gram [D, D]`; both `[t, T]`. `seen` is
+    `values @ gram`, the same for all queries of the head.
     """
     later = torch.arange(len(keys), device=keys.device) > rows[:, None]
     attention = (queries @ keys.T * scaling).masked_fill(later, -torch.inf).softmax(-1)
-    mean, seen = attention @ values, values @ gram
+    mean = attention @ values
     lengths = (seen * values).sum(-1)
     spread = lengths + ((mean @ gram) * mean).sum(-1, keepdim=True) - 2 * mean @ seen.T
     return attention, spread.clamp_min(0)
@@ -104,10 +108,11 @@ def key_metric(
     for head in range(heads):
         group = head // (heads // kv_heads)
         gram = output[:, head].float().T @ output[:, head].float()
-        kept = None if rotated is None else rotated[group]
+        seen, kept = values[group] @ gram, None if rotated is None else rotated[group]
         for part, weight in zip(rows.split(block), weights.split(block), strict=True):
             query, plain = queries[head, part], plain_queries[head, part]
-            attention, spread = _attend(query, keys[group], values[group], part, gram, scaling)
+            given = (query, keys[group], values[group], seen, part, gram, scaling)
+            attention, spread = _attend(*given)
             pull = (attention.square() * spread * weight[:, None]).sqrt() * scaling
             for number, tokens in enumerate(members):
                 cos, sin = (table[tokens] for table in tables)

@@ -1,7 +1,6 @@
 """Methods by name: a table of one line each, read without importing what they do."""
 
 import importlib
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from mha2mla_vlm.errors import InputError, shown
@@ -14,18 +13,23 @@ class Entry(NamedTuple):
     summary: str
 
 
-def find(entries: Mapping[str, Entry], package: str, kind: str, name: Any) -> Any:
-    """The method `name`; raises `InputError` for one that is not in the table."""
-    check(entries, kind, name)
-    return importlib.import_module(f"{package}.{entries[name].module}").METHOD
+class Registry(dict[str, Entry]):
+    """The methods of one `kind`, modules of `package`."""
 
+    def __init__(self, kind: str, package: str, entries: dict[str, Entry]) -> None:
+        super().__init__(entries)
+        self.kind, self.package = kind, package
 
-def check(entries: Mapping[str, Entry], kind: str, name: Any) -> None:
-    """Raise `InputError` unless `name` is in the table."""
-    if not isinstance(name, str) or name not in entries:
-        raise InputError(f"unknown {kind} {shown(name)}; known: {', '.join(entries)}")
+    def check(self, name: Any) -> None:
+        """Raise `InputError` unless there is a method of this name."""
+        if not isinstance(name, str) or name not in self:
+            raise InputError(f"unknown {self.kind} {shown(name)}; known: {', '.join(self)}")
 
+    def find(self, name: Any) -> Any:
+        """The method of this name; raises `InputError` for an unknown one."""
+        self.check(name)
+        return importlib.import_module(f"{self.package}.{self[name].module}").METHOD
 
-def described(entries: Mapping[str, Entry]) -> str:
-    """The table in one line, for the help of a command."""
-    return "; ".join(f"{name}: {entry.summary}" for name, entry in entries.items()) + "."
+    def described(self) -> str:
+        """All in one line, for the help of a command."""
+        return "; ".join(f"{name}: {entry.summary}" for name, entry in self.items()) + "."

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 from mha2mla_vlm.algorithms.factorization import FACTORIZATIONS, factorization
 from mha2mla_vlm.algorithms.pair_selection import PAIR_SELECTIONS
-from mha2mla_vlm.algorithms.registry import check, described
 from mha2mla_vlm.config import ROTATE_AT, Strict, option
 from mha2mla_vlm.errors import InputError, shown
 
@@ -30,11 +29,11 @@ class ConversionConfig(Strict):
     )
     rope_dim: int | None = option(None, "R, rope dims kept per head, instead the same in every layer.")
     d_kv: int | None = option(None, "Latent dims per KV head, instead the same in every layer.")
-    rope_selection: str = option("residual", f"Which pairs stay rotated. {described(PAIR_SELECTIONS)}")
+    rope_selection: str = option("residual", f"Which pairs stay rotated. {PAIR_SELECTIONS.described()}")
     fold: bool = option(True, "Move the mean rotation of dropped pairs into the weights.")
     factorization: str = option(
         None,
-        f"How keys and values are factorised. {described(FACTORIZATIONS)}  [default: output-weighted; "
+        f"How keys and values are factorised. {FACTORIZATIONS.described()}  [default: output-weighted; "
         "output-weighted-shrunk at read]",
     )
     rotate_at: str = option(
@@ -50,8 +49,8 @@ class ConversionConfig(Strict):
             raise InputError(f"rotate_at {shown(self.rotate_at)}: give {' or '.join(ROTATE_AT)}")
         if self.factorization is None:
             object.__setattr__(self, "factorization", DEFAULT_FACTORIZATION[self.rotate_at])
-        check(PAIR_SELECTIONS, "rope selection", self.rope_selection)
-        check(FACTORIZATIONS, "factorization", self.factorization)
+        PAIR_SELECTIONS.check(self.rope_selection)
+        FACTORIZATIONS.check(self.factorization)
         if self.samples < 2:
             raise InputError(
                 f"samples = {self.samples}: give at least 2, one to calibrate on and one held out"

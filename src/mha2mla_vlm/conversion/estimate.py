@@ -83,6 +83,7 @@ def predict(
     number = _stored_dtype(source) if dtype == "auto" else getattr(torch, dtype)
     original, converted = empty_model(model_config), empty_model(converted_config(model_config, mla))
     calibration, held_out = encode_split(original, load_processor(name), records, config)
+    tokens, others = (sum(x["input_ids"].shape[1] for x in chats) for chats in (calibration, held_out))
     target = torch.device(device)
     base = resident_bytes() or 0
     phases, peak, kept = _one_layer(
@@ -95,7 +96,6 @@ def predict(
     counts["vision and embeddings"] = (len(calibration) + len(held_out)) * _vision_depth(model_config)
     seconds = {phase: taken * counts.get(phase, layers) for phase, taken in phases.items()}
     seconds["writing"] = (output_bytes + layers * kept) / WRITE_RATE
-    tokens, others = (sum(x["input_ids"].shape[1] for x in chats) for chats in (calibration, held_out))
     # all layers' states stay until their gradients have come down; else those of two layers are there
     hidden = (layers + 2 * SKETCHES) * tokens if allocated else 2 * (tokens + 3 * others)
     return Prediction(

@@ -78,8 +78,8 @@ def convert_checkpoint(
     chats = encode_split(model, processor, records, config)
     _check_shares(chats)
     given = {"model": str(folder), "config": config.to_dict(), "dtype": str(model.dtype)}
-    given["weights"] = weights_digest(folder)
-    settings = given | {"processes": process_count(), "records": _digest(chats)}
+    given["records"] = _digest(chats)  # which encodes each, before any work
+    settings = given | {"processes": process_count(), "weights": weights_digest(folder)}
     with claimed_by_first(output):
         work = WorkFolder(Path(output), settings, resume=resume, spill=Path(spill) if spill else None)
         with kept(work.folder, "resume with --resume"):

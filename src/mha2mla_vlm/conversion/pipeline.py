@@ -39,7 +39,7 @@ def convert(
     """
     check_model(model)
     plan(model.config, config)
-    chats = encode_split(model, processor, records, config)
+    chats = _checked(encode_split(model, processor, records, config))
     made: list[dict[str, Any]] = []
     found = run(
         model,
@@ -64,14 +64,14 @@ def make_profile(
     """What calibration shows, for several calls of `convert` with the same records and methods."""
     check_model(model)
     plan(model.config, config)
-    calibration = encode_split(model, processor, records, config).calibration
+    calibration = _checked(encode_split(model, processor, records, config)).calibration
     return measure(model, config, calibration, device=model.device, work=MemoryWork())
 
 
 def encode_split(
     model: PreTrainedModel, processor: ProcessorMixin, records: Sequence[Record], config: ConversionConfig
 ) -> Chats:
-    """Chats to calibrate on and held out to measure the loss on, each encoded once to see that it can be."""
+    """Chats to calibrate on and held out to measure the loss on, encoded when they are asked for."""
     if len(records) < 2:
         raise InputError(f"{len(records)} record(s): give at least 2, one to calibrate on and one held out")
     records = records[: config.samples]
@@ -79,8 +79,12 @@ def encode_split(
     if silent := [record.source for record in records if not record.answers()]:
         raise InputError(f"{silent[0]}: no assistant message; give chats with answers, which the loss is of")
     count = min(len(records) - 1, max(1, round(config.held_out * len(records))))
-    split = [EncodedRecords(processor, part, visual) for part in (records[:-count], records[-count:])]
-    for batches in split:
+    return Chats(*(EncodedRecords(processor, part, visual) for part in (records[:-count], records[-count:])))
+
+
+def _checked(chats: Chats) -> Chats:
+    """The chats, each encoded once: raises `InputError` for one that cannot be."""
+    for batches in chats:
         for _ in batches:
             pass
-    return Chats(calibration=split[0], held_out=split[1])
+    return chats

@@ -171,8 +171,7 @@ class MLAInnerMixin(MLACheckpoint):
             spec = self.mla_config.layer(index)
             if spec is not None:
                 layer.self_attn = MLAAttention(layer.self_attn, spec)
-        specs = (self.mla_config.layer(index) for index in range(len(layers)))
-        self.reads_positions = any(spec is not None and spec.at_read for spec in specs)
+        self.reads_positions = any(attention.at_read for attention in latent_attentions(layers))
         if self.reads_positions:
             self.text_model.rotary_emb = RecordingRotary(self.text_model.rotary_emb)
         without_attention_plan(self.text_model)
