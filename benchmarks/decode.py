@@ -48,9 +48,11 @@ ROPE_DIM = 32
 
 
 def models_of(
-    shape: str, layers: int, d_kv: int, device: torch.device, dtype: torch.dtype
+    shape: str, layers: int, mla: dict[str, Any], device: torch.device, dtype: torch.dtype
 ) -> tuple[Any, Any]:
-    """An original and a converted model of random weights, whose attention is of a shape, all else tiny."""
+    """An original and a converted model of random weights, whose attention is of a shape and of the sizes
+    `mla`, all else tiny.
+    """
     config_class, sizes = SHAPES[shape]
     text: dict[str, Any] = {**sizes, "num_hidden_layers": layers, "intermediate_size": 8, "vocab_size": 16}
     if config_class is Qwen2_5_VLConfig:
@@ -63,8 +65,7 @@ def models_of(
     config = config_class(text_config=text, vision_config=vision, image_token_id=2)
     model_type = config.model_type
     mla_config_class, mla_model = mla_classes(model_type)
-    kv_heads = sizes["num_key_value_heads"]
-    mla = {"qk_rope_head_dim": ROPE_DIM, "kv_lora_rank": d_kv * kv_heads, "modalities": ("text", "vision")}
+    mla = {"modalities": ("text", "vision"), **mla}
     values = config.to_dict() | {"model_type": mla_config_class.model_type, "mla": mla}
     with torch.device(device):
         original = getattr(transformers, get_family(model_type).model_class)(config)
@@ -75,12 +76,13 @@ def models_of(
 def measure(arguments: argparse.Namespace, shape: str, d_kv: int) -> dict[str, Any]:
     """All rows of a shape."""
     device, dtype = torch.device(arguments.device), getattr(torch, arguments.dtype)
-    original, converted = models_of(shape, arguments.layers, d_kv, device, dtype)
+    heads = SHAPES[shape][1]["num_key_value_heads"]
+    mla = {"qk_rope_head_dim": ROPE_DIM, "kv_lora_rank": d_kv * heads}
+    original, converted = models_of(shape, arguments.layers, mla, device, dtype)
     quantization = None if arguments.cache_bits is None else {"nbits": arguments.cache_bits}
     rows = []
     for batch in arguments.batches:
         for context in arguments.contexts:
-            heads = SHAPES[shape][1]["num_key_value_heads"]
             if arguments.layers * batch * context * heads * 128 * 4 > arguments.most_gigabytes * 1e9:
                 continue
             dense, latent = random_caches(converted, context, batch, quantization)

@@ -25,7 +25,8 @@ from transformers import Cache, DynamicCache, QuantizedCache
 from transformers import cache_utils as transformers_caches
 
 from mha2mla_vlm import ConversionConfig, convert, load, load_processor
-from mha2mla_vlm.bench.layers import modality_of, random_caches, rotary_tables
+from mha2mla_vlm.bench.context import modality_of
+from mha2mla_vlm.bench.layers import random_caches, rotary_tables
 from mha2mla_vlm.bench.models import device_name
 from mha2mla_vlm.bench.timing import peak_memory
 from mha2mla_vlm.data.records import IGNORE_INDEX, Record, encode, encode_with_labels

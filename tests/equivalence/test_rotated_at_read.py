@@ -32,7 +32,7 @@ from mha2mla_vlm.conversion.weights import (
     rotated_at_read,
 )
 from mha2mla_vlm.errors import InputError
-from mha2mla_vlm.model import rebuilt
+from mha2mla_vlm.model import blocks, interpolated, rebuilt
 from mha2mla_vlm.model.cache.latent import LatentCache, bytes_per_token, cache_bytes
 from mha2mla_vlm.model.checkpoint import save
 from mha2mla_vlm.model.modeling import decoder_layers
@@ -82,6 +82,24 @@ def test_keys_are_rebuilt_in_blocks(monkeypatch, family, limit):
     got = piecewise_logits(set_attention(model, absorb_limit=limit), inputs, [total - 5, total - 1], cache)
     torch.testing.assert_close(got, expected, **CLOSE)
     assert cache_bytes(cache) == total * bytes_per_token(model.config, itemsize=4)
+
+
+@pytest.mark.parametrize("rope_dim", [64, 16])
+@pytest.mark.parametrize("prompts", [["two images"], ["text", "text"]], ids=str)
+def test_turns_are_interpolated_within_blocks(monkeypatch, family, prompts, rope_dim):
+    monkeypatch.setattr(interpolated, "BLOCK", 0)
+    monkeypatch.setattr(blocks, "WIDTHS", (8, 16))
+    plans, make = [], blocks.plan_blocks
+    monkeypatch.setattr(interpolated, "plan_blocks", lambda *x: plans.append(make(*x)) or plans[-1])
+    model, processor = random_mla(family, rotate_at="read", rope_dim=rope_dim)
+    inputs = prompt_inputs(family, processor, prompts)
+    expected, total = whole_logits(model, inputs), inputs["input_ids"].shape[1]
+    got = piecewise_logits(
+        set_attention(model, absorb_limit=2), inputs, [total - 2, total - 1], LatentCache()
+    )
+    torch.testing.assert_close(got, expected, **CLOSE)
+    assert rope_dim == 16 or any(some.terms for plan in plans for some in plan)
+    assert len(plans) == (2 if rope_dim == 64 else 8)  # all pairs: one plan a step for all layers
 
 
 def test_wrong_positions_change_the_logits(family):

@@ -4,32 +4,26 @@ Shapes: B batch, S cached tokens, H query heads, G KV heads, D head dim, R rope 
 """
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from transformers import AttentionInterface, PreTrainedModel
 
+from mha2mla_vlm.bench.context import modality_of, multimodal, positions_of
 from mha2mla_vlm.bench.dense import Dense, dense_ways
 from mha2mla_vlm.bench.timing import Timing, time_in_turn
 from mha2mla_vlm.config import AttentionSizes
-from mha2mla_vlm.model.cache.latent import LatentCache, hold_latents, remember_modality
+from mha2mla_vlm.model.cache.latent import LatentCache, hold_latents, remember_modality, track_positions
 from mha2mla_vlm.model.cache.quantized import quantized_cache
 from mha2mla_vlm.model.modality import TokenModality
 from mha2mla_vlm.model.modeling import decoder_layers, latent_attentions
+from mha2mla_vlm.model.positions import Rotation, TokenPositions
+from mha2mla_vlm.model.rebuilt import Angles
 from mha2mla_vlm.utils.compat import attention_name, cache_argument, set_attention_name
-
-VISUAL = (0.05, 0.85)  # the span of a context that is visual
 
 Rows = dict[str, Timing]
 Shape = tuple[int, ...]
-
-
-def modality_of(context: int, batch: int, device: torch.device) -> TokenModality:
-    """A context of text, one long run of visual tokens, and text."""
-    mask = torch.zeros(batch, context, dtype=torch.bool, device=device)
-    start, stop = (int(share * context) for share in VISUAL)
-    mask[:, start:stop] = True
-    return TokenModality.from_mask(mask)
 
 
 def random_cache(
@@ -63,16 +57,24 @@ def random_caches(
     hold_latents(empty, [spec is not None for spec in specs])
     caches = random_cache(dense, like), random_cache(latent, like, empty)
     remember_modality(caches[1], modality_of(context, batch, like.device))
+    if any(spec is not None and spec.at_read for spec in specs):
+        track_positions(caches[1], 0, positions_of(converted, context, batch, like.device).int(), context)
     return caches
 
 
 @torch.no_grad()
 def time_attention(
-    converted: PreTrainedModel, dense: LatentCache, latent: LatentCache, seconds: float
+    converted: PreTrainedModel,
+    dense: LatentCache,
+    latent: LatentCache,
+    seconds: float,
+    *,
+    interpolate: bool = True,
 ) -> Rows:
     """Attention only, from queries to the heads' outputs, over converted layers: each dense way, and ours.
 
-    Ours includes what the up projections cost, which the original has behind it.
+    Ours includes what the up projections cost, which the original has behind it. Without `interpolate`,
+    all keys that are rotated at read are made of latents.
     """
     modules = latent_attentions(decoder_layers(converted))
     first = modules[0]
@@ -88,12 +90,27 @@ def time_attention(
 
         return run
 
+    places = positions_of(converted, dense.get_seq_length(), batch, like.device)
+
     def ours() -> None:
+        turns = _rotation(converted, places, like)
         for (q_rope, q_nope), module, layer in zip(split, modules, own, strict=True):
-            module.attend_absorbed(layer.stored(), q_rope, q_nope, latent.token_modality, None, None)
+            angles = None
+            if turns is not None and module.at_read:
+                angles = replace(Angles.of(turns, module.rope_pairs), rotation=turns if interpolate else None)
+            known = (latent.token_modality, None, None, angles)
+            module.attend_absorbed(layer.stored(), q_rope, q_nope, *known)
 
     ways = {name: originally(way) for name, way in dense_ways(like.device).items()}
     return time_in_turn({**ways, "ours": ours}, device=like.device, seconds=seconds)
+
+
+def _rotation(converted: PreTrainedModel, places: torch.Tensor, like: torch.Tensor) -> Rotation | None:
+    """What a step makes of the positions of its tokens, once for all layers that rotate at read."""
+    if not converted.model.reads_positions:
+        return None
+    text = converted.model.language_model
+    return Rotation(text.rotary_emb.rotary, places, like, text.config)
 
 
 @torch.no_grad()
@@ -117,6 +134,8 @@ def time_layers(
     def through(model: PreTrainedModel, cache: LatentCache, **kwargs: Any) -> Callable[[], None]:
         def run() -> None:
             cache.crop(-1)  # so that the new token is the last that fits, and buffers are dense
+            if model is converted and converted.model.reads_positions:
+                kwargs["token_positions"] = TokenPositions(converted.model.language_model.rotary_emb)
             for layer in decoder_layers(model):
                 layer.self_attn(
                     hidden_states=hidden,
@@ -170,8 +189,7 @@ def rotary_tables(model: PreTrainedModel, hidden: torch.Tensor, position: int) -
 
 def positions(model: PreTrainedModel, places: torch.Tensor) -> torch.Tensor:
     """Places `[B, T]` of tokens as the model takes them: three times for multimodal RoPE."""
-    multimodal = "mrope_section" in (model.config.get_text_config().rope_parameters or {})
-    return places.expand(3, -1, -1) if multimodal else places
+    return places.expand(3, -1, -1) if multimodal(model) else places
 
 
 def best_dense(times: Rows) -> str:

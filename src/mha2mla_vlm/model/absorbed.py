@@ -159,8 +159,19 @@ def attend(
     mask: torch.Tensor | None,
 ) -> Sums:
     """Attention over the tokens of one piece, whose modalities are `runs`; see `attend_pieces`."""
-    latent, k_rope = piece
-    weights = _scores(queries, latent, k_rope, runs, visual, mask).softmax(-1)  # in float32 within
+    return attend_scored(queries, _rope_scores(queries, piece[1]), piece[0], runs, visual, mask)
+
+
+def attend_scored(
+    queries: Queries,
+    scores: torch.Tensor,
+    latent: torch.Tensor,
+    runs: Sequence[Run],
+    visual: torch.Tensor | None,
+    mask: torch.Tensor | None,
+) -> Sums:
+    """The same where the `scores [B, Q, S]` of rotated keys are known; they are added to in place."""
+    weights = _scores(queries, scores, latent, runs, visual, mask).softmax(-1)  # in float32 within
     return _sums(weights, latent, runs, visual, len(queries.latent))
 
 
@@ -182,7 +193,7 @@ def attend_pieces(
         inside = runs_between(runs, start, stop)
         seen = None if mask is None else mask[..., start:stop]
         which = None if visual is None else visual[:, start:stop]
-        scores = _scores(queries, *piece, inside, which, seen)
+        scores = _scores(queries, _rope_scores(queries, piece[1]), piece[0], inside, which, seen)
         lse = scores.float().logsumexp(-1, keepdim=True)
         sums = _sums(scores.softmax(-1), piece[0], inside, which, len(queries.latent))
         mass = sums.text_mass
@@ -194,18 +205,20 @@ def attend_pieces(
     return Sums(tuple(latent), mass)
 
 
+def _rope_scores(queries: Queries, k_rope: torch.Tensor) -> torch.Tensor:
+    """Scores `[B, Q, S]` of rotated keys."""
+    return (queries.rope @ k_rope.transpose(-1, -2)).flatten(1, 2)
+
+
 def _scores(
     queries: Queries,
+    scores: torch.Tensor,
     latent: torch.Tensor,
-    k_rope: torch.Tensor,
     runs: Sequence[Run],
     visual: torch.Tensor | None,
     mask: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Masked scores `[B, Q, S]` of one piece."""
-    batch, kv_heads, rows, _ = queries.rope.shape
-    rows *= kv_heads
-    scores = (queries.rope @ k_rope.transpose(-1, -2)).view(batch, rows, -1)
+    """Masked scores `[B, Q, S]` of one piece: those of rotated keys and of the others, in place."""
     for start, stop, kind in runs:
         part, keys = scores[..., start:stop], latent[:, start:stop]
         if kind == Kind.MIXED:
@@ -218,8 +231,8 @@ def _scores(
             _add_text(part, queries, keys)
     if mask is None:
         return scores
-    heads = rows // mask.shape[-2]
-    return masked(scores.view(batch, heads, -1, scores.shape[-1]), mask).view_as(scores)
+    by_head = scores.unflatten(1, (-1, mask.shape[-2]))
+    return masked(by_head, mask).view_as(scores)
 
 
 def _add_text(scores: torch.Tensor, queries: Queries, latent: torch.Tensor) -> torch.Tensor:

@@ -121,7 +121,7 @@ class MLAAttention(nn.Module):
         stored = latent if isinstance(latent, Pieces) else (latent[:, 0], k_rope)
         if self.at_read and cache is not None and token_positions is not None:
             given = (cache, self.layer_idx, hidden_states, _length(stored), self.config)
-            angles = Angles(*token_positions.tables(*given), self.rope_pairs)
+            angles = Angles.of(token_positions.rotation(*given), self.rope_pairs)
         known = (token_modality, angles if self.at_read else None, attention_mask, filled)
         output, weights = self._over(stored, q_rope, q_nope, *known, **kwargs)
         record_attentions(weights)

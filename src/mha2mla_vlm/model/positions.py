@@ -1,9 +1,11 @@
 """Where tokens are, for keys that are rotated when they are read.
 
-Shapes: A numbers in a position (three with multimodal RoPE, else one), B batch, T new tokens, S all tokens,
-D head dim.
+Shapes: A axes of a position (three numbers with multimodal RoPE, else one), B batch, T new tokens, S all
+tokens, D head dim, P = D / 2 pairs.
 """
 
+from collections.abc import Hashable
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -31,21 +33,49 @@ class RecordingRotary(nn.Module):
         return tables
 
 
+class Rotation:
+    """Rotary tables `cos, sin [B, S, D]` of tokens at `positions [A, B, S]`, and of places between them."""
+
+    def __init__(self, rotary: nn.Module, positions: torch.Tensor, like: torch.Tensor, config: Any) -> None:
+        self.rotary, self.positions, self.config = rotary, positions, config
+        self.cos, self.sin = self._tables(like, positions.long())
+        self.plans: dict[Hashable, Any] = {}  # of blocks, for all layers that need the same
+
+    def at(self, places: torch.Tensor) -> Tables:
+        """Tables `[B, n, D]`, in float32, of `places [A, B, n]` up to the last token, whole or between."""
+        like = places.new_empty(0, dtype=torch.float32)
+        # variants of RoPE that depend on the length see that of all tokens
+        last = self.positions.amax(-1, keepdim=True).to(places.dtype)
+        cos, sin = self._tables(like, torch.cat([places, last], dim=-1))
+        return cos[:, :-1], sin[:, :-1]
+
+    @cached_property
+    def frequencies(self) -> Tables:
+        """Angle `[P]` that each pair turns by at one step along its axis, and that axis `[P]`."""
+        axes, batch, _ = self.positions.shape
+        steps = torch.eye(axes, device=self.positions.device)[:, None].expand(-1, batch, -1)
+        cos, sin = (table[0].chunk(2, dim=-1)[0] for table in self.at(steps))
+        angles, axis = torch.atan2(sin, cos).max(0)
+        return angles, axis
+
+    def _tables(self, like: torch.Tensor, places: torch.Tensor) -> Tables:
+        cos, sin = self.rotary(like, places if len(places) > 1 else places[0])
+        return one_table(cos, self.config), one_table(sin, self.config)
+
+
 class TokenPositions:
     """The positions of one step's tokens; all layers share the tables of all tokens, made once."""
 
     def __init__(self, rotary: RecordingRotary) -> None:
         self.rotary = rotary
-        self._tables: Tables | None = None
+        self._rotation: Rotation | None = None
 
-    def tables(self, cache: Cache, layer_idx: int, new: torch.Tensor, total: int, config: Any) -> Tables:
-        """cos and sin `[B, S, D]` of all `total` tokens that a layer has just added `new [B, T, ..]` to."""
-        if self._tables is None:
+    def rotation(self, cache: Cache, layer_idx: int, new: torch.Tensor, total: int, config: Any) -> Rotation:
+        """That of all `total` tokens that a layer has just added `new [B, T, ..]` to."""
+        if self._rotation is None:
             positions = self.rotary.positions
             assert positions is not None, "set as the language model begins"
             rows = positions.expand(-1, len(new), -1).int()
             known = track_positions(cache, layer_idx, rows, total)
-            asked = known.long() if len(known) > 1 else known[0].long()
-            cos, sin = self.rotary.rotary(new, asked)
-            self._tables = one_table(cos, config), one_table(sin, config)
-        return self._tables
+            self._rotation = Rotation(self.rotary.rotary, known, new, config)
+        return self._rotation

@@ -8,12 +8,14 @@ Shapes: B batch, S all tokens, n tokens of a block, G KV heads, R rope dims, D h
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 
 from mha2mla_vlm.model.absorbed import Piece, Up
 from mha2mla_vlm.model.cache.latent import Pieces
 from mha2mla_vlm.model.modality import Kind, Run, runs_between
+from mha2mla_vlm.model.positions import Rotation
 from mha2mla_vlm.model.rope import rotate
 
 BLOCK = 512  # tokens whose keys are there at a time
@@ -21,15 +23,30 @@ BLOCK = 512  # tokens whose keys are there at a time
 
 @dataclass(frozen=True)
 class Angles:
-    """Rotary tables `cos, sin [B, S, D]` of all tokens, and the `pairs [G, R/2]` of each KV head."""
+    """Rotary tables `cos, sin [B, S, D]` of all tokens, and the `pairs [G, R/2]` of each KV head.
+
+    `rotation` is what these are the tables of, where there is a cache.
+    """
 
     cos: torch.Tensor
     sin: torch.Tensor
     pairs: torch.Tensor
+    rotation: Rotation | None = None
+
+    @classmethod
+    def of(cls, rotation: Rotation, pairs: torch.Tensor) -> Self:
+        """Those of all tokens of a step."""
+        return cls(rotation.cos, rotation.sin, pairs, rotation)
 
     def columns(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Those of the kept pairs `[B, G, n, R/2]`, of some tokens."""
         cos, sin = (table[:, start:stop, self.pairs].transpose(1, 2) for table in (self.cos, self.sin))
+        return cos, sin
+
+    def first(self, tokens: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Those of the first `count` kept pairs `[B, G, n, count]`, of `tokens [n]`."""
+        some = self.pairs[:, :count]
+        cos, sin = (table[:, tokens][..., some].transpose(1, 2) for table in (self.cos, self.sin))
         return cos, sin
 
 

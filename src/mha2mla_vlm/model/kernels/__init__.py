@@ -10,6 +10,7 @@ from mha2mla_vlm.errors import InputError
 from mha2mla_vlm.model.absorbed import Piece, Up, absorb, attend, attend_pieces, expand
 from mha2mla_vlm.model.cache.latent import Pieces
 from mha2mla_vlm.model.cache.pages import Paged
+from mha2mla_vlm.model.interpolated import attend_rotated
 from mha2mla_vlm.model.modality import Run
 from mha2mla_vlm.model.rebuilt import Rebuilt
 
@@ -40,7 +41,9 @@ def attend_latents(
     if kernel is not None:
         return kernel(q_rope, q_nope, ups, scaling, stored, visual, mask, filled)
     queries = absorb(q_rope, q_nope, ups, scaling)
-    if isinstance(stored, Pieces):
+    if isinstance(stored, Rebuilt):
+        sums = attend_rotated(queries, stored, visual, mask)
+    elif isinstance(stored, Pieces):
         sums = attend_pieces(queries, stored, runs, visual, mask)
     else:
         sums = attend(queries, stored, runs, visual, mask)
