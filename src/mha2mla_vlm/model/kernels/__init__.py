@@ -62,16 +62,16 @@ def find_kernel(
 
     `auto` is Triton on a GPU, the C++ kernel on a CPU, and PyTorch where those cannot run, as where there
     are gradients. Both kernels have the arguments of `cpu_decode.decode`. Raises `InputError` for an
-    unknown backend.
+    unknown backend. Where keys are rotated at read there is the Triton kernel, and PyTorch.
     """
     if backend not in BACKENDS:
         raise InputError(f"decode_backend is {backend!r}; use one of {', '.join(BACKENDS)}")
-    if isinstance(stored, Rebuilt):
-        return None
     weights = (up.weight for up in ups)
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q_rope, q_nope, *weights)):
         return None
     on_gpu = q_rope.is_cuda
+    if isinstance(stored, Rebuilt):
+        return _find_rotated(backend, q_rope, q_nope, ups, stored)
     if backend == "triton" or (backend == "auto" and on_gpu and HAS_TRITON):
         from mha2mla_vlm.model.kernels import triton_decode
 
@@ -80,4 +80,15 @@ def find_kernel(
         from mha2mla_vlm.model.kernels import cpu_decode
 
         return cpu_decode.decode if cpu_decode.can_run(q_rope, q_nope, ups, stored, mask) else None
+    return None
+
+
+def _find_rotated(
+    backend: DecodeBackend, q_rope: torch.Tensor, q_nope: torch.Tensor, ups: Sequence[Up], stored: Rebuilt
+) -> Decode | None:
+    """The same for keys that are rotated at read."""
+    if backend == "triton" or (backend == "auto" and q_rope.is_cuda and HAS_TRITON):
+        from mha2mla_vlm.model.kernels import triton_rotated
+
+        return triton_rotated.decode if triton_rotated.can_run(q_rope, q_nope, ups, stored) else None
     return None
