@@ -1,5 +1,6 @@
 """The whole way on a shipped model: convert, evaluate against the original, measure the cache."""
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -24,16 +25,16 @@ from mha2mla_vlm.utils.progress import console
 from mha2mla_vlm.zoo.chats import zoo_records
 
 CALIBRATION_CHATS = 128
-BUDGETS = (0.375, 0.25)
+SIZES = (("write", 0.375), ("write", 0.25), ("read", 0.125))  # when keys are rotated, share of the cache
 PAGE = "mha2mla-demo-{}.html"  # in the working folder, if none is given
 
 
 def run_demo(
     name: str, *, samples: int = 100, output: Path | None = None, device: str = "auto"
 ) -> dict[str, Any]:
-    """Convert a zoo model at two sizes and compare; returns the rows of the table.
+    """Convert a zoo model to each of SIZES and compare; returns the rows of the table.
 
-    A page about the smaller one is written to `output`, or to the working folder.
+    A page about the smallest is written to `output`, or to the working folder.
 
     `exact_match` counts answers of held-out chats, `kl` is the mean divergence from the
     original on their tokens, `cache_bytes` the tensors of a real cache after one answer.
@@ -54,25 +55,25 @@ def run_demo(
 
 
 def _compared(name: str, samples: int, device: str) -> tuple[dict[str, Any], Report]:
-    """The rows of the table, and the report of the smaller model."""
+    """The rows of the table, and the report of the smallest model."""
     model = load(f"zoo:{name}", dtype=torch.float32).to(pick_device(device))
     processor = load_processor(f"zoo:{name}")
     calibration = zoo_records(name, split="train", samples=CALIBRATION_CHATS, seed=1)
     held_out = zoo_records(name, split="test", samples=samples, seed=0)
-    profile = make_profile(model, processor, calibration)
-    converted = {
-        f"budget {budget:.4g}": convert(
-            model, processor, calibration, ConversionConfig(budget=budget), profile=profile
-        )
-        for budget in BUDGETS
-    }
+    converted = {}
+    for mode, budgets in itertools.groupby(SIZES, key=lambda size: size[0]):
+        profile = make_profile(model, processor, calibration, ConversionConfig(rotate_at=mode))
+        for _, budget in budgets:
+            config = ConversionConfig(rotate_at=mode, budget=budget)
+            small = convert(model, processor, calibration, config, profile=profile)
+            converted[f"{budget:.1%}, rotated at {mode}"] = small
     rows = [_row("original", model, processor, held_out, evaluate_answers(model, processor, held_out))]
     for title, small in converted.items():
         answers = evaluate_answers(small, processor, held_out, baseline=model)
         rows.append(_row(title, small, processor, held_out, answers))
     result = {"model": name, "samples": samples, "rows": rows}
     given: dict[str, Any] = {
-        "name": f"zoo:{name}, {BUDGETS[-1]:.4g} of its cache",
+        "name": f"zoo:{name}, {SIZES[-1][1]:.1%} of its cache",
         "findings": small.findings,
     }
     given["commands"] = [f"mha2mla demo --model {name} --samples {samples}"]
