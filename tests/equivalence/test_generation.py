@@ -151,8 +151,8 @@ def quantised(backend, installed):
     ],
     ids=lambda how: "-".join(map(str, how.values())),
 )
-def test_other_caches_run(family, how):
-    model, processor = random_mla(family)
+def test_other_caches_run(mla, family, how):
+    model, processor = mla(family)
     inputs = prompt_inputs(family, processor, ["image"])
     got = generate(model, inputs, **how)
     assert got.shape == (1, NEW)

@@ -294,9 +294,9 @@ def test_no_warning_reaches_the_user(family, recwarn, caplog):
     assert [text for text in told if "deprecated" in text or "past_key_values" in text] == []
 
 
-def test_foreign_quantised_caches_take_their_default_group(family):
+def test_foreign_quantised_caches_take_their_default_group(mla, family):
     pytest.importorskip("hqq")
-    model, processor = random_mla(family)
+    model, processor = mla(family)
     inputs = prompt_inputs(family, processor, ["image"])
     how = {"cache_implementation": "quantized", "cache_config": {"backend": "hqq", "nbits": 8}}
     found = model.generate(**inputs, **how, max_new_tokens=4, do_sample=False)

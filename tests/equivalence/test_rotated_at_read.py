@@ -157,8 +157,3 @@ def test_what_does_not_go_with_it_is_refused(family):
         MLAConfig(qk_rope_head_dim=16, rotate_at="later")
     with pytest.raises(InputError, match="needs kv_lora_rank"):
         MLAConfig(qk_rope_head_dim=16, rotate_at="read").check(AttentionSizes.of(original(family)[0].config))
-    model, processor = random_mla(family, rotate_at="read")
-    inputs = prompt_inputs(family, processor, ["text"])
-    options = {"cache_implementation": "quantized", "cache_config": {"backend": "quanto"}}
-    with pytest.raises(InputError, match="use the backend 'latent'"):
-        model.generate(**inputs, max_new_tokens=2, **options)

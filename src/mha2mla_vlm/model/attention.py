@@ -13,7 +13,7 @@ from transformers import Cache
 
 from mha2mla_vlm.config import SHARED, AttentionSizes, LayerSpec
 from mha2mla_vlm.model.absorbed import Piece, absorb_limit, dense_mask
-from mha2mla_vlm.model.cache.latent import Pieces, filled_length
+from mha2mla_vlm.model.cache.latent import Pieces, cached, filled_length
 from mha2mla_vlm.model.chunked import attend_chunks
 from mha2mla_vlm.model.kernels import DecodeBackend, attend_latents
 from mha2mla_vlm.model.modality import Kind, Run, TokenModality
@@ -116,7 +116,7 @@ class MLAAttention(nn.Module):
         latent = self._down(hidden_states, token_modality)[:, None]
         filled = None
         if cache is not None:
-            latent, k_rope = cache.update(latent, k_rope, self.layer_idx)
+            latent, k_rope = cached(cache, self.layer_idx, latent, k_rope)
             filled = filled_length(cache, self.layer_idx)
         stored = latent if isinstance(latent, Pieces) else (latent[:, 0], k_rope)
         if self.at_read and cache is not None and token_positions is not None:

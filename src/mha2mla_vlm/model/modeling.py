@@ -253,11 +253,6 @@ class MLAMixin(GenerationCompat, MLACheckpoint):
             return None
         if options.get("backend", "latent") == "latent":
             return quantized_cache(**options)
-        if self.model.reads_positions:
-            raise InputError(
-                f"backend {options['backend']!r} quantises rotated keys too, and this model caches none; use "
-                "the backend 'latent'"
-            )
         text = self.config.get_text_config(decoder=True)
         return QuantizedCache(**{"config": text, "q_group_size": self._quantization_group()} | options)
 
@@ -265,8 +260,9 @@ class MLAMixin(GenerationCompat, MLACheckpoint):
         """Of transformers' quantised caches: 64, their default, or what divides latents and rotated keys."""
         sizes = AttentionSizes.of(self.config)
         own = (sizes.kv_heads * sizes.head_dim,) * 2  # keys and values of a layer left as it was
-        specs = self.mla_config.layers(sizes)
-        return math.gcd(64, *(n for spec in specs for n in (spec.widths(sizes) if spec else own)))
+        widths = [spec.widths(sizes) if spec else own for spec in self.mla_config.layers(sizes)]
+        # where no rotated keys are cached, halves of the latent are
+        return math.gcd(64, *(n for a, b in widths for n in ((a, b) if b else (a // 2, a - a // 2))))
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         """Refused: transformers' continuous batching pages keys and values, which converted models lack."""

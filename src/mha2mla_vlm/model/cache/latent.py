@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from transformers import Cache, DynamicCache, StaticCache
+from transformers import Cache, DynamicCache, QuantizedCache, StaticCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 
 from mha2mla_vlm.config import AttentionSizes, MLAConfig
@@ -292,6 +292,22 @@ def _match_rows(known: TokenModality, rows: int) -> TokenModality:
     raise InputError(
         f"the cache went from {have} to {rows} rows that differ in modality; select rows before filling it"
     )
+
+
+def cached(
+    cache: Cache, layer_idx: int, latent: torch.Tensor, k_rope: torch.Tensor
+) -> tuple[Any, torch.Tensor]:
+    """What a layer holds once new latents `[B, 1, T, r]` and rotated keys `[B, G, T, R]` are added.
+
+    transformers' quantised layers hold two parts that are not empty: where no rotated keys are cached, these
+    are halves of the latent.
+    """
+    if k_rope.shape[-1] or not isinstance(cache, QuantizedCache):
+        return cache.update(latent, k_rope, layer_idx)
+    half = latent.shape[-1] // 2
+    halves = cache.update(latent[..., :half], latent[..., half:], layer_idx)
+    latent = torch.cat(halves, dim=-1)
+    return latent, k_rope.new_empty(*k_rope.shape[:2], latent.shape[2], 0)
 
 
 def track_positions(cache: Cache, layer_idx: int, new: torch.Tensor, total: int) -> torch.Tensor:
