@@ -8,37 +8,21 @@ r where keys are rotated at read; H query heads, G KV heads, M = H / G, D head d
 dims; of a query's D numbers the first R are rotated.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch.nn import functional
 
 from mha2mla_vlm.model.absorbed import Piece, Up, absorb_limit
-from mha2mla_vlm.model.cache.latent import Pieces
 from mha2mla_vlm.model.cache.pages import Paged, as_piece
 from mha2mla_vlm.model.kernels import attend_latents, find_kernel
 from mha2mla_vlm.model.modality import Kind, Run
-from mha2mla_vlm.model.rebuilt import BLOCK, Angles, Rebuilt
+from mha2mla_vlm.model.rebuilt import Angles, Rebuilt
 from mha2mla_vlm.model.rope import rotate
 from mha2mla_vlm.model.softmax import RunningSoftmax
 from mha2mla_vlm.utils.compat import flash_with_mass
 
 CHUNK = 8192  # earlier tokens whose keys and values are made at a time
-LARGEST_BLOCK = 65536  # tokens of all requests that decode, whose keys are there at a time
-
-
-class PagedLatents(Pieces):
-    """Latents of paged tokens, copied from their pages a block at a time, without rotated keys."""
-
-    def __init__(self, stored: Paged) -> None:
-        self.stored, self.length = stored, stored.room
-
-    def __iter__(self) -> Iterator[Piece]:
-        stored = self.stored
-        latents = stored.pages[..., : stored.rank]
-        tokens = min(BLOCK, LARGEST_BLOCK // len(stored.table))
-        for table in stored.table.split(max(1, tokens // stored.size), dim=1):
-            yield _latents_only(latents[table].flatten(1, 2), stored.kv_heads)
 
 
 def decode(
@@ -58,8 +42,8 @@ def decode(
     if kernel is not None:
         return kernel(q_rope, q_nope, ups, scaling, stored, visual, None)[:, 0]
     seen = torch.arange(stored.room, device=query.device) < stored.lengths[:, None]
-    tokens = _piece(stored.rows(), ups, None) if angles is None else PagedLatents(stored)
-    return _absorbed(query[:, :, None], tokens, visual, seen[:, None, None], ups, scaling, angles)[:, 0]
+    given = (visual, seen[:, None, None], ups, scaling, angles)
+    return _absorbed(query[:, :, None], stored.rows(), *given)[:, 0]
 
 
 def prefill(
@@ -79,8 +63,7 @@ def prefill(
     if past and new <= absorb_limit(heads, ups[0].kv_heads, ups[0].nope_dim, head_dim):
         causal = torch.ones(new, len(rows), dtype=torch.bool, device=rows.device).tril(past)
         which = None if visual is None else visual[None]
-        tokens = _piece(rows[None], ups, angles)
-        return _absorbed(queries, tokens, which, causal[None, None], ups, scaling, angles)[0]
+        return _absorbed(queries, rows[None], which, causal[None, None], ups, scaling, angles)[0]
     keys, values = keys_and_values(rows, visual, ups, past, len(rows), angles)
     if not past:
         output = functional.scaled_dot_product_attention(
@@ -126,29 +109,25 @@ def _parts(queries: torch.Tensor, ups: Sequence[Up]) -> tuple[torch.Tensor, torc
 
 
 def _piece(rows: torch.Tensor, ups: Sequence[Up], angles: Angles | None) -> Piece:
-    """What is stored in `rows [n, S, C]`."""
+    """What is stored in `rows [n, S, C]`: where keys are rotated at read, those of no dims."""
     rank, kv_heads = ups[0].weight.shape[-1], ups[0].kv_heads
-    return as_piece(rows, rank, kv_heads) if angles is None else _latents_only(rows[..., :rank], kv_heads)
-
-
-def _latents_only(latents: torch.Tensor, kv_heads: int) -> Piece:
-    """`latents [n, S, r]` with rotated keys of no dims."""
-    batch, tokens, _ = latents.shape
-    return latents, latents.new_empty(batch, kv_heads, tokens, 0)
+    if angles is None:
+        return as_piece(rows, rank, kv_heads)
+    return rows[..., :rank], rows.new_empty(len(rows), kv_heads, rows.shape[1], 0)
 
 
 def _absorbed(
     queries: torch.Tensor,
-    stored: Piece | Pieces,
+    rows: torch.Tensor,
     visual: torch.Tensor | None,
     mask: torch.Tensor,
     ups: Sequence[Up],
     scaling: float,
     angles: Angles | None,
 ) -> torch.Tensor:
-    """Attention of `queries [n, H, T, D]` over the `stored` tokens, S a request; `[n, T, H, D]`."""
+    """Attention of `queries [n, H, T, D]` over `rows [n, S, C]`; `[n, T, H, D]`."""
     q_rope, q_nope = _parts(queries, ups)
-    runs = (Run(0, mask.shape[-1], Kind.TEXT if visual is None else Kind.MIXED),)
-    if angles is not None:
-        stored = Rebuilt(stored, ups, runs, visual, angles)
+    piece = _piece(rows, ups, angles)
+    runs = (Run(0, rows.shape[1], Kind.TEXT if visual is None else Kind.MIXED),)
+    stored = piece if angles is None else Rebuilt(piece, ups, runs, visual, angles)
     return attend_latents("auto", q_rope, q_nope, ups, scaling, stored, runs, visual, mask)
