@@ -20,6 +20,7 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 SIZES = {"rope_dim": [16, 8, 32, 16], "rank": [40, 64, 24, 40]}  # not the same in all layers
+ALL_PAIRS = {"rope_dim": [64, 8, 64, 32], "rank": [40, 64, 24, 40], "seed": 2}  # rotated at read, in some all
 
 
 @contextlib.contextmanager
@@ -58,14 +59,14 @@ def as_on_the_hub(name, folder):
 
 @pytest.fixture(scope="session")
 def random_folder(tmp_path_factory):
-    """Gives folders of random models of low rank, by family and modalities."""
+    """Gives folders of random models of low rank, by family, modalities and when layers rotate."""
     made = {}
 
-    def folder(name, modalities=("text", "vision")):
-        key = name, modalities
+    def folder(name, modalities=("text", "vision"), rotate_at=("write",) * 4):
+        key = name, modalities, rotate_at
         if key not in made:
-            sizes = SIZES if modalities == ("text", "vision") else {}
-            model, processor = random_mla(name, modalities=modalities, **sizes)
+            sizes = {} if modalities == ("shared",) else SIZES if "write" in rotate_at else ALL_PAIRS
+            model, processor = random_mla(name, modalities=modalities, rotate_at=list(rotate_at), **sizes)
             made[key] = save(model, processor, tmp_path_factory.mktemp(name) / "model")
         return made[key]
 
@@ -77,12 +78,13 @@ def converted(tmp_path_factory):
     """Gives folders of converted zoo models, of other sizes in every layer."""
     made = {}
 
-    def folder(name):
-        if name not in made:
+    def folder(name, rotate_at="write"):
+        key = name, rotate_at
+        if key not in made:
             model, processor = load(f"zoo:{name}", dtype=torch.float32), load_processor(f"zoo:{name}")
             chats = zoo_records(name, split="train", samples=24, seed=1)
-            small = convert(model, processor, chats, ConversionConfig(budget=0.25))
-            made[name] = save(small, processor, tmp_path_factory.mktemp(name) / "small")
-        return made[name]
+            small = convert(model, processor, chats, ConversionConfig(budget=0.25, rotate_at=rotate_at))
+            made[key] = save(small, processor, tmp_path_factory.mktemp(name) / "small")
+        return made[key]
 
     return folder

@@ -1,5 +1,7 @@
 """vLLM answers as `generate` does, in a cache that is as much smaller as its rows are."""
 
+import contextlib
+
 import pytest
 import torch
 from conftest import as_on_the_hub, engine
@@ -18,6 +20,7 @@ from mha2mla_vlm.model.families import FAMILIES
 from mha2mla_vlm.model.modeling import decoder_layers
 from mha2mla_vlm.zoo.chats import zoo_records
 
+MIXED = ("write", "read", "read", "write")
 pytestmark = pytest.mark.vllm
 NEW = 8
 LONG = "Say again: " + "the digit 7 is in row 1, column 2. " * 40
@@ -81,8 +84,11 @@ def assert_same(found, right):
         assert logs == pytest.approx(right_logs, abs=1e-4)
 
 
-def check(folder, name, **options):
-    """Asks all chats at once, and all once more, which finds their prefixes cached."""
+@contextlib.contextmanager
+def checked(folder, name, **options):
+    """Asks all chats at once, and all once more, which finds their prefixes cached; gives the engine, what
+    was asked, and the answers.
+    """
     chats = requests(name)
     asked, right = prompts(load_processor(folder), chats), expected(folder, chats)
     lengths = []
@@ -91,9 +97,15 @@ def check(folder, name, **options):
         assert_same(served(llm, asked), right)
         for request in llm.generate(asked, use_tqdm=False):
             lengths.append((len(request.prompt_token_ids), request.num_cached_tokens))
-    assert max(length for length, _ in lengths) > 550
-    assert sum(cached for _, cached in lengths) > 0
-    return right
+        assert max(length for length, _ in lengths) > 550
+        assert sum(cached for _, cached in lengths) > 0
+        yield llm, asked, right
+
+
+def check(folder, name, **options):
+    """Checks; returns the right answers."""
+    with checked(folder, name, **options) as (_, _, right):
+        return right
 
 
 def test_random_models_of_low_rank(family, random_folder):
@@ -106,18 +118,32 @@ def test_random_models_of_low_rank(family, random_folder):
     assert tokens != right[1][0] or logs != pytest.approx(right[1][1], abs=1e-2)
 
 
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "llava"])
+def test_keys_rotated_at_read(name, random_folder, monkeypatch):
+    folder = random_folder(name, rotate_at=("read",) * 4)
+    with checked(folder, name) as (llm, asked, right):
+        per_token = bytes_per_token(load_config(folder), itemsize=4)
+        assert room(llm) == pytest.approx((64 << 20) / per_token, rel=0.02)  # whole pages
+        backend = pytest.importorskip("mha2mla_vlm.serving.vllm.backend")
+        stored = backend.read_positions  # negative control: keys rotated by other positions must differ
+        monkeypatch.setattr(backend, "read_positions", lambda *given: stored(*given) // 2)
+        (tokens, logs), *_ = served(llm, asked[:1])
+    assert tokens != right[0][0] or logs != pytest.approx(right[0][1], abs=1e-2)
+
+
 def test_one_factor_for_all_tokens(random_folder):
     check(random_folder("llava", ("shared",)), "llava")
 
 
 @pytest.mark.parametrize("name", ["qwen2_5_vl", "llava"])
 def test_layers_left_as_they_were(name, tmp_path):
-    model, processor = random_mla(name, rope_dim=[None, 16, None, 8], rank=[None, 40, None, 24])
+    sizes = {"rope_dim": [None, 16, None, 8], "rank": [None, 40, None, 24]}
+    model, processor = random_mla(name, rotate_at=["write", "write", "write", "read"], **sizes)
     check(save(model, processor, tmp_path / "mixed"), name)
 
 
 def test_compiled(random_folder):
-    check(random_folder("qwen2_5_vl"), "qwen2_5_vl", enforce_eager=False)
+    check(random_folder("qwen2_5_vl", rotate_at=MIXED), "qwen2_5_vl", enforce_eager=False)
 
 
 @pytest.mark.parametrize(
@@ -125,7 +151,7 @@ def test_compiled(random_folder):
 )
 def test_two_processes(options, random_folder, monkeypatch):
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-    check(random_folder("qwen2_5_vl"), "qwen2_5_vl", **options)
+    check(random_folder("qwen2_5_vl", rotate_at=MIXED), "qwen2_5_vl", **options)
 
 
 @pytest.mark.parametrize("name", sorted(FAMILIES))
@@ -161,11 +187,16 @@ def test_video(random_folder):
         )
 
 
-def capacity(folder, dtype="float32"):
-    """Tokens that 64 MB of cache have room for."""
-    with engine(folder, dtype=dtype) as llm:
-        cache = llm.llm_engine.vllm_config.cache_config
-        return cache.num_gpu_blocks * cache.block_size
+def room(llm):
+    """Tokens that an engine's cache of 64 MB has room for."""
+    cache = llm.llm_engine.vllm_config.cache_config
+    return cache.num_gpu_blocks * cache.block_size
+
+
+def capacity(folder):
+    """The same of a folder's engine."""
+    with engine(folder) as llm:
+        return room(llm)
 
 
 @pytest.mark.parametrize("name", sorted(FAMILIES))
@@ -176,11 +207,12 @@ def test_capacity_rises_by_the_ratio_of_bytes(name, converted, tmp_path):
     assert found == pytest.approx(per_token[0] / per_token[1], rel=0.02)  # whole pages
 
 
-def test_bfloat16_answers_as_well(converted):
+@pytest.mark.parametrize("rotate_at", ["write", "read"])
+def test_bfloat16_answers_as_well(rotate_at, converted):
     """Digits read in bfloat16, by the CPU kernel where there is one, are those of our evaluation."""
     from vllm import SamplingParams
 
-    folder = converted("qwen2_5_vl")
+    folder = converted("qwen2_5_vl", rotate_at)
     chats = zoo_records("qwen2_5_vl", split="test", samples=12, seed=3)
     processor = load_processor(folder)
     places = [(chat, index) for chat in chats for index in chat.answers()]

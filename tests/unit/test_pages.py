@@ -3,10 +3,20 @@
 import pytest
 import torch
 
-from mha2mla_vlm.model import paged
+from mha2mla_vlm.model import paged, rebuilt
 from mha2mla_vlm.model.absorbed import Up
-from mha2mla_vlm.model.cache.pages import Paged, is_visual, marked, store
+from mha2mla_vlm.model.cache.pages import (
+    Paged,
+    is_visual,
+    marked,
+    position_width,
+    read_positions,
+    store,
+    store_positions,
+)
 from mha2mla_vlm.model.kernels import cpu_decode
+from mha2mla_vlm.model.rebuilt import Angles
+from mha2mla_vlm.model.rope import rotate
 
 SCALING = 0.2
 HEADS, GROUPS, HEAD_DIM, ROPE, RANK = 6, 3, 16, 6, 20
@@ -25,7 +35,7 @@ def ups_of(modalities, dtype=torch.float64):
 
 def reference(query, rows, visual, ups, scaling=SCALING):
     """Token by token: attention of the last tokens `query [T, H, D]` over `rows [S, C]`."""
-    new, total = len(query), len(rows)
+    new, total, rope = len(query), len(rows), HEAD_DIM - ups[0].nope_dim
     output = torch.zeros_like(query)
     for head in range(HEADS):
         group = head // (HEADS // GROUPS)
@@ -36,10 +46,10 @@ def reference(query, rows, visual, ups, scaling=SCALING):
                 up = ups[int(visual[token]) if len(ups) == 2 else 0]
                 both.append(up.weight @ rows[token, :RANK] + up.bias)
             both = torch.stack(both).view(len(both), GROUPS, -1)[:, group]
-            start = RANK + group * ROPE
-            keys = torch.cat([rows[: len(both), start : start + ROPE], both[:, : HEAD_DIM - ROPE]], dim=-1)
+            start = RANK + group * rope
+            keys = torch.cat([rows[: len(both), start : start + rope], both[:, : HEAD_DIM - rope]], dim=-1)
             weights = (keys @ query[at, head] * scaling).softmax(0)
-            output[at, head] = weights @ both[:, HEAD_DIM - ROPE :]
+            output[at, head] = weights @ both[:, HEAD_DIM - rope :]
     return output
 
 
@@ -138,6 +148,98 @@ def test_prefilling(new, total, modalities, monkeypatch):
     rows, visual = torch.randn(total, WIDTH, dtype=torch.float64), torch.rand(total) < 0.4
     got = paged.prefill(query, rows, visual if modalities == 2 else None, ups, SCALING)
     torch.testing.assert_close(got.double(), reference(query, rows, visual, ups), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("axes", [1, 3])
+def test_positions_are_exact_whatever_the_dtype(axes, dtype):
+    special = [0, 1, 127, 257, 0x7F80, 0x7FC1, 0xFFC1, 0x7F81FF81, 2**24 + 1, 2**31 - 1]  # NaN, as floats
+    one = torch.cat([torch.tensor(special), torch.randint(0, 2**31, (44,))])
+    positions = torch.stack([one.roll(axis) for axis in range(axes)])
+    tokens, size, rank = positions.shape[1], 16, 5
+    width = position_width(axes, dtype)
+    assert width * dtype.itemsize == 4 * axes
+    pages = torch.zeros(9, size, rank + width, dtype=dtype)
+    slots = torch.randperm(9 * size)[:tokens]
+    latents, visual = torch.randn(tokens, rank, dtype=dtype), torch.rand(tokens) < 0.5
+    store(pages, slots, latents, visual, rank)
+    store_positions(pages[..., rank:], slots, positions)
+    copied = pages.flip(0).clone()  # as engines move pages
+    for kept, table in [(pages, torch.arange(9)), (copied, torch.arange(9).flip(0))]:
+        found = read_positions(kept[..., rank:], table[None].int())
+        assert torch.equal(found[:, 0, slots].long(), positions)
+        rows = kept[table].flatten(0, 1)[slots]
+        assert torch.equal(rows[:, : rank - 1], latents[:, : rank - 1])
+        assert torch.equal(is_visual(rows, rank), visual)
+
+
+def at_read(modalities, dtype, rope=ROPE):
+    """Up projections that make all of keys, and those without the rows of the `rope` dims to rotate."""
+    torch.manual_seed(1)
+    whole, rest = [], []
+    for _ in range(modalities):
+        weight = torch.randn(GROUPS, 2 * HEAD_DIM, RANK, dtype=dtype)
+        bias = torch.randn(GROUPS, 2 * HEAD_DIM, dtype=dtype)
+        sizes = GROUPS, HEAD_DIM - rope
+        whole.append(Up(weight.flatten(0, 1), bias.flatten(), *sizes, rope))
+        rest.append(Up(weight[:, rope:].flatten(0, 1), bias[:, rope:].flatten(), *sizes))
+    return whole, rest
+
+
+def tables(positions):
+    """Cosines and sines of all pairs at `positions`."""
+    angles = positions[..., None].double() / 7 ** torch.arange(HEAD_DIM // 2).double()
+    return angles.cos().float(), angles.sin().float()
+
+
+def rotated(latents, positions, visual, ups, pairs):
+    """Rows as they are where keys are rotated at write, of those where they are rotated at read."""
+    cos, sin = (table[:, pairs].to(latents.dtype) for table in tables(positions))  # [S, G, R/2]
+    kinds = visual.long() if len(ups) == 2 else torch.zeros_like(visual).long()
+    keys = torch.stack(
+        [ups[k].rope @ x + ups[k].rope_bias[:, 0] for x, k in zip(latents, kinds.tolist(), strict=True)]
+    )
+    return torch.cat([latents, rotate(keys, cos, sin).flatten(1)], dim=1)
+
+
+def pairs_of(rope):
+    torch.manual_seed(3)
+    return torch.stack([torch.randperm(HEAD_DIM // 2)[: rope // 2] for _ in range(GROUPS)])
+
+
+@pytest.mark.parametrize("rope", [ROPE, HEAD_DIM], ids=["some pairs", "all pairs"])
+@pytest.mark.parametrize("modalities", [1, 2])
+@pytest.mark.parametrize(("size", "block"), [(1, 32), (16, 32), (16, 512)])
+def test_decoding_over_pages_that_are_rotated_at_read(size, block, modalities, rope, monkeypatch):
+    monkeypatch.setattr(rebuilt, "BLOCK", block)
+    ups, rest = at_read(modalities, torch.float32, rope)
+    rows, visual, stored = requests(size, torch.float32, marks=modalities == 2)
+    positions = torch.randint(0, 5000, stored.visual().shape)
+    angles, others = (Angles(*tables(x), pairs_of(rope)) for x in (positions, positions // 2))
+    query = torch.randn(len(LENGTHS), HEADS, HEAD_DIM)
+    which = stored.visual() if modalities == 2 else None
+    got = paged.decode(query, stored, which, ups, SCALING, angles)
+    wrong = paged.decode(query, stored, which, ups, SCALING, others)
+    for row, length in enumerate(LENGTHS):
+        latents, places = rows[row][:, :RANK], positions[row, :length]
+        kept = rotated(latents, places, visual[row], ups, angles.pairs)
+        expected = reference(query[row : row + 1], kept, visual[row], rest)[0]
+        torch.testing.assert_close(got[row], expected, rtol=1e-3, atol=1e-3)
+        if length > 1:  # negative control
+            assert (wrong[row] - expected).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("rope", [ROPE, HEAD_DIM], ids=["some pairs", "all pairs"])
+@pytest.mark.parametrize(("new", "total"), [(7, 7), (2, 30), (20, 30)])
+def test_prefilling_what_is_rotated_at_read(new, total, rope, monkeypatch):
+    monkeypatch.setattr(paged, "CHUNK", 8)
+    ups, rest = at_read(2, torch.float32, rope)
+    rows, visual = torch.randn(total, RANK + 2), torch.rand(total) < 0.4  # and a position
+    query, positions = torch.randn(new, HEADS, HEAD_DIM), torch.randint(0, 5000, (1, total))
+    angles = Angles(*tables(positions), pairs_of(rope))
+    got = paged.prefill(query, rows, visual, ups, SCALING, angles)
+    kept = rotated(rows[:, :RANK], positions[0], visual, ups, angles.pairs)
+    torch.testing.assert_close(got, reference(query, kept, visual, rest), rtol=1e-3, atol=1e-3)
 
 
 def test_text_taken_for_visual_is_seen():

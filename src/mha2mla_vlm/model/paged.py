@@ -1,7 +1,11 @@
 """Attention over latents that lie in pages. Pure functions over tensors.
 
-Shapes: n requests, T new tokens of one, S all its tokens, C = r + G * R numbers of a row, H query heads, G KV
-heads, M = H / G, D head dim, R rope dims, r latent dims; of a query's D numbers the first R are rotated.
+Where keys are rotated at read, `angles` are those of all tokens, whose tables need D / 2 columns only; None
+elsewhere.
+
+Shapes: n requests, T new tokens of one, S all its tokens, C numbers of a row, which begins with r + G * R, or
+r where keys are rotated at read; H query heads, G KV heads, M = H / G, D head dim, R rope dims, r latent
+dims; of a query's D numbers the first R are rotated.
 """
 
 from collections.abc import Sequence
@@ -9,10 +13,12 @@ from collections.abc import Sequence
 import torch
 from torch.nn import functional
 
-from mha2mla_vlm.model.absorbed import Up, absorb_limit
+from mha2mla_vlm.model.absorbed import Piece, Up, absorb_limit
 from mha2mla_vlm.model.cache.pages import Paged, as_piece
 from mha2mla_vlm.model.kernels import attend_latents, find_kernel
 from mha2mla_vlm.model.modality import Kind, Run
+from mha2mla_vlm.model.rebuilt import Angles, Rebuilt
+from mha2mla_vlm.model.rope import rotate
 from mha2mla_vlm.model.softmax import RunningSoftmax
 from mha2mla_vlm.utils.compat import flash_with_mass
 
@@ -20,22 +26,33 @@ CHUNK = 8192  # earlier tokens whose keys and values are made at a time
 
 
 def decode(
-    query: torch.Tensor, stored: Paged, visual: torch.Tensor | None, ups: Sequence[Up], scaling: float
+    query: torch.Tensor,
+    stored: Paged,
+    visual: torch.Tensor | None,
+    ups: Sequence[Up],
+    scaling: float,
+    angles: Angles | None = None,
 ) -> torch.Tensor:
     """Attention of one new token of each request, `query [n, H, D]`, over its tokens; `[n, H, D]`.
 
     `visual [n, P * N]` is their modality (`Paged.visual`), None for one modality.
     """
     q_rope, q_nope = _parts(query[:, :, None], ups)
-    kernel = find_kernel("auto", q_rope, q_nope, ups, stored, None)
+    kernel = find_kernel("auto", q_rope, q_nope, ups, stored, None) if angles is None else None
     if kernel is not None:
         return kernel(q_rope, q_nope, ups, scaling, stored, visual, None)[:, 0]
     seen = torch.arange(stored.room, device=query.device) < stored.lengths[:, None]
-    return _absorbed(query[:, :, None], stored.rows(), visual, seen[:, None, None], ups, scaling)[:, 0]
+    given = (visual, seen[:, None, None], ups, scaling, angles)
+    return _absorbed(query[:, :, None], stored.rows(), *given)[:, 0]
 
 
 def prefill(
-    query: torch.Tensor, rows: torch.Tensor, visual: torch.Tensor | None, ups: Sequence[Up], scaling: float
+    query: torch.Tensor,
+    rows: torch.Tensor,
+    visual: torch.Tensor | None,
+    ups: Sequence[Up],
+    scaling: float,
+    angles: Angles | None = None,
 ) -> torch.Tensor:
     """Causal attention of a request's last tokens, `query [T, H, D]`, over all its rows; `[T, H, D]`.
 
@@ -46,8 +63,8 @@ def prefill(
     if past and new <= absorb_limit(heads, ups[0].kv_heads, ups[0].nope_dim, head_dim):
         causal = torch.ones(new, len(rows), dtype=torch.bool, device=rows.device).tril(past)
         which = None if visual is None else visual[None]
-        return _absorbed(queries, rows[None], which, causal[None, None], ups, scaling)[0]
-    keys, values = keys_and_values(rows, visual, ups, past, len(rows))
+        return _absorbed(queries, rows[None], which, causal[None, None], ups, scaling, angles)[0]
+    keys, values = keys_and_values(rows, visual, ups, past, len(rows), angles)
     if not past:
         output = functional.scaled_dot_product_attention(
             queries, keys, values, is_causal=True, scale=scaling, enable_gqa=True
@@ -58,7 +75,7 @@ def prefill(
     running.add((output,), lse[..., None])
     folded = queries.reshape(1, ups[0].kv_heads, -1, head_dim)  # all see all that is past: heads share keys
     for start in range(0, past, CHUNK):
-        keys, values = keys_and_values(rows, visual, ups, start, min(start + CHUNK, past))
+        keys, values = keys_and_values(rows, visual, ups, start, min(start + CHUNK, past), angles)
         part, part_lse = flash_with_mass(folded, keys, values, scaling, causal=False)
         running.add((part.reshape(output.shape),), part_lse.reshape(*lse.shape, 1))
     (output,) = running.result()
@@ -66,13 +83,21 @@ def prefill(
 
 
 def keys_and_values(
-    rows: torch.Tensor, visual: torch.Tensor | None, ups: Sequence[Up], start: int, stop: int
+    rows: torch.Tensor,
+    visual: torch.Tensor | None,
+    ups: Sequence[Up],
+    start: int,
+    stop: int,
+    angles: Angles | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values `[1, G, n, D]` of the n tokens from `start` to `stop` of `rows [S, C]`."""
-    (latent,), k_rope = as_piece(rows[None, start:stop], ups[0].weight.shape[-1], ups[0].kv_heads)
+    (latent,), k_rope = _piece(rows[None, start:stop], ups, angles)
     made = [functional.linear(latent, up.weight, up.bias) for up in ups]
     both = made[0] if visual is None else torch.where(visual[start:stop, None], made[1], made[0])
     both = both.view(1, len(latent), ups[0].kv_heads, -1).transpose(1, 2)
+    if angles is not None:
+        k_rope, both = both.tensor_split([ups[0].rope_dim], dim=-1)
+        k_rope = rotate(k_rope, *angles.columns(start, stop))
     k_nope, values = both.tensor_split([ups[0].nope_dim], dim=-1)
     return torch.cat([k_rope, k_nope], dim=-1), values
 
@@ -83,6 +108,14 @@ def _parts(queries: torch.Tensor, ups: Sequence[Up]) -> tuple[torch.Tensor, torc
     return rope, nope
 
 
+def _piece(rows: torch.Tensor, ups: Sequence[Up], angles: Angles | None) -> Piece:
+    """What is stored in `rows [n, S, C]`: where keys are rotated at read, those of no dims."""
+    rank, kv_heads = ups[0].weight.shape[-1], ups[0].kv_heads
+    if angles is None:
+        return as_piece(rows, rank, kv_heads)
+    return rows[..., :rank], rows.new_empty(len(rows), kv_heads, rows.shape[1], 0)
+
+
 def _absorbed(
     queries: torch.Tensor,
     rows: torch.Tensor,
@@ -90,9 +123,11 @@ def _absorbed(
     mask: torch.Tensor,
     ups: Sequence[Up],
     scaling: float,
+    angles: Angles | None,
 ) -> torch.Tensor:
     """Attention of `queries [n, H, T, D]` over `rows [n, S, C]`; `[n, T, H, D]`."""
     q_rope, q_nope = _parts(queries, ups)
-    piece = as_piece(rows, ups[0].weight.shape[-1], ups[0].kv_heads)
+    piece = _piece(rows, ups, angles)
     runs = (Run(0, rows.shape[1], Kind.TEXT if visual is None else Kind.MIXED),)
-    return attend_latents("auto", q_rope, q_nope, ups, scaling, piece, runs, visual, mask)
+    stored = piece if angles is None else Rebuilt(piece, ups, runs, visual, angles)
+    return attend_latents("auto", q_rope, q_nope, ups, scaling, stored, runs, visual, mask)

@@ -1,10 +1,12 @@
 """Latents in pages that requests share, as serving engines keep them. Pure functions over tensors.
 
-A row of a page is one token's latent and the rotated keys of all KV heads. Its modality is the lowest bit of
-its last latent number: so it takes no room, and pages can be copied, sent and shared as they are.
+A row of a page is one token's latent and the rotated keys of all KV heads, or only the latent where keys are
+rotated at read. Its modality is the lowest bit of its last latent number: so it takes no room, and pages can
+be copied, sent and shared as they are. So are positions, which keys that are rotated at read need: the last
+numbers of the rows of one layer are the bits of an int32 for each number of a position, whatever the dtype.
 
-Shapes: B pages in all, N tokens of a page, C = r + G * R numbers of a row, n requests, P pages of the
-longest, T tokens, G KV heads, R rope dims, r latent dims.
+Shapes: B pages in all, N tokens of a page, C numbers of a row, n requests, P pages of the longest, T tokens,
+G KV heads, R rope dims, r latent dims, A numbers in a position, W numbers of a row that hold it.
 """
 
 from dataclasses import dataclass, replace
@@ -20,9 +22,12 @@ _BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16:
 def store(
     pages: torch.Tensor, slots: torch.Tensor, rows: torch.Tensor, visual: torch.Tensor | None, rank: int
 ) -> None:
-    """Write `rows [T, C]`, marked with `visual [T]` if given, to the `slots [T]` of `pages [B, N, C]`."""
+    """Write `rows [T, c]`, marked with `visual [T]` if given, to the `slots [T]` of `pages [B, N, C]`, whose
+    rows begin with these c numbers.
+    """
     size = pages.shape[1]
-    pages[slots // size, slots % size] = rows if visual is None else marked(rows, visual, rank)
+    rows = rows if visual is None else marked(rows, visual, rank)
+    pages[slots // size, slots % size, : rows.shape[1]] = rows
 
 
 def marked(rows: torch.Tensor, visual: torch.Tensor, rank: int) -> torch.Tensor:
@@ -36,6 +41,24 @@ def marked(rows: torch.Tensor, visual: torch.Tensor, rank: int) -> torch.Tensor:
 def is_visual(rows: torch.Tensor, rank: int) -> torch.Tensor:
     """Which of the marked `rows [.., C]` are visual tokens."""
     return (rows.view(_BITS[rows.dtype])[..., rank - 1] & 1).bool()
+
+
+def position_width(axes: int, dtype: torch.dtype) -> int:
+    """Numbers of this dtype that hold a position of `axes` numbers."""
+    return axes * torch.int32.itemsize // dtype.itemsize
+
+
+def store_positions(places: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor) -> None:
+    """Write `positions [A, T]`, each below 2^31, to the `slots [T]` of `places [B, N, W]`."""
+    size, bits = places.shape[1], places.view(_BITS[places.dtype])  # as floats they might be NaN
+    halves = positions.to(torch.int32).contiguous()[..., None].view(bits.dtype)  # [A, T, W / A]
+    bits[slots // size, slots % size] = halves.transpose(0, 1).flatten(1)
+
+
+def read_positions(places: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """Positions `[A, n, P * N]` of the tokens in the pages `table [n, P]` of `places [B, N, W]`."""
+    found = places.view(_BITS[places.dtype])[table].flatten(1, 2)
+    return found.contiguous().view(torch.int32).permute(2, 0, 1)
 
 
 def as_piece(rows: torch.Tensor, rank: int, kv_heads: int) -> Piece:

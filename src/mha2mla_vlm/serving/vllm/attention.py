@@ -1,7 +1,7 @@
 """The attention layer that takes the place of vLLM's own.
 
 Shapes: T new tokens of all requests together, H query heads and G KV heads of this process (all of them but
-for tensor parallelism), D head dim, P = D / 2 pairs, R rope dims, r latent dims, K modalities.
+for tensor parallelism), D head dim, P = D / 2 pairs, R rope dims, r latent dims, A numbers in a position.
 """
 
 from collections.abc import Iterable, Iterator
@@ -13,6 +13,7 @@ from torch import nn
 from mha2mla_vlm.config import DECOUPLED, LayerSpec
 from mha2mla_vlm.errors import InputError
 from mha2mla_vlm.model.absorbed import Up
+from mha2mla_vlm.model.cache.pages import position_width
 from mha2mla_vlm.model.projections import ByModality
 from mha2mla_vlm.model.rope import rotate
 from mha2mla_vlm.serving.vllm.backend import LatentBackend, LatentImpl, LatentMetadata
@@ -29,40 +30,48 @@ from mha2mla_vlm.serving.vllm.compat import (
 )
 
 
-class Modality(nn.Module):
-    """What all layers share: which tokens of a step are visual, in a buffer that stays where it is, and how
-    the step is described to attention.
+class StepTokens(nn.Module):
+    """What all layers share: which tokens of a step are visual and where they are, in buffers that stay where
+    they are, and how the step is described to attention.
     """
 
-    def __init__(self, visual_token_ids: tuple[int, ...], most_tokens: int) -> None:
+    def __init__(self, visual_token_ids: tuple[int, ...], position_axes: int, most_tokens: int) -> None:
         super().__init__()
         self.visual_token_ids = visual_token_ids
         self.step: tuple[CommonAttentionMetadata, LatentMetadata] | None = None  # the last, and from what
         self.register_buffer("visual", torch.zeros(most_tokens, dtype=torch.bool), persistent=False)
+        positions = torch.zeros(position_axes, most_tokens, dtype=torch.int32)
+        self.register_buffer("positions", positions, persistent=False)
 
-    def note(self, input_ids: torch.Tensor) -> None:
-        """Take over the tokens `input_ids [T]` of a step."""
+    def note(self, input_ids: torch.Tensor, positions: torch.Tensor) -> None:
+        """Take over the tokens `input_ids [T]` of a step, at `positions [T]` or, multimodal, `[3, T]`."""
         found = torch.stack([input_ids == token for token in self.visual_token_ids]).any(0)
         self.visual[: len(input_ids)] = found
+        self.positions[:, : len(input_ids)] = positions
 
 
 class LatentAttention(nn.Module, AttentionLayerBase):
     """Takes the place of a decoder layer's `self_attn`, `stock`, whose `o_proj` and rotary tables it keeps.
 
     `down_proj` gives the latents of all modalities and the keys to rotate at once. With tensor parallelism
-    each process has the query heads and the rotated keys of its KV heads, and the whole latent.
+    each process has the query heads and the rotated keys of its KV heads, and the whole latent. Where keys
+    are rotated at read none are cached; the rows of one layer hold positions, of `position_axes` numbers.
     """
 
-    def __init__(self, stock: Any, spec: LayerSpec, modality: Modality, config: VllmConfig) -> None:
+    def __init__(
+        self, stock: Any, spec: LayerSpec, tokens: StepTokens, config: VllmConfig, position_axes: int
+    ) -> None:
         super().__init__()
         _check(spec, stock, config)
         self.layer_name, rope_dim = stock.attn.layer_name, spec.rope_dim
         self.rope_dim, self.rank, self.modalities = rope_dim, int(spec.rank or 0), spec.modalities
-        self.decoupled = spec.modalities == DECOUPLED
+        self.decoupled, self.at_read = spec.modalities == DECOUPLED, spec.at_read
+        self.position_axes = position_axes
         self.num_heads, self.kv_heads, self.head_dim = stock.num_heads, stock.num_kv_heads, stock.head_dim
         self.all_kv_heads = stock.total_num_kv_heads
-        self.modality, self.o_proj, self.rotary_emb = modality, stock.o_proj, stock.rotary_emb
-        hidden, outputs = stock.hidden_size, self.kv_heads * (2 * self.head_dim - rope_dim)
+        self.tokens, self.o_proj, self.rotary_emb = tokens, stock.o_proj, stock.rotary_emb
+        self.cached_rope_dim = 0 if spec.at_read else rope_dim
+        hidden, outputs = stock.hidden_size, self.kv_heads * (2 * self.head_dim - self.cached_rope_dim)
         bias = stock.qkv_proj.bias is not None
         self.query_proj = ColumnParallelLinear(
             hidden,
@@ -72,8 +81,8 @@ class LatentAttention(nn.Module, AttentionLayerBase):
             prefix=f"{self.layer_name.rpartition('.')[0]}.query_proj",
             return_bias=False,
         )
-        self.widths = [self.rank] * len(self.modalities) + [self.kv_heads * rope_dim]
-        self.down_proj = nn.Linear(hidden, sum(self.widths), bias=bias)
+        self.widths = [self.rank] * len(self.modalities) + [self.kv_heads * self.cached_rope_dim]
+        self.down_proj = nn.Linear(hidden, sum(self.widths), bias=bias and not spec.at_read)
         self.kv_b_proj = ByModality(
             {name: nn.Linear(self.rank, outputs, bias=bias or spec.bias) for name in self.modalities}
         )
@@ -87,44 +96,48 @@ class LatentAttention(nn.Module, AttentionLayerBase):
     def forward(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
         """Attend from `hidden_states [T, hidden]` at `positions [T]` or, multimodal, `[3, T]`."""
         new = len(hidden_states)
-        visual = self.modality.visual[:new]
+        visual = self.tokens.visual[:new]
         *latents, k_rope = self.down_proj(hidden_states).split(self.widths, dim=-1)
-        latent = torch.where(visual[:, None], latents[1], latents[0]) if self.decoupled else latents[0]
-        cos, sin = self._tables(positions, hidden_states.dtype)
-        k_rope = rotate(k_rope.unflatten(-1, (self.kv_heads, -1)), cos, sin).flatten(1)
+        row = torch.where(visual[:, None], latents[1], latents[0]) if self.decoupled else latents[0]
+        tables = self.tables(positions if positions.ndim == 2 else positions[None])
+        cos, sin = (table[:, self.rope_pairs] for table in tables)  # [T, G, R/2]
+        if not self.at_read:
+            k_rope = rotate(k_rope.unflatten(-1, (self.kv_heads, -1)), cos, sin).flatten(1)
+            row = torch.cat([row, k_rope], dim=-1)
         query = self.query_proj(hidden_states).view(new, self.kv_heads, -1, self.head_dim)
         rope, nope = query.split([self.rope_dim, self.head_dim - self.rope_dim], dim=-1)
         query = torch.cat([rotate(rope, cos[:, :, None], sin[:, :, None]), nope], dim=-1).flatten(1, 2)
         output = torch.empty_like(query)
-        attend(query, torch.cat([latent, k_rope], dim=-1), visual, output, self.layer_name)
+        attend(query, row, visual, output, self.layer_name)
         return self.o_proj(output.flatten(1))[0]
 
-    def _tables(self, positions: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines and sines of the kept pairs, `[T, G, R/2]`."""
-        tables = self.rotary_emb.cos_sin_cache[positions].to(dtype)  # [.., T, 2 * P]
-        both = tables.unflatten(-1, (2, -1))
-        if positions.ndim == 2:
-            parts = both.split(self.rotary_emb.mrope_section, dim=-1)
-            both = torch.cat([part[i] for i, part in enumerate(parts)], dim=-1)
-        cos, sin = both[..., self.rope_pairs].unbind(1)
+    def tables(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines `[.., P]` of all pairs at `positions [A, ..]`."""
+        both = self.rotary_emb.cos_sin_cache[positions].to(self.down_proj.weight.dtype).unflatten(-1, (2, -1))
+        sections = [both.shape[-1]] if len(positions) == 1 else self.rotary_emb.mrope_section
+        parts = both.split(sections, dim=-1)
+        cos, sin = torch.cat([part[i] for i, part in enumerate(parts)], dim=-1).unbind(-2)
         return cos, sin
 
     def ups(self) -> tuple[Up, ...]:
         """The up projection of each modality."""
-        return self.kv_b_proj.ups(self.kv_heads, self.head_dim - self.rope_dim)
+        rebuilt = self.rope_dim if self.at_read else 0
+        return self.kv_b_proj.ups(self.kv_heads, self.head_dim - self.rope_dim, rebuilt)
 
     def get_attn_backend(self) -> type[LatentBackend]:
         """For vLLM."""
         return LatentBackend
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:
-        """For vLLM: one head of r + G * R numbers a token, without a value part."""
+        """For vLLM: one head of r + G * R numbers a token, or r and its position, without a value part."""
+        dtype = vllm_config.model_config.dtype
+        width = self.rank + self.kv_heads * self.cached_rope_dim + position_width(self.position_axes, dtype)
         return FullAttentionSpec(
             block_size=vllm_config.cache_config.block_size,
             num_kv_heads=1,
-            head_size=self.rank + self.kv_heads * self.rope_dim,
+            head_size=width,
             head_size_v=0,
-            dtype=vllm_config.model_config.dtype,
+            dtype=dtype,
         )
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
@@ -164,11 +177,6 @@ def _check(spec: LayerSpec, stock: Any, config: VllmConfig) -> None:
         raise InputError(
             "this checkpoint has only partial RoPE, its keys and values are not factorised, so there is no "
             "small cache to serve; convert it with `mha2mla convert CHECKPOINT --d-kv`, or serve the original"
-        )
-    if spec.at_read:
-        raise InputError(
-            "this checkpoint rotates keys when they are read (rotate_at read), which vLLM cannot serve yet; "
-            "use `transformers serve`, or convert with --rotate-at write"
         )
     wanted = config.cache_config.cache_dtype
     if wanted not in ("auto", str(config.model_config.dtype).removeprefix("torch.")):

@@ -1,16 +1,19 @@
 """What vLLM asks of an attention backend: a batch described for latent attention, and its arithmetic.
 
-Shapes: T new tokens of all requests together, C = r + G * R numbers of a row of the cache, H query heads, D
-head dim.
+Shapes: T new tokens of all requests together, C = r + G * R numbers of a row of the cache, or r where keys
+are rotated at read, H query heads, D head dim, n requests, P pages of the longest and S tokens in them, A
+numbers in a position, B pages in all, N tokens of a page, W numbers of a row that hold a position.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from mha2mla_vlm.model.cache.pages import Paged, is_visual, store
+from mha2mla_vlm.errors import InputError
+from mha2mla_vlm.model.cache.pages import Paged, is_visual, read_positions, store, store_positions
 from mha2mla_vlm.model.paged import decode, prefill
+from mha2mla_vlm.model.rebuilt import Angles
 from mha2mla_vlm.serving.vllm.compat import (
     AttentionBackend,
     AttentionImpl,
@@ -27,17 +30,43 @@ class LatentMetadata:
 
     The new tokens of request i are those from `starts[i]` to `starts[i + 1]`, its pages `block_table[i]`.
     `visual` is the modality of the decoding requests' tokens, once the first layer has read it.
+    `places [B, N, W]` are the positions in all pages, once the layer that holds them has stored the new ones,
+    and `tables` the rotary tables of the requests that some layer has asked for.
     """
 
     tokens: int
     decodes: int
     starts: list[int]
     lengths: list[int]
-    longest: int
     device_lengths: torch.Tensor
     block_table: torch.Tensor
     slots: torch.Tensor
     visual: torch.Tensor | None = None
+    places: torch.Tensor | None = None
+    tables: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+
+    def table(self, first: int, last: int, size: int) -> torch.Tensor:
+        """Pages `[n, P]`, each of `size` tokens, of the requests from `first` to `last`."""
+        return self.block_table[first:last, : -(-max(self.lengths[first:last]) // size)]
+
+    def positions(self, first: int, last: int) -> torch.Tensor:
+        """Positions `[A, n, S]` of all tokens of the requests from `first` to `last`."""
+        if self.places is None:
+            raise InputError(
+                "vLLM keeps this layer in other pages than the one that has the positions of tokens; "
+                "convert all layers, or with --rotate-at write"
+            )
+        found = read_positions(self.places, self.table(first, last, self.places.shape[1]))
+        unused = torch.arange(found.shape[-1], device=found.device) >= self.device_lengths[first:last, None]
+        return found.masked_fill(unused, 0)  # whatever is there, tables have a row 0
+
+    def angles(self, layer: Any, first: int, last: int) -> Angles | None:
+        """Those of all tokens of these requests, where a layer rotates at read; tables serve all layers."""
+        if not layer.at_read:
+            return None
+        if first not in self.tables:
+            self.tables[first] = layer.tables(self.positions(first, last))
+        return Angles(*self.tables[first], layer.rope_pairs)
 
 
 class LatentMetadataBuilder(AttentionMetadataBuilder[LatentMetadata]):
@@ -48,7 +77,7 @@ class LatentMetadataBuilder(AttentionMetadataBuilder[LatentMetadata]):
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: Any) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         layers = vllm_config.compilation_config.static_forward_context
-        self.shared: Any = layers[layer_names[0]].modality
+        self.shared: Any = layers[layer_names[0]].tokens
 
     def build(
         self,
@@ -70,7 +99,6 @@ def _described(common: CommonAttentionMetadata) -> LatentMetadata:
         decodes=decodes,
         starts=common.query_start_loc_cpu.tolist(),
         lengths=sequence_lengths(common),
-        longest=common.max_seq_len,
         device_lengths=common.seq_lens,
         block_table=common.block_table_tensor,
         slots=common.slot_mapping,
@@ -102,6 +130,9 @@ class LatentImpl(AttentionImpl[LatentMetadata]):
         step, pages = attn_metadata, kv_cache[:, 0]
         visual = value[: step.tokens] if layer.decoupled else None
         store(pages, step.slots[: step.tokens], key[: step.tokens], visual, layer.rank)
+        if layer.position_axes:
+            step.places = pages[..., layer.rank :]
+            store_positions(step.places, step.slots[: step.tokens], layer.tokens.positions[:, : step.tokens])
         if step.decodes:
             self._decode(layer, query[: step.decodes], pages, step, output[: step.decodes])
         for request in range(step.decodes, len(step.starts) - 1):
@@ -111,12 +142,12 @@ class LatentImpl(AttentionImpl[LatentMetadata]):
     def _decode(
         self, layer: Any, query: torch.Tensor, pages: torch.Tensor, step: LatentMetadata, output: torch.Tensor
     ) -> None:
-        used = -(-step.longest // pages.shape[1])
-        table, lengths = step.block_table[: step.decodes, :used], step.device_lengths[: step.decodes]
+        table, lengths = step.table(0, step.decodes, pages.shape[1]), step.device_lengths[: step.decodes]
         stored = Paged(pages, table, lengths, layer.rank, layer.kv_heads)
         if layer.decoupled and step.visual is None:
             step.visual = stored.visual()
-        output.copy_(decode(query, stored, step.visual, layer.ups(), self.scale))
+        angles = step.angles(layer, 0, step.decodes)
+        output.copy_(decode(query, stored, step.visual, layer.ups(), self.scale, angles))
 
     def _prefill(
         self,
@@ -135,10 +166,10 @@ class LatentImpl(AttentionImpl[LatentMetadata]):
         total, rows = step.lengths[request], key[start:stop]
         which = None if visual is None else visual[start:stop].bool()
         if total > stop - start:  # others are in the cache, from an earlier chunk or another request's prefix
-            used = -(-total // pages.shape[1])
-            rows = pages[step.block_table[request, :used]].flatten(0, 1)[:total]
+            rows = pages[step.table(request, request + 1, pages.shape[1])[0]].flatten(0, 1)[:total]
             which = None if visual is None else is_visual(rows, layer.rank)
-        output[start:stop] = prefill(query[start:stop], rows, which, layer.ups(), self.scale)
+        angles = step.angles(layer, request, request + 1)
+        output[start:stop] = prefill(query[start:stop], rows, which, layer.ups(), self.scale, angles)
 
 
 class LatentBackend(AttentionBackend):

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mha2mla_vlm.config import MLAConfig
+from mha2mla_vlm.config import AttentionSizes, MLAConfig
 from mha2mla_vlm.model.families import FAMILIES, get_family
 from mha2mla_vlm.model.families.base import Family
 from mha2mla_vlm.model.modeling import class_names
-from mha2mla_vlm.serving.vllm.attention import LatentAttention, Modality
+from mha2mla_vlm.serving.vllm.attention import LatentAttention, StepTokens
 from mha2mla_vlm.serving.vllm.compat import PPMissingLayer, VllmConfig, stock_class
 
 if TYPE_CHECKING:  # a mixin to one of vLLM's models
@@ -33,17 +33,20 @@ class LatentMixin(_Model):
         config: Any = vllm_config.model_config.hf_config
         self.mla = MLAConfig.from_dict(config.mla)
         ids = get_family(config.model_type).visual_token_ids(config)
-        self.modality = Modality(ids, vllm_config.scheduler_config.max_num_batched_tokens)
+        axes = AttentionSizes.of(config).position_axes
+        self.tokens = StepTokens(ids, axes, vllm_config.scheduler_config.max_num_batched_tokens)
         layers: Any = self.language_model.model.layers
         for index, layer in enumerate(layers):
             spec = self.mla.layer(index)
             if spec is not None and not isinstance(layer, PPMissingLayer):  # else another process has it
-                layer.self_attn = LatentAttention(layer.self_attn, spec, self.modality, vllm_config)
+                held = axes if spec.at_read else 0  # positions, once for all layers of this process
+                layer.self_attn = LatentAttention(layer.self_attn, spec, self.tokens, vllm_config, held)
+                axes -= held
 
-    def forward(self, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        """As the family's class does, once the modality of the new tokens is known."""
-        self.modality.note(input_ids)
-        return super().forward(input_ids, *args, **kwargs)
+    def forward(self, input_ids: torch.Tensor, positions: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """As the family's class does, once modality and positions of the new tokens are known."""
+        self.tokens.note(input_ids, positions)
+        return super().forward(input_ids, positions, *args, **kwargs)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Weights of a converted checkpoint."""
