@@ -182,7 +182,7 @@ def test_unknown_methods_are_refused_with_the_known_ones(field, known, value):
         ({"budget": 1.5}, ["budget = 1.5"]),
         ({"budget": 0.5, "rope_dim": 32, "d_kv": 16}, ["budget, rope_dim and d_kv", "leave one"]),
         ({"budget": 0.5, "d_kv": 16, "rotate_at": "read"}, ["budget and d_kv", "at read"]),
-        ({"rotate_at": "both"}, ["rotate_at 'both'", "write or read"]),
+        ({"rotate_at": "both"}, ["rotate_at 'both'", "write, read or auto"]),
         ({"budget": 0.5, "factorization": "none"}, ["'none'", "no ranks to allocate"]),
         ({"budget": 0.5, "factorization": "split"}, ["'split'", "rope_dim and d_kv instead"]),
     ],
