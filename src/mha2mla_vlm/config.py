@@ -105,6 +105,17 @@ class LayerSpec:
         latent = self.outputs(sizes) if self.rank is None else self.rank
         return latent, 0 if self.at_read else sizes.kv_heads * self.rope_dim
 
+    def products(self, sizes: "AttentionSizes") -> int:
+        """Multiply-adds of attention that a new token takes for each cached one; at read the most it takes,
+        for `model.blocks` makes fewer keys.
+        """
+        if self.rank is None:
+            return sizes.products
+        parts = self.rope_dim + self.rank  # rotated keys, and values
+        parts += self.rank if self.rope_dim < sizes.head_dim else 0  # the other keys
+        made = sizes.kv_heads * self.rope_dim * self.rank if self.at_read else 0
+        return sizes.heads * parts + made
+
 
 @dataclass(frozen=True, kw_only=True)
 class MLAConfig(Strict):
@@ -174,6 +185,11 @@ class MLAConfig(Strict):
         specs = self.layers(sizes)
         return POSITION_BYTES * sizes.position_axes if any(spec and spec.at_read for spec in specs) else 0
 
+    def decode_cost(self, sizes: "AttentionSizes") -> float:
+        """Multiply-adds of attention for each cached token, mean over layers, in those of the original."""
+        products = [sizes.products if spec is None else spec.products(sizes) for spec in self.layers(sizes)]
+        return sum(products) / (sizes.layers * sizes.products)
+
     def check(self, sizes: "AttentionSizes") -> None:
         """Raise `InputError` if a model of these sizes cannot have this configuration."""
         for name in ("qk_rope_head_dim", "kv_lora_rank", "rotate_at", "predicted_kl"):
@@ -223,6 +239,11 @@ class AttentionSizes:
     def numbers_per_token(self) -> int:
         """Numbers that a token caches in a layer of the original: its keys and values."""
         return 2 * self.kv_heads * self.head_dim
+
+    @property
+    def products(self) -> int:
+        """Multiply-adds that attention of a new token takes for each cached one in the original."""
+        return 2 * self.heads * self.head_dim
 
     @classmethod
     def of(cls, config: Any) -> Self:

@@ -42,6 +42,33 @@ def test_convert_inspect_evaluate_generate_finetune(monkeypatch, capsys, tmp_pat
     assert "converted already" in err
 
 
+def test_modes_are_chosen_by_layer(monkeypatch, capsys, tmp_path):
+    data, small = tmp_path / "data", tmp_path / "small"
+
+    def command(*arguments):
+        code, out, err = run_command(monkeypatch, capsys, *arguments)
+        assert code == 0, err
+        return json.loads(out.splitlines()[-1]), " ".join(err.split())
+
+    command("zoo", "data", "llava", "-o", data, "--samples", "8", "--split", "train")
+    given = ("--data", data, "-o", small, "--rotate-at", "auto", "--max-decode-cost", "10")
+    planned, said = command("convert", "zoo:llava", *given, "--dry-run")
+    assert "modes and sizes are chosen by measuring" in said
+    assert planned["bytes_per_token"] <= 0.125 * planned["bytes_per_token_original"]
+    made, said = command("convert", "zoo:llava", *given)
+    assert made["bytes_per_token"] <= 0.125 * made["bytes_per_token_original"]
+    assert set(made["rotate_at"]) == {"write", "read"}
+    assert made["decode_cost"] <= 10
+    assert "rotated at" in said
+    described, table = command("inspect", small)
+    assert described["rotate_at"] == made["rotate_at"]
+    assert described["decode_cost"] == made["decode_cost"]
+    assert "rotated at" in table
+    assert "write in" in (small / "README.md").read_text()
+    found, _ = command("evaluate", small, "--data", data, "--baseline", "zoo:llava")
+    assert found["kl"] < 1.0
+
+
 def test_the_shipped_models_lose_little_at_an_eighth(family):
     """KL on chats that calibration never saw, at 12.5% of the cache with positions."""
     from mha2mla_vlm import ConversionConfig, bytes_per_token, convert, evaluate

@@ -135,6 +135,50 @@ def test_a_profile_of_a_method_without_ranks_has_no_losses(family):
     assert own.mla_config == shared.mla_config
 
 
+@functools.cache
+def profile_of_both(family):
+    model, processor = original(family)
+    return make_profile(model, processor, answered(family), ConversionConfig(rotate_at="auto"))
+
+
+def test_modes_of_layers_are_chosen_within_the_limit_of_arithmetic(family):
+    known, (model, processor) = profile_of_both(family), original(family)
+    sizes, modes, kl = AttentionSizes.of(model.config), [], []
+    for limit in (0.5, 5.0, 1000.0):
+        config = ConversionConfig(rotate_at="auto", max_decode_cost=limit)
+        small = convert(model, processor, answered(family), config, profile=known)
+        mla = small.mla_config
+        assert bytes_per_token(small.config) <= 0.125 * bytes_per_token(model.config)
+        assert mla.decode_cost(sizes) <= limit
+        modes.append({spec.rotate_at for spec in mla.layers(sizes)})
+        kl.append(sum(mla.predicted_kl))
+        assert ("partial_rope" in mla.kl) == ("write" in modes[-1])
+        assert mla.folded == ("write" in modes[-1])
+    assert modes[0] == {"write"}
+    assert "read" in modes[2]
+    assert kl[0] >= kl[1] >= kl[2]
+
+
+@pytest.mark.parametrize("mode", ["write", "read"])
+def test_what_is_measured_for_both_modes_serves_each(family, mode):
+    """Exactly: the same curves and the same weights."""
+    model, processor = original(family)
+    config = ConversionConfig(rotate_at="auto", budget=0.25).of(mode)
+    shared, own = (
+        convert(model, processor, answered(family), config, profile=known)
+        for known in (profile_of_both(family), None)
+    )
+    assert shared.mla_config == own.mla_config
+    wanted = own.state_dict()
+    assert all(torch.equal(value, wanted[key]) for key, value in shared.state_dict().items())
+
+
+def test_what_is_measured_for_one_mode_does_not_serve_both(family):
+    known, model, processor = profile(family)
+    with pytest.raises(ValueError, match="profile was made for"):
+        convert(model, processor, answered(family), ConversionConfig(rotate_at="auto"), profile=known)
+
+
 def test_losses_fall_with_size(family):
     known, _, _ = profile(family)
     for layer in known.losses:

@@ -151,7 +151,7 @@ def test_a_model_is_converted_to_it(family, sizes):
 def test_what_does_not_go_with_it_is_refused(family):
     with pytest.raises(InputError, match="'split' does not go with rotate_at read"):
         ConversionConfig(rotate_at="read", factorization="split")
-    with pytest.raises(InputError, match="rotate_at 'later': give write or read"):
+    with pytest.raises(InputError, match="rotate_at 'later': give write, read or auto"):
         ConversionConfig(rotate_at="later")
     with pytest.raises(InputError, match="rotate_at 'later'"):
         MLAConfig(qk_rope_head_dim=16, rotate_at="later")

@@ -22,6 +22,7 @@ from mha2mla_vlm.zoo.chats import write_chats
 
 SIZES = ("--rope-dim", "16", "--d-kv", "8")
 FAMILY = "qwen2_5_vl"  # where one is enough
+AUTO = ("--rotate-at", "auto", "--max-decode-cost", "4")
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +69,13 @@ def test_a_budget_is_allocated_as_in_memory(family, factorization, checkpoints, 
         checkpoints(family), tmp_path, budget=0.3, factorization=factorization, rope_selection="mkl"
     )
     assert len(set(zip(small.mla_config.qk_rope_head_dim, small.mla_config.kv_lora_rank, strict=True))) > 1
+
+
+@pytest.mark.parametrize("factorization", ["output-weighted-shrunk", "md-svd"])
+def test_modes_are_chosen_as_in_memory(family, factorization, checkpoints, tmp_path):
+    options = {"rotate_at": "auto", "max_decode_cost": 4.0, "factorization": factorization}
+    small = assert_streamed_alike(checkpoints(family), tmp_path, **options)
+    assert set(small.mla_config.rotate_at) == {"write", "read"}
 
 
 def assert_streamed_alike(folder, tmp_path, **options):
@@ -191,6 +199,11 @@ def test_a_killed_run_is_resumed_to_the_same_bytes(assert_resumed, place, spill,
 )
 def test_a_budget_is_resumed_to_the_same_bytes(assert_resumed, place, times):
     assert_resumed(place, ("--budget", "0.3"), times=times)
+
+
+@pytest.mark.parametrize(("place", "times"), [("layer 2.safetensors", 1), ("progress.json", 7)])
+def test_chosen_modes_are_resumed_to_the_same_bytes(assert_resumed, place, times):
+    assert_resumed(place, AUTO, times=times)
 
 
 def test_a_run_is_not_resumed_with_other_settings(forks, checkpoints, tmp_path):

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import functools
 import json
+import math
 
 import pytest
 import torch
@@ -182,7 +183,15 @@ def test_unknown_methods_are_refused_with_the_known_ones(field, known, value):
         ({"budget": 1.5}, ["budget = 1.5"]),
         ({"budget": 0.5, "rope_dim": 32, "d_kv": 16}, ["budget, rope_dim and d_kv", "leave one"]),
         ({"budget": 0.5, "d_kv": 16, "rotate_at": "read"}, ["budget and d_kv", "at read"]),
-        ({"rotate_at": "both"}, ["rotate_at 'both'", "write or read"]),
+        ({"rotate_at": "auto", "rope_dim": 32}, ["auto chooses rope_dim", "give a budget"]),
+        ({"rotate_at": "auto", "d_kv": 16}, ["auto chooses d_kv", "give a budget"]),
+        ({"rotate_at": "auto", "factorization": "split"}, ["'split'", "rotate_at auto"]),
+        ({"rotate_at": "auto", "max_decode_cost": 0.0}, ["max_decode_cost = 0.0", "above 0"]),
+        ({"rotate_at": "auto", "max_decode_cost": math.inf}, ["max_decode_cost = inf"]),
+        ({"rotate_at": "auto", "max_decode_cost": math.nan}, ["max_decode_cost = nan"]),
+        ({"max_decode_cost": 40.0}, ["max_decode_cost", "not with write"]),
+        ({"max_decode_cost": 40.0, "rotate_at": "read"}, ["max_decode_cost", "not with read"]),
+        ({"rotate_at": "both"}, ["rotate_at 'both'", "write, read or auto"]),
         ({"budget": 0.5, "factorization": "none"}, ["'none'", "no ranks to allocate"]),
         ({"budget": 0.5, "factorization": "split"}, ["'split'", "rope_dim and d_kv instead"]),
     ],
@@ -226,6 +235,8 @@ def test_a_plan_that_the_model_cannot_have_is_refused(name, values, words):
         ({"budget": 0.25, "rope_dim": 32}, ["budget = 0.25", "0.28125"]),
         ({"budget": 0.5, "rope_dim": 30}, ["rope_dim = 30", "multiple of 4"]),
         ({"budget": 0.5, "d_kv": 9}, ["d_kv = 9", "multiple of 4"]),
+        ({"rotate_at": "auto", "budget": 0.01}, ["budget = 0.01", "least for these sizes is 0.015625"]),
+        ({"rotate_at": "auto", "max_decode_cost": 0.01}, ["max_decode_cost = 0.01", "0.125 of the cache"]),
     ],
 )
 def test_a_budget_that_holds_too_little_is_refused(name, values, words):
@@ -238,6 +249,11 @@ def test_sizes_that_are_given_win_over_the_default_budget():
     assert ConversionConfig(rope_dim=32).share is None
     assert ConversionConfig(d_kv=32).share is None
     assert ConversionConfig(budget=0.2, d_kv=8).share == 0.2
+    assert (
+        ConversionConfig(rotate_at="auto").share
+        == ConversionConfig(rotate_at="auto").of("write").share
+        == 0.125
+    )
     assert ConversionConfig(factorization="split").share is None
 
 

@@ -30,7 +30,7 @@ from mha2mla_vlm.cli.options import (
     mirrored,
 )
 from mha2mla_vlm.cli.zoo import zoo_app
-from mha2mla_vlm.conversion.config import ConversionConfig
+from mha2mla_vlm.conversion.config import AUTO, ConversionConfig
 from mha2mla_vlm.errors import InputError, Interrupted, first_line, need
 from mha2mla_vlm.training.config import FinetuneConfig, read_recipe
 from mha2mla_vlm.utils.folders import check_output, claimed
@@ -126,7 +126,10 @@ def convert(
 
 def _print_estimate(model: str, records: Any, config: Any, dtype: DType, device: Any) -> None:
     from mha2mla_vlm.conversion.estimate import predict, print_prediction
+    from mha2mla_vlm.utils.progress import console
 
+    if config.rotate_at == AUTO:
+        console().print("modes and sizes are chosen by measuring; the estimate is for all layers at read")
     prediction = predict(model, records, config, dtype=dtype.value, device=device)
     print_prediction(prediction)
     finish(prediction.to_dict())

@@ -1,12 +1,14 @@
 """Sizes of each layer under a budget of the cache, by what converting layers was predicted to cost."""
 
+import contextlib
+import itertools
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Self
 
-from mha2mla_vlm.algorithms.budget import Curve, allocate, interpolate, unit_dims
-from mha2mla_vlm.config import POSITION_BYTES, AttentionSizes, MLAConfig
-from mha2mla_vlm.conversion.config import ConversionConfig
+from mha2mla_vlm.algorithms.budget import Curve, Option, allocate, choose, interpolate, least_work, unit_dims
+from mha2mla_vlm.config import POSITION_BYTES, AttentionSizes, LayerSpec, MLAConfig
+from mha2mla_vlm.conversion.config import AUTO, ConversionConfig
 
 ROPE_UNITS = (1, 2, 4, 6, 8, 10, 12, 14)  # of 16, tried
 LATENT_UNITS = (1, 2, 3, 4, 6, 8, 12)
@@ -16,11 +18,12 @@ READ_UNITS = (2, 4, 6, 8, 12, 16, 24, 32, 48)  # of 32, where keys are made of l
 @dataclass(frozen=True, kw_only=True)
 class LayerLosses:
     """KL divergence that converting only one layer costs, predicted by `sensitivity`: by units of rope dims,
-    and of latent dims beyond that at half of the rope dims.
+    and of latent dims beyond that at half of the rope dims; and, rotated at read, by units of latent dims.
     """
 
-    rope: Curve
-    latent: Curve
+    rope: Curve = field(default_factory=dict)
+    latent: Curve = field(default_factory=dict)
+    read: Curve = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values, for JSON."""
@@ -32,19 +35,21 @@ class LayerLosses:
         return cls(**{name: {int(k): v for k, v in curve.items()} for name, curve in values.items()})
 
 
-def dims_in_unit(sizes: AttentionSizes, *, at_read: bool) -> int:
+def dims_in_unit(sizes: AttentionSizes, mode: str) -> int:
     """Dims per KV head that the budget is allocated in: finer where all are latent dims."""
-    return unit_dims(sizes.head_dim) // (2 if at_read else 1)
+    return unit_dims(sizes.head_dim) // (2 if mode == "read" else 1)
 
 
-def tried_units(sizes: AttentionSizes, *, at_read: bool) -> tuple[list[int], list[int]]:
-    """Units of rope dims and of latent dims at which losses are measured."""
-    unit = dims_in_unit(sizes, at_read=at_read)
-    if at_read:
-        return [], [units for units in READ_UNITS if units * unit <= most_latent(sizes, 0)]
+def tried_units(sizes: AttentionSizes, mode: str) -> dict[str, list[int]]:
+    """Units at which losses are measured, by the names of the curves in `LayerLosses`."""
+    unit = dims_in_unit(sizes, mode)
+    if mode == "read":
+        return {"read": [units for units in READ_UNITS if units * unit <= most_latent(sizes, 0)]}
     most = most_latent(sizes, sizes.head_dim // 2)
-    rope = [units for units in ROPE_UNITS if units * unit < sizes.head_dim]
-    return rope, [units for units in LATENT_UNITS if units * unit <= most]
+    return {
+        "rope": [units for units in ROPE_UNITS if units * unit < sizes.head_dim],
+        "latent": [units for units in LATENT_UNITS if units * unit <= most],
+    }
 
 
 def most_latent(sizes: AttentionSizes, rope_dim: int) -> int:
@@ -57,20 +62,19 @@ def budget_units(sizes: AttentionSizes, config: ConversionConfig) -> int:
     kept = (config.share or 0.0) * 2 * sizes.head_dim * sizes.layers
     if config.at_read:  # as numbers of 16 bits
         kept -= POSITION_BYTES / 2 * sizes.position_axes / sizes.kv_heads
-    return int(kept / dims_in_unit(sizes, at_read=config.at_read) + 1e-9)
+    return int(kept / dims_in_unit(sizes, config.rotate_at) + 1e-9)
 
 
 def allocated(
     mla: MLAConfig, losses: Sequence[LayerLosses], sizes: AttentionSizes, config: ConversionConfig
 ) -> MLAConfig:
     """`mla` with the sizes of each layer that cost least together under the budget of `config`."""
+    if config.rotate_at == AUTO:
+        return _allocated_modes(mla, losses, sizes, config)
     if config.at_read:
         return _allocated_latents(mla, losses, sizes, config)
     unit = unit_dims(sizes.head_dim)
-    whole = sizes.head_dim // unit
-    most = min(whole, most_latent(sizes, sizes.head_dim) // unit)
-    rope = [interpolate(layer.rope, whole - 1) | {whole: 0.0} for layer in losses]
-    latent = [interpolate(layer.latent, most) for layer in losses]
+    rope, latent = ([_curves(layer, sizes)[n] for layer in losses] for n in range(2))
     if config.rope_dim is not None:
         rope = [{config.rope_dim // unit: 0.0}] * len(rope)
     if config.d_kv is not None:
@@ -84,15 +88,114 @@ def allocated(
     )
 
 
+def _curves(layer: LayerLosses, sizes: AttentionSizes) -> tuple[dict[int, float], dict[int, float]]:
+    """Losses of a layer by units of rope dims and of latent dims."""
+    unit = unit_dims(sizes.head_dim)
+    whole = sizes.head_dim // unit
+    most = min(whole, most_latent(sizes, sizes.head_dim) // unit)
+    return interpolate(layer.rope, whole - 1) | {whole: 0.0}, interpolate(layer.latent, most)
+
+
+def _read_curve(layer: LayerLosses, sizes: AttentionSizes) -> dict[int, float]:
+    """Losses of a layer by units of latent dims, where keys are rotated at read."""
+    return interpolate(layer.read, most_latent(sizes, 0) // dims_in_unit(sizes, "read"))
+
+
 def _allocated_latents(
     mla: MLAConfig, losses: Sequence[LayerLosses], sizes: AttentionSizes, config: ConversionConfig
 ) -> MLAConfig:
     """The same where keys are rotated at read: all is latent dims."""
-    unit = dims_in_unit(sizes, at_read=True)
-    curves = [interpolate(layer.latent, most_latent(sizes, 0) // unit) for layer in losses]
+    unit = dims_in_unit(sizes, "read")
+    curves = [_read_curve(layer, sizes) for layer in losses]
     chosen = allocate([{0: 0.0}] * len(curves), curves, budget_units(sizes, config))
     return replace(
         mla,
         kv_lora_rank=[units * unit * sizes.kv_heads for _, units in chosen],
         predicted_kl=[curve[units] for (_, units), curve in zip(chosen, curves, strict=True)],
     )
+
+
+def _allocated_modes(
+    mla: MLAConfig, losses: Sequence[LayerLosses], sizes: AttentionSizes, config: ConversionConfig
+) -> MLAConfig:
+    """The same where each layer may be rotated at write or at read, within the limit of arithmetic too."""
+    assert config.max_decode_cost is not None, "set where modes are chosen"
+    best: list[tuple[LayerSpec, Option]] = []
+    for options, units in _ways(mla, losses, sizes, config):
+        listed = [list(layer.items()) for layer in options]
+        given = ([[option for _, option in layer] for layer in listed], units)
+        try:
+            numbers = choose(*given, config.max_decode_cost * sizes.layers)
+        except ValueError:
+            continue
+        found = [layer[number] for layer, number in zip(listed, numbers, strict=True)]
+        if not best or _loss(found) < _loss(best):
+            best = found
+    if not best:
+        raise ValueError(f"no sizes are within {config}")
+    specs = [spec for spec, _ in best]
+    drops_pairs = any(not spec.at_read for spec in specs)
+    return replace(
+        mla,
+        qk_rope_head_dim=_same([spec.rope_dim for spec in specs]),
+        kv_lora_rank=[spec.rank for spec in specs],
+        rotate_at=_same([spec.rotate_at for spec in specs]),
+        rope_selection=config.rope_selection if drops_pairs else None,
+        folded=config.fold and drops_pairs,
+        predicted_kl=[option.loss for _, option in best],
+    )
+
+
+def least_decode_cost(mla: MLAConfig, sizes: AttentionSizes, config: ConversionConfig) -> float:
+    """The least arithmetic of any modes and sizes within the budget."""
+    flat = LayerLosses(rope={1: 0.0}, latent={1: 0.0}, read={1: 0.0})
+    found = []
+    for options, units in _ways(mla, [flat] * sizes.layers, sizes, config):
+        with contextlib.suppress(ValueError):
+            found.append(least_work([list(layer.values()) for layer in options], units))
+    return min(found) / sizes.layers
+
+
+Options = dict[LayerSpec, Option]
+
+
+def _ways(
+    mla: MLAConfig, losses: Sequence[LayerLosses], sizes: AttentionSizes, config: ConversionConfig
+) -> list[tuple[list[Options], int]]:
+    """Options of each layer and the units that they may take: all at write; any, of what positions leave."""
+    spec = mla.layer(0)
+    assert spec is not None, "all layers are converted"
+    write = [_write_options(spec, layer, sizes) for layer in losses]
+    both = [a | _read_options(spec, b, sizes) for a, b in zip(write, losses, strict=True)]
+    finer = dims_in_unit(sizes, "write") // dims_in_unit(sizes, "read")
+    alone, mixed = (budget_units(sizes, config.of(mode)) for mode in ("write", "read"))
+    return [(write, finer * alone), (both, mixed)]
+
+
+def _write_options(spec: LayerSpec, layer: LayerLosses, sizes: AttentionSizes) -> Options:
+    unit, finer = dims_in_unit(sizes, "write"), dims_in_unit(sizes, "read")
+    rope, latent = _curves(layer, sizes)
+    options = {}
+    for a, b in itertools.product(rope, latent):
+        made = replace(spec, rope_dim=a * unit, rank=b * unit * sizes.kv_heads, rotate_at="write")
+        work = made.products(sizes) / sizes.products
+        options[made] = Option((a + b) * unit // finer, work, rope[a] + latent[b])
+    return options
+
+
+def _read_options(spec: LayerSpec, layer: LayerLosses, sizes: AttentionSizes) -> Options:
+    unit, options = dims_in_unit(sizes, "read"), {}
+    for units, loss in _read_curve(layer, sizes).items():
+        rank = units * unit * sizes.kv_heads
+        made = replace(spec, rope_dim=sizes.head_dim, rank=rank, rotate_at="read")
+        options[made] = Option(units, made.products(sizes) / sizes.products, loss)
+    return options
+
+
+def _loss(chosen: Sequence[tuple[LayerSpec, Option]]) -> float:
+    return sum(option.loss for _, option in chosen)
+
+
+def _same(values: list[Any]) -> Any:
+    """The one value of all layers, or each layer's."""
+    return values[0] if len(set(values)) == 1 else values

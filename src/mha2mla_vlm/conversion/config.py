@@ -1,14 +1,22 @@
 """How to convert a model."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
+from typing import Self
 
 from mha2mla_vlm.algorithms.factorization import FACTORIZATIONS, factorization
 from mha2mla_vlm.algorithms.pair_selection import PAIR_SELECTIONS
 from mha2mla_vlm.config import ROTATE_AT, Strict, option
 from mha2mla_vlm.errors import InputError, shown
 
-DEFAULT_BUDGET = {"write": 0.375, "read": 0.125}
-DEFAULT_FACTORIZATION = {"write": "output-weighted", "read": "output-weighted-shrunk"}
+AUTO = "auto"
+DEFAULT_BUDGET = {"write": 0.375, "read": 0.125, AUTO: 0.125}
+DEFAULT_FACTORIZATION = {
+    "write": "output-weighted",
+    "read": "output-weighted-shrunk",
+    AUTO: "output-weighted-shrunk",
+}
+DEFAULT_DECODE_COST = 40.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,11 +29,13 @@ class ConversionConfig(Strict):
     given only one of them, the other is a half (R) or a quarter (d_kv) of the head dim.
     With none of the three the budget is 37.5%. With `rotate_at` "read" keys are made of the latent when they
     are read and R costs no bytes: it is the whole head dim unless given, and the budget, by default 12.5%, is
-    allocated to latent dims. A share of the records is held out to measure the loss on.
+    allocated to latent dims. With "auto" each layer gets the mode and the sizes that are predicted to cost
+    least together under the budget and under `max_decode_cost`. A share of the records is held out to measure
+    the loss on.
     """
 
     budget: float | None = option(
-        None, "Share of the cache to keep, allocated to layers; else 0.375, or 0.125 at read."
+        None, "Share of the cache to keep, allocated to layers; else 0.375, or 0.125 at read and with auto."
     )
     rope_dim: int | None = option(None, "R, rope dims kept per head, instead the same in every layer.")
     d_kv: int | None = option(None, "Latent dims per KV head, instead the same in every layer.")
@@ -34,19 +44,26 @@ class ConversionConfig(Strict):
     factorization: str = option(
         None,
         f"How keys and values are factorised. {FACTORIZATIONS.described()}  [default: output-weighted; "
-        "output-weighted-shrunk at read]",
+        "output-weighted-shrunk at read and with auto]",
     )
     rotate_at: str = option(
         "write",
         "write: rotated keys are cached beside the latent. read: keys are made of the latent and rotated "
-        "when they are read, which is far better at small sizes and takes more arithmetic.",
+        "when they are read, which is far better at small sizes and takes more arithmetic. auto: each layer "
+        "as it loses least.",
+    )
+    max_decode_cost: float | None = option(
+        None,
+        "With auto: most arithmetic of attention for each cached token, in that of the original, mean over "
+        f"layers.  [default: {DEFAULT_DECODE_COST:g}]",
     )
     samples: int = option(128, "Chats to calibrate and measure on, at most.")
     held_out: float = 0.2
 
     def __post_init__(self) -> None:
-        if self.rotate_at not in ROTATE_AT:
-            raise InputError(f"rotate_at {shown(self.rotate_at)}: give {' or '.join(ROTATE_AT)}")
+        if self.rotate_at not in DEFAULT_BUDGET:
+            known = ", ".join(ROTATE_AT)
+            raise InputError(f"rotate_at {shown(self.rotate_at)}: give {known} or {AUTO}")
         if self.factorization is None:
             object.__setattr__(self, "factorization", DEFAULT_FACTORIZATION[self.rotate_at])
         PAIR_SELECTIONS.check(self.rope_selection)
@@ -55,11 +72,12 @@ class ConversionConfig(Strict):
             raise InputError(
                 f"samples = {self.samples}: give at least 2, one to calibrate on and one held out"
             )
-        if self.at_read and not factorization(self.factorization).takes_budget:
+        if "read" in self.modes and not factorization(self.factorization).takes_budget:
             raise InputError(
-                f"factorization {self.factorization!r} does not go with rotate_at read, which makes keys and "
-                "values of one latent"
+                f"factorization {self.factorization!r} does not go with rotate_at {self.rotate_at}, which "
+                "makes keys and values of one latent"
             )
+        self._check_auto()
         if not 0 < self.held_out < 1:
             raise InputError(f"held_out = {self.held_out}: give a share between 0 and 1")
         if self.d_kv is not None and self.factorization == "none":
@@ -68,6 +86,23 @@ class ConversionConfig(Strict):
             )
         if self.budget is not None:
             self._check_budget(self.budget)
+
+    def _check_auto(self) -> None:
+        if self.rotate_at != AUTO:
+            if self.max_decode_cost is not None:
+                raise InputError(
+                    f"max_decode_cost goes with rotate_at {AUTO}, which chooses, not with {self.rotate_at}"
+                )
+            return
+        for name in ("rope_dim", "d_kv"):
+            if getattr(self, name) is not None:
+                raise InputError(f"rotate_at {AUTO} chooses {name} of each layer: give a budget instead")
+        if self.max_decode_cost is None:
+            object.__setattr__(self, "max_decode_cost", DEFAULT_DECODE_COST)
+        elif not 0 < self.max_decode_cost < math.inf:
+            raise InputError(
+                f"max_decode_cost = {self.max_decode_cost}: give a number above 0, 1 for that of the original"
+            )
 
     def _check_budget(self, budget: float) -> None:
         if not 0 < budget <= 1:
@@ -90,9 +125,20 @@ class ConversionConfig(Strict):
         return self.rotate_at == "read"
 
     @property
+    def modes(self) -> tuple[str, ...]:
+        """When keys of a layer may be rotated."""
+        return ROTATE_AT if self.rotate_at == AUTO else (self.rotate_at,)
+
+    def of(self, mode: str) -> Self:
+        """The same for one of `modes`, at the same budget."""
+        if self.rotate_at == mode:
+            return self
+        return replace(self, rotate_at=mode, budget=self.share, max_decode_cost=None)
+
+    @property
     def drops_pairs(self) -> bool:
         """Whether some pairs are not rotated any more: at read none is dropped unless rope dims are given."""
-        return not self.at_read or self.rope_dim is not None
+        return "write" in self.modes or self.rope_dim is not None
 
     @property
     def share(self) -> float | None:

@@ -8,7 +8,7 @@ import torch
 from rich.table import Table
 from safetensors import safe_open
 
-from mha2mla_vlm.config import MLAConfig
+from mha2mla_vlm.config import AttentionSizes, MLAConfig
 from mha2mla_vlm.conversion.weights import converted_config
 from mha2mla_vlm.errors import InputError
 from mha2mla_vlm.model.cache.latent import bytes_per_token
@@ -23,19 +23,21 @@ def describe(name: str) -> dict[str, Any]:
 
     `pairs` lists, for each layer and KV head, the frequency pairs that stay rotated, none for a layer left as
     it was; of a checkpoint on the hub only they are read. `predicted_kl` is, for each layer, the KL
-    that converting only this layer was predicted to cost, by which sizes were allocated.
+    that converting only this layer was predicted to cost, by which sizes were allocated. `decode_cost` is the
+    arithmetic of attention for each cached token, in that of the original (`MLAConfig.decode_cost`).
     """
     config = load_config(name)
     if getattr(config, "mla", None) is None:
         raise InputError(f"{name!r} is not a converted model; make one with: mha2mla convert")
     mla = MLAConfig.from_dict(config.mla)
-    layers = config.get_text_config(decoder=True).num_hidden_layers
+    sizes = AttentionSizes.of(config)
     return {
         "family": config.model_type.removesuffix("_mla"),
-        "layers": layers,
+        "layers": sizes.layers,
         "qk_rope_head_dim": mla.qk_rope_head_dim,
         "kv_lora_rank": mla.kv_lora_rank,
         "rotate_at": mla.rotate_at,
+        "decode_cost": mla.decode_cost(sizes),
         "modalities": list(mla.modalities),
         "bytes_per_token": bytes_per_token(config),
         "bytes_per_token_original": bytes_per_token(config, original=True),
@@ -44,7 +46,7 @@ def describe(name: str) -> dict[str, Any]:
         "folded": mla.folded,
         "kl": mla.kl,
         "predicted_kl": mla.predicted_kl,
-        "pairs": _pairs(resolve(name), layers),
+        "pairs": _pairs(resolve(name), sizes.layers),
     }
 
 
@@ -55,6 +57,8 @@ def conversion_summary(original: Any, mla: MLAConfig, dtype: torch.dtype) -> dic
         "family": original.model_type.removesuffix("_mla"),
         "qk_rope_head_dim": mla.qk_rope_head_dim,
         "kv_lora_rank": mla.kv_lora_rank,
+        "rotate_at": mla.rotate_at,
+        "decode_cost": mla.decode_cost(AttentionSizes.of(original)),
         "bytes_per_token": bytes_per_token(converted, itemsize=dtype.itemsize),
         "bytes_per_token_original": bytes_per_token(original, itemsize=dtype.itemsize),
         "kl": None if not mla.kl else list(mla.kl.values())[-1],
@@ -87,17 +91,17 @@ def print_layers(description: dict[str, Any]) -> None:
     size = description["bytes_per_token"]
     title = f"{description['family']}: {size} cache bytes per token, {ratio:.1%} of the original"
     table = Table(title=title)
-    for column in ("layer", "R", "r", "predicted KL", "pairs that stay rotated, by KV head"):
+    for column in ("layer", "R", "r", "rotated at", "predicted KL", "pairs that stay rotated, by KV head"):
         table.add_column(column)
     predicted = description["predicted_kl"] or []
-    mla = MLAConfig(
-        qk_rope_head_dim=description["qk_rope_head_dim"], kv_lora_rank=description["kv_lora_rank"]
-    )
+    mla = MLAConfig(**{name: description[name] for name in ("qk_rope_head_dim", "kv_lora_rank", "rotate_at")})
     for layer in range(description["layers"]):
         spec = mla.layer(layer)
         pairs = description["pairs"][layer] if description["pairs"] else []
         shown = "\n".join(" ".join(map(str, head)) for head in pairs)
         cost = f"{predicted[layer]:.4f}" if predicted else "-"
-        sizes = ["as it was", "-"] if spec is None else [str(spec.rope_dim), str(spec.rank or "-")]
+        sizes = ["as it was", "-", "-"]
+        if spec is not None:
+            sizes = [str(spec.rope_dim), str(spec.rank or "-"), spec.rotate_at]
         table.add_row(str(layer), *sizes, cost, shown)
     console().print(table)

@@ -16,7 +16,7 @@ from transformers import AutoModelForImageTextToText, BatchFeature, PreTrainedMo
 from mha2mla_vlm.calibration.activations import advance
 from mha2mla_vlm.config import AttentionSizes, MLAConfig
 from mha2mla_vlm.conversion.allocation import budget_units, dims_in_unit
-from mha2mla_vlm.conversion.config import ConversionConfig
+from mha2mla_vlm.conversion.config import AUTO, ConversionConfig
 from mha2mla_vlm.conversion.layer import LayerwiseConversion
 from mha2mla_vlm.conversion.on_disk import rest_shards
 from mha2mla_vlm.conversion.pipeline import encode_split
@@ -186,8 +186,13 @@ def _one_layer(
 
 
 def _evenly(mla: MLAConfig, sizes: AttentionSizes, config: ConversionConfig) -> MLAConfig:
-    """Sizes as a budget may give them, the same in every layer: two of three dims for RoPE, if cached."""
-    unit = dims_in_unit(sizes, at_read=config.at_read)
+    """Sizes as a budget may give them, the same in every layer: two of three dims for RoPE, if cached.
+
+    Where modes are chosen, all at read, which takes longest.
+    """
+    if config.rotate_at == AUTO:
+        return _evenly(mla, sizes, config.of("read"))
+    unit = dims_in_unit(sizes, config.rotate_at)
     units = budget_units(sizes, config) // sizes.layers
     if config.at_read:
         return replace(mla, kv_lora_rank=units * unit * sizes.kv_heads)

@@ -61,7 +61,9 @@ class LayerwiseConversion(Sweep):
         self.is_original = getattr(self.model.config, "mla", None) is None
         self.factorises = method.factors is not None
         # streams that losses are read from
-        self.ends = {"partial_rope": PARTIAL} if self.is_original and self.drops_pairs else {}
+        modes = {spec.rotate_at for spec in self.mla.layers(self.sizes) if spec}
+        drops_pairs = any(self.config.of(mode).drops_pairs for mode in modes)
+        self.ends = {"partial_rope": PARTIAL} if self.is_original and drops_pairs else {}
         self.ends |= {"factorization": CONVERTED} if self.factorises else {}
         self.after_rope = method.statistics == "inputs"
         self.calibration: list[Chat] = []
@@ -124,7 +126,7 @@ class LayerwiseConversion(Sweep):
         """The layer's attention with its keys and values factorised, if they are to be, and their spectra."""
         if not self.factorises:
             return partial, {}
-        whole = self.whole(partial)
+        whole = self.whole(partial, self.spec(index))
         method, warned = self.methods.factorization, index if self.warn else None
         given = (whole, stats, self.spec(index), method)
         factors = layer_factors(*given, head_dim=self.sizes.head_dim, layer=warned)

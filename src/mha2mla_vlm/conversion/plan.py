@@ -11,8 +11,8 @@ from mha2mla_vlm.algorithms.factorization import FACTORIZATIONS, factorization
 from mha2mla_vlm.algorithms.factorization.base import Factorization
 from mha2mla_vlm.algorithms.factorization.blocks import block_ranks
 from mha2mla_vlm.config import DECOUPLED, SHARED, AttentionSizes, MLAConfig
-from mha2mla_vlm.conversion.allocation import budget_units, dims_in_unit
-from mha2mla_vlm.conversion.config import ConversionConfig
+from mha2mla_vlm.conversion.allocation import budget_units, dims_in_unit, least_decode_cost
+from mha2mla_vlm.conversion.config import AUTO, ConversionConfig
 from mha2mla_vlm.conversion.weights import converted_config
 from mha2mla_vlm.errors import InputError
 from mha2mla_vlm.model.cache.latent import bytes_per_token
@@ -47,10 +47,17 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def plan(model_config: Any, config: ConversionConfig) -> MLAConfig:
-    """Sizes of the converted model; raises `InputError` for what cannot be converted."""
+    """Sizes of the converted model; raises `InputError` for what cannot be converted.
+
+    Where modes are chosen by measuring it is planned as if all layers were rotated at read.
+    """
     _check_not_quantized(model_config)
     if getattr(model_config, "mla", None) is not None:
         return _plan_factors(model_config, config)
+    if config.rotate_at == AUTO:
+        mla = plan(model_config, config.of("read"))
+        _check_decode_cost(mla, AttentionSizes.of(model_config), config)
+        return mla
     family = get_family(model_config.model_type)
     text = model_config.get_text_config(decoder=True)
     if text.model_type not in family.text_model_types:
@@ -144,8 +151,10 @@ def _plan_factors(model_config: Any, config: ConversionConfig) -> MLAConfig:
     if mla.kv_lora_rank is not None:
         raise InputError("the model is converted already; give the original, or one with only partial RoPE")
     method = factorization(config.factorization)
-    if config.at_read:
-        raise InputError("the model has partial RoPE already; --rotate-at read starts from the original")
+    if "read" in config.modes:
+        raise InputError(
+            f"the model has partial RoPE already; --rotate-at {config.rotate_at} starts from the original"
+        )
     if not method.after_partial_rope:
         known = [name for name in FACTORIZATIONS if factorization(name).after_partial_rope]
         raise InputError(
@@ -169,7 +178,7 @@ def _plan_factors(model_config: Any, config: ConversionConfig) -> MLAConfig:
 
 def _check_budget(sizes: AttentionSizes, config: ConversionConfig) -> None:
     """Raise `InputError` if the least sizes of a layer, or those given, are over the budget."""
-    unit = dims_in_unit(sizes, at_read=config.at_read)
+    unit = dims_in_unit(sizes, config.rotate_at)
     for name, value in (("rope_dim", None if config.at_read else config.rope_dim), ("d_kv", config.d_kv)):
         if value is not None and value % unit:
             raise InputError(f"{name} = {value}: with a budget give a multiple of {unit}")
@@ -180,13 +189,23 @@ def _check_budget(sizes: AttentionSizes, config: ConversionConfig) -> None:
         raise InputError(f"budget = {config.share}: the least for these sizes is {share:g}")
 
 
+def _check_decode_cost(mla: MLAConfig, sizes: AttentionSizes, config: ConversionConfig) -> None:
+    """Raise `InputError` if no sizes within the budget take as little arithmetic as `config` says."""
+    least, most = least_decode_cost(mla, sizes, config), cast(float, config.max_decode_cost)
+    if least > most:
+        raise InputError(
+            f"max_decode_cost = {most:g}: the least for {config.share:.4g} of the cache is {least:.3g}"
+        )
+
+
 def print_plan(original: Any, mla: MLAConfig) -> None:
     """Say what was chosen, and what a token costs in the cache before and after (16 bits a number)."""
     sizes = AttentionSizes.of(original)
     before, after = bytes_per_token(original), bytes_per_token(converted_config(original, mla))
     specs = [spec for spec in mla.layers(sizes) if spec is not None]
     rope = by_layer([spec.rope_dim for spec in specs])
-    when = ", rotated at read" if any(spec.at_read for spec in specs) else ""
+    modes = [spec.rotate_at for spec in specs]
+    when = f", rotated at {by_layer(modes)}" if "read" in modes else ""
     latent = "keys and values whole"
     if mla.kv_lora_rank is not None:
         ranks = [cast(int, spec.rank) for spec in specs]
@@ -194,5 +213,6 @@ def print_plan(original: Any, mla: MLAConfig) -> None:
         latent = f"d_kv = {per_head} latent dims per KV head (r = {by_layer(ranks)} a token)"
     console().print(
         f"R = {rope} of {sizes.head_dim} rope dims{when}, {latent}: "
-        f"{before} to {after} cache bytes per token ({after / before:.1%})"
+        f"{before} to {after} cache bytes per token ({after / before:.1%}), "
+        f"{mla.decode_cost(sizes):.3g} times the arithmetic for each when decoding"
     )

@@ -13,6 +13,7 @@ from transformers import BatchFeature
 from mha2mla_vlm.calibration.activations import Chat
 from mha2mla_vlm.calibration.layer_profile import LayerProfile, measure_layer
 from mha2mla_vlm.calibration.sensitivity import begin_gradients, project_errors
+from mha2mla_vlm.config import LayerSpec
 from mha2mla_vlm.conversion.allocation import LayerLosses, dims_in_unit, tried_units
 from mha2mla_vlm.conversion.config import ConversionConfig
 from mha2mla_vlm.conversion.sweep import CALIBRATION, Sweep
@@ -30,7 +31,8 @@ SKETCHES = 2  # of each chat's answers
 class Profile:
     """Of every layer, what calibration found and, for methods that take a budget, what converting it costs.
 
-    It serves any sizes, so conversions to several budgets share one (`convert(..., profile=...)`).
+    It serves any sizes, so conversions to several budgets share one (`convert(..., profile=...)`); one made
+    for `rotate_at` "auto" serves "write" and "read" too.
     """
 
     config: ConversionConfig
@@ -39,9 +41,14 @@ class Profile:
 
     def check(self, config: ConversionConfig) -> None:
         """Raise `ValueError` if this is the profile of another method than that of `config`."""
-        mine = replace(self.config, budget=config.budget, rope_dim=config.rope_dim, d_kv=config.d_kv)
-        if mine != config:
+        known = {self.config.rotate_at: self.config} | {m: self.config.of(m) for m in self.config.modes}
+        found = known.get(config.rotate_at)
+        if found is None or _of_any_size(found) != _of_any_size(config):
             raise ValueError(f"the profile was made for {self.config}, not for {config}")
+
+
+def _of_any_size(config: ConversionConfig) -> ConversionConfig:
+    return replace(config, budget=None, rope_dim=None, d_kv=None, max_decode_cost=None)
 
 
 class KeptLayers(Sequence[LayerProfile]):
@@ -110,37 +117,46 @@ class LayerwiseProfile(Sweep):
     @torch.no_grad()
     def _losses(self, index: int, chats: Sequence[Chat], profile: LayerProfile) -> LayerLosses:
         """What converting a layer costs."""
-        layer, at_read = decoder_layers(self.model)[index], self.methods.at_read
-        unit = dims_in_unit(self.sizes, at_read=at_read)
-        rope_units, latent_units = tried_units(self.sizes, at_read=at_read)
+        layer, modes = decoder_layers(self.model)[index], list(self.by_mode)
         with resident(layer.modules(), self.device):
             with self.phases.phase("tried sizes"):
-                specs = [replace(self.spec(index), rope_dim=units * unit) for units in rope_units]
-                tried = [self.partial(layer.self_attn, profile, spec) for spec in specs]
-                d_kvs = [units * unit for units in latent_units]
-                tried += self._factored(layer.self_attn, profile, index, d_kvs)
+                tried = [self._tried(layer.self_attn, profile, index, mode) for mode in modes]
             with self.phases.phase("sensitivity"):
-                found = project_errors(layer, index, chats, self.states, CALIBRATION, tried)
-        rope, half, latent = found.split([len(rope_units), 1, len(latent_units)])
-        losses = torch.cat([rope, latent - half]).square().sum((1, 2)) / (2 * SKETCHES)
+                given = (layer, index, chats, self.states, CALIBRATION)
+                found = project_errors(*given, [module for modules in tried for module in modules])
+        units = {name: at for mode in modes for name, at in tried_units(self.sizes, mode).items()}
+        errors: dict[str, torch.Tensor] = {}
+        for mode, part in zip(modes, found.split([len(modules) for modules in tried]), strict=True):
+            latent = "read" if mode == "read" else "latent"
+            rope, half, rest = part.split([len(part) - 1 - len(units[latent]), 1, len(units[latent])])
+            errors |= {"rope": rope} if mode == "write" else {}
+            errors[latent] = rest - half
+        losses = torch.cat(list(errors.values())).square().sum((1, 2)) / (2 * SKETCHES)
         answers = losses.new_tensor(sum(int(chat.answers.sum()) for chat in chats))
         sum_over_processes([losses, answers])
-        values = (losses / answers).tolist()
-        return LayerLosses(
-            rope=dict(zip(rope_units, values, strict=False)),
-            latent=dict(zip(latent_units, values[len(rope_units) :], strict=True)),
-        )
+        values = (losses / answers).split([len(part) for part in errors.values()])
+        curves = zip(errors, values, strict=True)
+        return LayerLosses(**{k: dict(zip(units[k], v.tolist(), strict=True)) for k, v in curves})
+
+    def _tried(self, source: Any, profile: LayerProfile, index: int, mode: str) -> list[MLAAttention]:
+        """A layer with each number of rope dims that is tried, then what `_factored` gives."""
+        spec, unit = replace(self.spec(index), rotate_at=mode), dims_in_unit(self.sizes, mode)
+        units = tried_units(self.sizes, mode)
+        specs = [replace(spec, rope_dim=number * unit) for number in units.get("rope", [])]
+        tried = [self.partial(source, profile, each) for each in specs]
+        d_kvs = [number * unit for number in units["read" if spec.at_read else "latent"]]
+        return tried + self._factored(source, profile, spec, d_kvs)
 
     def _factored(
-        self, source: Any, profile: LayerProfile, index: int, d_kvs: Sequence[int]
+        self, source: Any, profile: LayerProfile, spec: LayerSpec, d_kvs: Sequence[int]
     ) -> list[MLAAttention]:
         """The layer with half of its rope dims (at read all), whole and at each of `d_kvs` latent dims."""
         ranks = [d_kv * self.sizes.kv_heads for d_kv in d_kvs]
-        spec = replace(self.spec(index), rank=ranks[-1])
-        if not self.methods.at_read:
+        spec = replace(spec, rank=ranks[-1])
+        if not spec.at_read:
             spec = replace(spec, rope_dim=self.sizes.head_dim // 2)
         partial = self.partial(source, profile, spec)
-        given = (self.whole(partial), profile.stats, spec, self.methods.factorization)
+        given = (self.whole(partial, spec), profile.stats, spec, self.methods.factorization)
         factors, made = layer_factors(*given, head_dim=self.sizes.head_dim), [partial]
         for rank in ranks:
             weights = factored_weights(given[0], {k: factor.of_rank(rank) for k, factor in factors.items()})

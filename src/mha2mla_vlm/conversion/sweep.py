@@ -24,12 +24,12 @@ Known = Callable[[int], LayerProfile]
 
 
 def methods(config: ConversionConfig) -> Methods:
-    """The methods that a configuration names."""
+    """The methods that a configuration names; with `modes` what is measured serves each of them."""
     return Methods(
         pairs=pair_selection(config.rope_selection if config.drops_pairs else "high"),
         fold=config.fold and config.drops_pairs,
         factorization=factorization(config.factorization),
-        at_read=config.at_read,
+        at_read="read" in config.modes,
     )
 
 
@@ -49,8 +49,9 @@ class Sweep:
         phases: Phases,
         work: Work,
     ) -> None:
-        self.model, self.mla, self.device = model, mla, device
-        self.methods, self.drops_pairs = methods(config), config.drops_pairs
+        self.model, self.config, self.mla, self.device = model, config, mla, device
+        self.methods = methods(config)
+        self.by_mode = {mode: methods(config.of(mode)) for mode in config.modes}
         self.phases, self.work, self.states = phases, work, work.states
         self.sizes = AttentionSizes.of(model.config)
 
@@ -68,10 +69,10 @@ class Sweep:
 
     def partial(self, source: Any, profile: LayerProfile, spec: LayerSpec) -> MLAAttention:
         """A layer's attention with partial RoPE only."""
-        selection = profile.selection(spec.rope_dim, self.sizes, self.methods)
+        selection = profile.selection(spec.rope_dim, self.sizes, self.by_mode[spec.rotate_at])
         return partial_layer(source, selection, spec, table_scale(self.model))
 
-    def whole(self, partial: MLAAttention) -> dict[str, torch.Tensor]:
+    def whole(self, partial: MLAAttention, spec: LayerSpec) -> dict[str, torch.Tensor]:
         """Parameters of a layer after partial RoPE, as they are factorised."""
         weights = partial.state_dict()
-        return rotated_at_read(weights) if self.methods.at_read else weights
+        return rotated_at_read(weights) if spec.at_read else weights

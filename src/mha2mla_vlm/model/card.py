@@ -69,11 +69,14 @@ def model_card(config: Any) -> str:
 def _facts(config: Any, mla: MLAConfig) -> dict[str, str]:
     """Sizes, method and losses."""
     before, after = bytes_per_token(config, original=True), bytes_per_token(config)
-    specs = mla.layers(AttentionSizes.of(config))
+    specs = mla.layers(sizes := AttentionSizes.of(config))
     facts = {
         "cache bytes per token (16 bits)": f"{before:,} to {after:,} ({after / before:.1%})",
         "rope dims per KV head (R), by layer": by_layer([spec and spec.rope_dim for spec in specs]),
         "latent dims (r), by layer": by_layer([spec and spec.rank for spec in specs]),
+        "arithmetic of attention for each cached token, in that of the original": (
+            f"{mla.decode_cost(sizes):.3g}"
+        ),
         **method(mla),
     }
     losses = (mla.kl or {}).items()
@@ -86,9 +89,10 @@ def method(mla: MLAConfig) -> dict[str, str]:
     """How a model was converted, in words."""
     modes = mla.rotate_at if isinstance(mla.rotate_at, list) else [mla.rotate_at]
     kept = "all stay rotated" if "write" not in modes else "not recorded"
+    counts = [f"{mode} in {modes.count(mode)} layers" for mode in sorted(set(modes))]
     return {
         "pairs chosen by": f"{mla.rope_selection or kept}{', folded' if mla.folded else ''}",
-        "keys are rotated at": " or ".join(sorted(set(modes))),
+        "keys are rotated at": modes[0] if len(counts) == 1 else ", ".join(counts),
         "factorisation": f"{mla.factorization or 'none'}, for {' and '.join(mla.modalities)} tokens",
     }
 
