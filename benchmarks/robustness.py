@@ -4,11 +4,11 @@
     python benchmarks/robustness.py --models llava --samples 20 -o /tmp/rows
 
 Calibration, about training scans: 128 chats of all kinds, 16 of them, 128 of one kind of question ("read"),
-128 without their images. Measured, about test scans: chats of all kinds, chats with three images, chats
-without their images, and answers to prompts at least four times as long as the longest chat of calibration.
-KL to the original with 95% bootstrap intervals over chats. Appends a row to `OUT/MODEL.jsonl` for each cell,
-and writes the table of all rows there to `OUT/README.md`, and, where OUT is `docs/robustness`, into
-`docs/method.md`.
+128 without their images; at read also with 16 chats of random tokens (`--random-chats`). Measured, about test
+scans: chats of all kinds, chats with three images, chats without their images, and answers to prompts at least
+four times as long as the longest chat of calibration. KL to the original with 95% bootstrap intervals over
+chats. Appends a row to `OUT/MODEL.jsonl` for each cell, and writes the table of all rows there to
+`OUT/README.md`, and, where OUT is `docs/robustness`, into `docs/method.md`.
 """
 
 import argparse
@@ -29,6 +29,7 @@ MARK = "<!-- written by benchmarks/robustness.py -->"
 BUDGETS = (0.25, 0.125)
 MODES = ("read", "write")
 CALIBRATION = 128  # chats
+RANDOM = 16  # chats of random tokens besides, where they are
 TIMES = 4  # prompts so many times as long as the longest chat of calibration
 TESTS = ("all kinds", "3 images", "text alone", "4 times as long")
 
@@ -61,8 +62,8 @@ def text_alone(records: list[Record]) -> list[Record]:
     ]
 
 
-def calibrations(name: str) -> dict[str, Callable[[], list[Record]]]:
-    """Chats to calibrate on, by what they are."""
+def calibrations(name: str) -> dict[str, tuple[Callable[[], list[Record]], int]]:
+    """Chats to calibrate on, and how many of random tokens besides, by what they are."""
 
     def all_kinds() -> list[Record]:
         return zoo_records(name, split="train", samples=CALIBRATION, seed=1)
@@ -70,11 +71,17 @@ def calibrations(name: str) -> dict[str, Callable[[], list[Record]]]:
     def read() -> list[Record]:
         return made(name, "read", split="train", samples=CALIBRATION, pages=1, weights=(0, 0, 0, 1))
 
+    def text() -> list[Record]:
+        return text_alone(all_kinds())
+
     return {
-        f"all kinds, {CALIBRATION} chats": all_kinds,
-        "all kinds, 16 chats": lambda: all_kinds()[:16],
-        "one kind of question": read,
-        "text alone": lambda: text_alone(all_kinds()),
+        f"all kinds, {CALIBRATION} chats": (all_kinds, 0),
+        "all kinds, 16 chats": (lambda: all_kinds()[:16], 0),
+        "one kind of question": (read, 0),
+        "text alone": (text, 0),
+        f"all kinds, {CALIBRATION} chats + random": (all_kinds, RANDOM),
+        "one kind of question + random": (read, RANDOM),
+        "text alone + random": (text, RANDOM),
     }
 
 
@@ -115,13 +122,16 @@ def run(name: str, modes: list[str], samples: int, folder: Path) -> None:
             key = {"calibration": "original", "mode": "", "budget": 1.0, "test": kind}
             rows.add(**key, samples=samples, **each.measure(model))
     for mode in modes:
-        for calibration, make in calibrations(name).items():
+        for calibration, (make, random_chats) in calibrations(name).items():
+            if random_chats and mode != "read":
+                continue
             profile = None
             for budget in BUDGETS:
                 missing = [kind for kind in TESTS if not rows.has(calibration, mode, budget, kind)]
                 if not missing:
                     continue
-                chats, config = make(), ConversionConfig(rotate_at=mode, budget=budget)
+                chats = make()
+                config = ConversionConfig(rotate_at=mode, budget=budget, random_chats=random_chats)
                 profile = profile or make_profile(model, processor, chats, config)
                 small = convert(model, processor, chats, config, profile=profile)
                 for kind in missing:
@@ -142,6 +152,8 @@ def table(folder: Path) -> str:
             for budget in BUDGETS:
                 for calibration in calibrations(name):
                     found = [cells.get((mode, budget, calibration, kind)) for kind in TESTS]
+                    if not any(found):
+                        continue
                     shown = ["" if row is None else interval(row) for row in found]
                     title = f"| `zoo:{name}` | {mode} | {budget:.1%} | {calibration} |"
                     lines.append(f"{title} {' | '.join(shown)} |")

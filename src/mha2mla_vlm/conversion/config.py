@@ -42,6 +42,9 @@ class ConversionConfig(Strict):
         "when they are read, which is far better at small sizes and takes more arithmetic.",
     )
     samples: int = option(128, "Chats to calibrate and measure on, at most.")
+    random_chats: int = option(
+        0, "Chats of random tokens to calibrate on besides, for chats unlike those of calibration."
+    )
     held_out: float = 0.2
 
     def __post_init__(self) -> None:
@@ -60,6 +63,8 @@ class ConversionConfig(Strict):
                 f"factorization {self.factorization!r} does not go with rotate_at read, which makes keys and "
                 "values of one latent"
             )
+        if self.random_chats < 0:
+            raise InputError(f"random_chats = {self.random_chats}: give 0 or more")
         if not 0 < self.held_out < 1:
             raise InputError(f"held_out = {self.held_out}: give a share between 0 and 1")
         if self.d_kv is not None and self.factorization == "none":
