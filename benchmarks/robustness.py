@@ -5,9 +5,9 @@
 
 Calibration, about training scans: 128 chats of all kinds, 16 of them, 128 of one kind of question ("read"),
 128 without their images; at read also with 16 chats of random tokens (`--random-chats`). Measured, about test
-scans: chats of all kinds, chats with three images, chats without their images, and answers to prompts at least
-four times as long as the longest chat of calibration. KL to the original with 95% bootstrap intervals over
-chats. Appends a row to `OUT/MODEL.jsonl` for each cell, and writes the table of all rows there to
+scans: chats of all kinds, chats with three images, chats without their images, and answers to prompts at
+least four times as long as the longest chat of calibration. KL to the original with 95% bootstrap intervals
+over chats. Appends a row to `OUT/MODEL.jsonl` for each cell, and writes the table of all rows there to
 `OUT/README.md`, and, where OUT is `docs/robustness`, into `docs/method.md`.
 """
 
@@ -20,7 +20,7 @@ from typing import Any
 from measured import DOCS, HeldOut, Rows, encoded, write_between
 
 from mha2mla_vlm import ConversionConfig, convert, load, load_processor, make_profile
-from mha2mla_vlm.data.records import IGNORE_INDEX, Record
+from mha2mla_vlm.data.records import IGNORE_INDEX, Record, chat_length
 from mha2mla_vlm.model.shipped import ZOO_NAMES
 from mha2mla_vlm.zoo.chats import MAX_SIDE, PAGE_MULTIPLE, make_chat, zoo_records
 from mha2mla_vlm.zoo.digits import Split
@@ -105,8 +105,8 @@ def tests(model: Any, processor: Any, name: str, samples: int) -> dict[str, Held
     """Held-out chats of each kind."""
     chats = zoo_records(name, split="test", samples=samples, seed=0)
     three = made(name, "three", split="test", samples=samples, pages=3, weights=(1, 1, 1, 1))
-    calibration = [chat for make in calibrations(name).values() for chat in encoded(model, processor, make())]
-    least = TIMES * max(chat["input_ids"].shape[1] for chat in calibration)
+    calibrated = [record for make, _ in calibrations(name).values() for record in make()]
+    least = TIMES * max(chat_length(processor, record) for record in calibrated)
     batches = [encoded(model, processor, records) for records in (chats, three, text_alone(chats))]
     batches.append(list(long_batches(model, processor, name, samples, least)))
     return {kind: HeldOut(model, each) for kind, each in zip(TESTS, batches, strict=True)}
