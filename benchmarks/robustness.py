@@ -4,7 +4,7 @@
     python benchmarks/robustness.py --models llava --samples 20 -o /tmp/rows
 
 Calibration, about training scans: 128 chats of all kinds, 16 of them, 128 of one kind of question ("read"),
-128 without their images; at read also with 16 chats of random tokens (`--random-chats`). Measured, about test
+128 without their images; at read also with 32 random chats (`--random-chats`). Measured, about test
 scans: chats of all kinds, chats with three images, chats without their images, and answers to prompts at
 least four times as long as the longest chat of calibration. KL to the original with 95% bootstrap intervals
 over chats. Appends a row to `OUT/MODEL.jsonl` for each cell, and writes the table of all rows there to
@@ -29,7 +29,7 @@ MARK = "<!-- written by benchmarks/robustness.py -->"
 BUDGETS = (0.25, 0.125)
 MODES = ("read", "write")
 CALIBRATION = 128  # chats
-RANDOM = 16  # chats of random tokens besides, where they are
+RANDOM = 32  # random chats besides, where there are
 TIMES = 4  # prompts so many times as long as the longest chat of calibration
 TESTS = ("all kinds", "3 images", "text alone", "4 times as long")
 
@@ -63,7 +63,7 @@ def text_alone(records: list[Record]) -> list[Record]:
 
 
 def calibrations(name: str) -> dict[str, tuple[Callable[[], list[Record]], int]]:
-    """Chats to calibrate on, and how many of random tokens besides, by what they are."""
+    """Chats to calibrate on, and how many random ones besides, by what they are."""
 
     def all_kinds() -> list[Record]:
         return zoo_records(name, split="train", samples=CALIBRATION, seed=1)
@@ -79,9 +79,9 @@ def calibrations(name: str) -> dict[str, tuple[Callable[[], list[Record]], int]]
         "all kinds, 16 chats": (lambda: all_kinds()[:16], 0),
         "one kind of question": (read, 0),
         "text alone": (text, 0),
-        f"all kinds, {CALIBRATION} chats + random": (all_kinds, RANDOM),
         "one kind of question + random": (read, RANDOM),
         "text alone + random": (text, RANDOM),
+        f"all kinds, {CALIBRATION} chats + random": (all_kinds, RANDOM),
     }
 
 

@@ -12,8 +12,9 @@ def test_random_chats_are_text_and_the_same_each_time(family):
     _, processor = original(family)
     chats = random_chats(processor.tokenizer, 3)
     assert [chat.messages for chat in chats] == [c.messages for c in random_chats(processor.tokenizer, 3)]
-    assert chats[0].messages != chats[1].messages
-    texts = [message["content"][0]["text"] for chat in chats for message in chat.messages]
+    assert chats[0].messages != chats[2].messages
+    assert [len(chat.images) for chat in chats] == [0, 1, 0]
+    texts = [message["content"][-1]["text"] for chat in chats for message in chat.messages]
     assert not [
         text for text in texts for special in processor.tokenizer.all_special_tokens if special in text
     ]

@@ -43,7 +43,8 @@ class ConversionConfig(Strict):
     )
     samples: int = option(128, "Chats to calibrate and measure on, at most.")
     random_chats: int = option(
-        0, "Chats of random tokens to calibrate on besides, for chats unlike those of calibration."
+        0,
+        "Chats of random tokens, half with noise, to calibrate on besides: if yours are few or of one kind.",
     )
     held_out: float = 0.2
 
