@@ -10,26 +10,21 @@ OUT is `docs/ablation`, into `docs/method.md`.
 
 import argparse
 import json
-import random
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from measured import DOCS, HeldOut, encoded
 
 from mha2mla_vlm import ConversionConfig, convert, load, load_processor
 from mha2mla_vlm.config import AttentionSizes
 from mha2mla_vlm.conversion.pipeline import make_profile
-from mha2mla_vlm.data.records import encode_with_labels
-from mha2mla_vlm.evaluation.answers import answer_log_probs, answers_right, predicted
 from mha2mla_vlm.model.cache.latent import bytes_per_token
-from mha2mla_vlm.model.families import get_family
 from mha2mla_vlm.model.shipped import ZOO_NAMES
 from mha2mla_vlm.zoo.chats import zoo_records
 
-DOCS = Path(__file__).parents[1] / "docs"
 MARK = "<!-- written by benchmarks/ablation.py -->"
 BUDGETS = (0.5, 0.375, 0.25, 0.1875)
 UNIFORM = {0.5: (2, 2), 0.375: (2, 4), 0.25: (4, 4), 0.1875: (4, 8)}  # head dim by R, by d_kv
@@ -59,49 +54,17 @@ ALLOCATED = {"published, allocated over layers": PUBLISHED, OURS: "… + output-
 def settings(budget: float, head_dim: int) -> Iterator[tuple[str, ConversionConfig]]:
     """Every row of one budget: its name and how to convert."""
     by_rope, by_latent = UNIFORM[budget]
-    sizes = {"rope_dim": head_dim // by_rope, "d_kv": head_dim // by_latent}
+    sizes: dict[str, Any] = {"rope_dim": head_dim // by_rope, "d_kv": head_dim // by_latent}
     for name, how in METHODS.items():
         yield name, ConversionConfig(**sizes, **how)
         if name == PUBLISHED and budget in QUARTER_ROPE:
-            quarter = {"rope_dim": head_dim // 4, "d_kv": int(QUARTER_ROPE[budget] * head_dim)}
+            quarter: dict[str, Any] = {
+                "rope_dim": head_dim // 4,
+                "d_kv": int(QUARTER_ROPE[budget] * head_dim),
+            }
             yield f"{name}, R = D/4", ConversionConfig(**quarter, **how)
     for name, like in ALLOCATED.items():
         yield name, ConversionConfig(budget=budget, **METHODS[like])
-
-
-class HeldOut:
-    """Held-out chats, and what the original answers."""
-
-    def __init__(self, name: str, model: Any, processor: Any, samples: int) -> None:
-        visual = get_family(name).visual_token_ids(model.config)
-        records = zoo_records(name, split="test", samples=samples, seed=0)
-        self.batches = [encode_with_labels(processor, [record], visual) for record in records]
-        self.expected = [answer_log_probs(model, batch) for batch in self.batches]
-
-    def measure(self, model: Any) -> dict[str, Any]:
-        """KL with a 95% bootstrap interval over chats, cross-entropy and exact match."""
-        chats = [self._chat(model, *pair) for pair in zip(self.batches, self.expected, strict=True)]
-        kl, tokens, loss, right, answers = (list(column) for column in zip(*chats, strict=True))
-        rng, draws = random.Random(0), []
-        for _ in range(1000):
-            rows = rng.choices(range(len(kl)), k=len(kl))
-            draws.append(sum(kl[i] for i in rows) / sum(tokens[i] for i in rows))
-        draws.sort()
-        return {
-            "kl": sum(kl) / sum(tokens),
-            "kl_low": draws[25],
-            "kl_high": draws[974],
-            "cross_entropy": sum(loss) / sum(tokens),
-            "exact_match": sum(right) / sum(answers),
-        }
-
-    def _chat(self, model: Any, batch: Any, expected: torch.Tensor) -> tuple[float, int, float, int, int]:
-        found = answer_log_probs(model, batch)
-        targets = batch["labels"][:, 1:][predicted(batch)]
-        marks = answers_right(found.argmax(-1), batch)
-        kl = nn.functional.kl_div(found, expected, reduction="sum", log_target=True)
-        loss = nn.functional.nll_loss(found, targets, reduction="sum")
-        return float(kl), len(targets), float(loss), sum(marks), len(marks)
 
 
 def run(name: str, budgets: list[float], samples: int, folder: Path) -> None:
@@ -110,7 +73,8 @@ def run(name: str, budgets: list[float], samples: int, folder: Path) -> None:
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     done = {(row["budget"], row["method"]) for row in rows}
     model, processor = load(f"zoo:{name}", dtype=torch.float32), load_processor(f"zoo:{name}")
-    held_out = HeldOut(name, model, processor, samples)
+    chats = zoo_records(name, split="test", samples=samples, seed=0)
+    held_out = HeldOut(model, encoded(model, processor, chats))
     records = zoo_records(name, split="train", samples=128, seed=1)
     whole = bytes_per_token(model.config)
     head_dim = AttentionSizes.of(model.config).head_dim

@@ -58,6 +58,10 @@ class ConversionConfig(Strict):
         f"layers.  [default: {DEFAULT_DECODE_COST:g}]",
     )
     samples: int = option(128, "Chats to calibrate and measure on, at most.")
+    random_chats: int = option(
+        0,
+        "Chats of random tokens, half with noise, to calibrate on besides: if yours are few or of one kind.",
+    )
     held_out: float = 0.2
 
     def __post_init__(self) -> None:
@@ -78,6 +82,8 @@ class ConversionConfig(Strict):
                 "makes keys and values of one latent"
             )
         self._check_auto()
+        if self.random_chats < 0:
+            raise InputError(f"random_chats = {self.random_chats}: give 0 or more")
         if not 0 < self.held_out < 1:
             raise InputError(f"held_out = {self.held_out}: give a share between 0 and 1")
         if self.d_kv is not None and self.factorization == "none":

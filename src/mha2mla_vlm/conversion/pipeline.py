@@ -14,6 +14,7 @@ from mha2mla_vlm.conversion.plan import check_model, plan
 from mha2mla_vlm.conversion.profile import Profile
 from mha2mla_vlm.conversion.weights import rebuild
 from mha2mla_vlm.conversion.work import MemoryWork
+from mha2mla_vlm.data.random_chats import random_chats
 from mha2mla_vlm.data.records import EncodedRecords, Record
 from mha2mla_vlm.errors import InputError
 from mha2mla_vlm.model.families import get_family
@@ -79,7 +80,9 @@ def encode_split(
     if silent := [record.source for record in records if not record.answers()]:
         raise InputError(f"{silent[0]}: no assistant message; give chats with answers, which the loss is of")
     count = min(len(records) - 1, max(1, round(config.held_out * len(records))))
-    return Chats(*(EncodedRecords(processor, part, visual) for part in (records[:-count], records[-count:])))
+    more = random_chats(processor.tokenizer, config.random_chats)
+    parts = [*records[:-count], *more], records[-count:]
+    return Chats(*(EncodedRecords(processor, part, visual) for part in parts))
 
 
 def _checked(chats: Chats) -> Chats:
