@@ -33,7 +33,7 @@ def test_convert_inspect_evaluate_generate_finetune(monkeypatch, capsys, tmp_pat
     assert answer["cache_bytes"] > 0
     options = ("--max-steps", "2", "--batch-size", "2", "--no-bf16", "--baseline", "zoo:llava_next")
     assert command("finetune", small, "--data", data, "-o", tuned, *options)["steps"] == 2
-    timed = command("bench", small, "--baseline", "zoo:llava_next", "--contexts", "600", "--seconds", "0.1")
+    timed = command("bench", small, "--baseline", "zoo:llava_next", "--context", "600", "--seconds", "0.1")
     assert timed["rows"][0]["cache_bytes"] == timed["rows"][0]["cache_bytes_formula"]
     assert timed["rows"][0]["attention_ratio"] > 0
     again = ("convert", small, "--data", data, "-o", tmp_path / "again", "--rotate-at", "read")
