@@ -49,10 +49,11 @@ def random_caches(
     like, sizes = decoder_layers(converted)[0].self_attn.q_proj.weight, AttentionSizes.of(converted.config)
     heads, specs = sizes.kv_heads, converted.mla_config.layers(sizes)
     dense = [((batch, heads, context, sizes.head_dim),) * 2] * sizes.layers
-    latent = [
-        ((batch, 1, context, spec.widths(sizes)[0]), (batch, heads, context, spec.rope_dim)) if spec else own
-        for spec, own in zip(specs, dense, strict=True)
-    ]
+    latent = list(dense)
+    for index, spec in enumerate(specs):
+        if spec is not None:
+            rank, rope = spec.widths(sizes)
+            latent[index] = (batch, 1, context, rank), (batch, heads, context, rope // heads)
     empty = LatentCache() if quantization is None else quantized_cache(**quantization)
     hold_latents(empty, [spec is not None for spec in specs])
     caches = random_cache(dense, like), random_cache(latent, like, empty)
