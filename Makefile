@@ -45,10 +45,11 @@ test-upstream: $(VENV)/.installed-upstream
 oldest: $(OLDEST_VENV)/.installed
 	$(OLDEST_VENV)/bin/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow" tests/equivalence tests/cli
 
-# of those: one family, and the commands that rest on other packages most; what files, locks and signals do is the same everywhere
+# of those: one family, where other packages' interfaces are used most; mathematics, files, locks and signals are the same everywhere
+QUICK := $(foreach name,checkpoint generation ordinary_model rotated_at_read training trl,tests/equivalence/test_$(name).py) \
+	$(foreach name,commands finetune report bench hub,tests/cli/test_$(name).py)
 oldest-quick: $(OLDEST_VENV)/.installed
-	$(OLDEST_VENV)/bin/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow" -k "not llava" tests/equivalence \
-		$(foreach name,commands finetune report bench hub,tests/cli/test_$(name).py)
+	$(OLDEST_VENV)/bin/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow" -k "not llava" $(QUICK)
 
 # the newest versions there are, whatever pyproject.toml declares; then how they differ from constraints.txt
 latest:
