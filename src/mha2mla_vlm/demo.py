@@ -66,7 +66,7 @@ def _compared(name: str, samples: int, device: str) -> tuple[dict[str, Any], Rep
         for _, budget in budgets:
             config = ConversionConfig(rotate_at=mode, budget=budget)
             small = convert(model, processor, calibration, config, profile=profile)
-            converted[f"{budget:.1%}, rotated at {mode}"] = small
+            converted[f"{budget:.4g} at {mode}"] = small
     rows = [_row("original", model, processor, held_out, evaluate_answers(model, processor, held_out))]
     for title, small in converted.items():
         answers = evaluate_answers(small, processor, held_out, baseline=model)
