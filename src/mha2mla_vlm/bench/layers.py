@@ -114,6 +114,14 @@ def _rotation(converted: PreTrainedModel, places: torch.Tensor, like: torch.Tens
     return Rotation(text.rotary_emb.rotary, places, like, text.config)
 
 
+def _with_new_text(latent: LatentCache, batch: int, device: torch.device) -> TokenModality:
+    """The modality of cached tokens, the last of which is text that comes anew."""
+    known = latent.token_modality
+    assert known is not None, "random_caches gives it"
+    new = TokenModality.of_text(batch, 1, device)
+    return known.part(0, known.mask.shape[1] - 1).extend(new)
+
+
 @torch.no_grad()
 def time_layers(
     original: PreTrainedModel,
@@ -127,10 +135,7 @@ def time_layers(
     context, device = dense.get_seq_length(), like.device
     hidden = like.new_empty(like.shape[0], 1, converted.config.get_text_config().hidden_size).normal_()
     embeddings = {model: rotary_tables(model, hidden, context - 1) for model in (original, converted)}
-    known = latent.token_modality
-    assert known is not None, "random_caches gives it"
-    new = TokenModality.from_mask(torch.zeros(like.shape[0], 1, dtype=torch.bool, device=device))
-    modality = known.part(0, context - 1).extend(new)
+    modality = _with_new_text(latent, len(like), device)
 
     def through(model: PreTrainedModel, cache: LatentCache, **kwargs: Any) -> Callable[[], None]:
         def run() -> None:

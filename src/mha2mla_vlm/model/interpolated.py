@@ -9,7 +9,6 @@ import torch
 
 from mha2mla_vlm.model.absorbed import Queries, Sums, Up, attend_pieces, attend_scored
 from mha2mla_vlm.model.blocks import Blocks, plan_blocks
-from mha2mla_vlm.model.cache.latent import Pieces
 from mha2mla_vlm.model.rebuilt import BLOCK, Angles, Rebuilt
 from mha2mla_vlm.model.rope import rotate
 
@@ -21,7 +20,7 @@ def attend_rotated(
     plan = _plan(queries, stored)
     if plan is None:
         return attend_pieces(queries, stored, stored.runs, visual, mask)
-    latent = stored.stored.whole()[0] if isinstance(stored.stored, Pieces) else stored.stored[0]
+    latent = stored.latents()
     scores = rotated_scores(queries.rope, latent, stored.ups, plan, stored.angles)
     return attend_scored(queries, scores, latent, stored.runs, visual, mask)
 

@@ -89,6 +89,10 @@ class Rebuilt(Pieces):
         self.stored, self.ups, self.runs, self.visual, self.angles = stored, ups, runs, visual, angles
         self.length = stored.length if isinstance(stored, Pieces) else stored[0].shape[1]
 
+    def latents(self) -> torch.Tensor:
+        """Those of all tokens, `[B, S, r]`."""
+        return (self.stored.whole() if isinstance(self.stored, Pieces) else self.stored)[0]
+
     def __iter__(self) -> Iterator[Piece]:
         start = 0
         for latents, _ in self.stored if isinstance(self.stored, Pieces) else (self.stored,):

@@ -235,9 +235,12 @@ def attend(
         filled,
         table,
     )
-    if len(queries.latent) == 1:
-        return Sums((output[0],), None)
-    return Sums((output[0], output[1]), text_mass)
+    return as_sums(output, text_mass)
+
+
+def as_sums(output: torch.Tensor, text_mass: torch.Tensor) -> Sums:
+    """What `merged` gives, by modality."""
+    return Sums(tuple(output), None if len(output) == 1 else text_mass)
 
 
 @torch.library.custom_op("mha2mla_vlm::latent_decode", mutates_args=())
@@ -280,7 +283,14 @@ def _decode(
         RANK=_power(rank), ROPE=_power(met_groups * rope_dim), PAGE=page,
         **_launch(rank),
     )  # fmt: skip
-    output, text_mass = torch.empty_like(q_latent), latent.new_empty(batch, rows, 1)
+    return merged(mixed, lse, latent.dtype)
+
+
+def merged(mixed: torch.Tensor, lse: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sums `[K, B, Q, r]` and the weight of text tokens `[B, Q, 1]`, of splits `[B, P, K, Q, r]`."""
+    batch, splits, kinds, rows, rank = mixed.shape
+    output = mixed.new_empty(kinds, batch, rows, rank, dtype=dtype)
+    text_mass = mixed.new_empty(batch, rows, 1, dtype=dtype)
     _merge_kernel[(batch, rows, kinds)](
         mixed, lse, output, text_mass, rows, rank, splits,
         KINDS=kinds, RANK=_power(rank), PARTS=_power(splits * kinds),

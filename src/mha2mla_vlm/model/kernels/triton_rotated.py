@@ -23,12 +23,13 @@ from mha2mla_vlm.model.kernels.triton_decode import (
     _count_visual,
     _mask_kind,
     _masked,
-    _merge_kernel,
     _power,
     _read,
     _row_mask,
     _rows_dense,
     _write_shares,
+    as_sums,
+    merged,
     split_size,
 )
 from mha2mla_vlm.model.rebuilt import Rebuilt
@@ -164,7 +165,7 @@ def attend(
         queries.rope.contiguous(),
         torch.stack(latent) if latent else None,
         queries.text_constant,
-        stored.stored[0] if isinstance(stored.stored, tuple) else stored.stored.whole()[0],
+        stored.latents(),
         [up.weight for up in ups],
         [up.bias for up in ups if up.bias is not None],
         _rows_dense(angles.cos),
@@ -174,9 +175,7 @@ def attend(
         mask,
         filled,
     )
-    if len(ups) == 1:
-        return Sums((output[0],), None)
-    return Sums((output[0], output[1]), text_mass)
+    return as_sums(output, text_mass)
 
 
 @torch.library.custom_op("mha2mla_vlm::rotated_decode", mutates_args=())
@@ -220,12 +219,7 @@ def _decode(
         NOPE=q_latent is not None, BIAS=bool(biases), VISUAL=visual is not None, KINDS=kinds,
         SPLIT=split, **size, **_launch(rank),
     )  # fmt: skip
-    output, text_mass = latent.new_empty(kinds, batch, rows, rank), latent.new_empty(batch, rows, 1)
-    _merge_kernel[(batch, rows, kinds)](
-        mixed, lse, output, text_mass, rows, rank, splits,
-        KINDS=kinds, RANK=_power(rank), PARTS=_power(splits * kinds),
-    )  # fmt: skip
-    return output, text_mass
+    return merged(mixed, lse, latent.dtype)
 
 
 @_decode.register_fake
