@@ -2,7 +2,7 @@
 
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from types import NoneType, UnionType
-from typing import Any, Literal, Self, cast, get_args, get_origin
+from typing import Any, Literal, NamedTuple, Self, cast, get_args, get_origin
 
 from mha2mla_vlm.errors import InputError, shown
 
@@ -75,6 +75,38 @@ def _fits(value: Any, declared: Any) -> bool:
     return kind is Any or type(value) is kind or (kind is float and type(value) is int)
 
 
+class LatentBits(NamedTuple):
+    """How many of a layer's latent channels, in their order, are kept in 8, in 4 and in 2 bits."""
+
+    eight: int
+    four: int
+    two: int
+
+    @property
+    def counts(self) -> list[int]:
+        """Channels by bits, 8 first."""
+        return list(self)
+
+    def by_bits(self) -> list[tuple[int, int]]:
+        """Bits, and how many channels have them."""
+        return list(zip((8, 4, 2), self, strict=True))
+
+    @property
+    def rank(self) -> int:
+        """Latent dims."""
+        return sum(self)
+
+    @property
+    def bytes(self) -> list[int]:
+        """Bytes of a token's channels by bits, 8 first."""
+        return [self.eight, self.four // 2, self.two // 4]
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a token's latent."""
+        return sum(self.bytes)
+
+
 @dataclass(frozen=True, kw_only=True)
 class LayerSpec:
     """What the attention of one converted layer is.
@@ -82,7 +114,8 @@ class LayerSpec:
     `rope_dim` (R) numbers of each KV head's key are rotated. The others and the values are made of a latent
     of `rank` numbers (r), by factors for each of `modalities`; None means that they are not factorised. With
     `bias` the up projections have a bias even if the original has none. Rotated numbers are cached beside the
-    latent (`rotate_at` "write"), or made of it too and rotated each time they are read ("read").
+    latent (`rotate_at` "write"), or made of it too and rotated each time they are read ("read"). With `bits`
+    the latent is integers (`algorithms.bits`), else numbers of the model's dtype.
     """
 
     rope_dim: int
@@ -90,11 +123,17 @@ class LayerSpec:
     modalities: tuple[str, ...] = SHARED
     bias: bool = False
     rotate_at: str = "write"
+    bits: LatentBits | None = None
 
     @property
     def at_read(self) -> bool:
         """Whether keys are rotated when they are read."""
         return self.rotate_at == "read"
+
+    def token_bytes(self, sizes: "AttentionSizes", itemsize: int) -> int:
+        """Bytes that a token caches: its latent, and its rotated keys of `itemsize` bytes a number."""
+        latent, rope = self.widths(sizes)
+        return (latent * itemsize if self.bits is None else self.bits.row_bytes) + rope * itemsize
 
     def outputs(self, sizes: "AttentionSizes") -> int:
         """Numbers of keys and values, over all KV heads, that are made of the latent."""
@@ -125,6 +164,7 @@ class MLAConfig(Strict):
     list of `qk_rope_head_dim` is a layer left as the original has it; a list of `kv_lora_rank` has None there
     too. `kv_lora_rank` None means keys and values are not factorised. `rotate_at` says whether rotated keys
     are cached ("write") or made of the latent when they are read ("read"), for all layers or for each.
+    `latent_bits` lists, layer by layer, how many channels of the latent are kept in 8, in 4 and in 2 bits.
     `kv_bias` says that up projections have a bias even if the original has none, `folded` that the mean
     rotation of dropped pairs is in the weights. `kl` holds what conversion measured after each transform,
     against the original, on held-out chats; `predicted_kl`, for each layer, what converting it only costs.
@@ -135,6 +175,7 @@ class MLAConfig(Strict):
     qk_rope_head_dim: int | list[int | None]
     kv_lora_rank: int | list[int | None] | None = None
     rotate_at: str | list[str] = "write"
+    latent_bits: list[list[int] | None] | None = None
     modalities: tuple[str, ...] = SHARED
     rope_selection: str | None = None
     factorization: str | None = None
@@ -150,6 +191,8 @@ class MLAConfig(Strict):
         check_types(self)
         if self.modalities not in (SHARED, DECOUPLED):
             raise InputError(f"modalities {self.modalities} are not known; known: {SHARED}, {DECOUPLED}")
+        if wrong := [each for each in self.latent_bits or () if each is not None and len(each) != 3]:
+            raise InputError(f"latent_bits {shown(wrong[0])}: give how many channels have 8, 4 and 2 bits")
         modes = self.rotate_at if isinstance(self.rotate_at, list) else [self.rotate_at]
         if unknown := [mode for mode in modes if mode not in ROTATE_AT]:
             raise InputError(f"rotate_at {shown(unknown[0])}: give {' or '.join(ROTATE_AT)}")
@@ -169,16 +212,18 @@ class MLAConfig(Strict):
             modalities=self.modalities,
             bias=self.kv_bias,
             rotate_at=own(self.rotate_at),
+            bits=LatentBits(*bits) if (bits := own(self.latent_bits)) else None,
         )
 
     def layers(self, sizes: "AttentionSizes") -> list[LayerSpec | None]:
         """What the attention of each decoder layer is."""
         return [self.layer(index) for index in range(sizes.layers)]
 
-    def numbers_per_token(self, sizes: "AttentionSizes") -> int:
-        """Numbers that a token adds to the cache, over all layers."""
-        specs = self.layers(sizes)
-        return sum(sizes.numbers_per_token if spec is None else sum(spec.widths(sizes)) for spec in specs)
+    def token_bytes(self, sizes: "AttentionSizes", itemsize: int) -> int:
+        """Bytes that a token adds to the cache, over all layers, of `itemsize` bytes a number."""
+        left = sizes.numbers_per_token * itemsize
+        layers = (spec.token_bytes(sizes, itemsize) if spec else left for spec in self.layers(sizes))
+        return sum(layers) + self.position_bytes(sizes)
 
     def position_bytes(self, sizes: "AttentionSizes") -> int:
         """Bytes of a token's position, once for all layers, where keys are rotated when they are read."""
@@ -192,7 +237,7 @@ class MLAConfig(Strict):
 
     def check(self, sizes: "AttentionSizes") -> None:
         """Raise `InputError` if a model of these sizes cannot have this configuration."""
-        for name in ("qk_rope_head_dim", "kv_lora_rank", "rotate_at", "predicted_kl"):
+        for name in ("qk_rope_head_dim", "kv_lora_rank", "rotate_at", "latent_bits", "predicted_kl"):
             value = getattr(self, name)
             if isinstance(value, list) and len(value) != sizes.layers:
                 raise InputError(f"{name} lists {len(value)} layers, the model has {sizes.layers}")
@@ -218,9 +263,18 @@ class MLAConfig(Strict):
         largest = spec.outputs(sizes)
         if spec.rank is not None and not 1 <= spec.rank <= largest:
             raise InputError(f"kv_lora_rank {spec.rank}: give 1 to {largest} at R = {rope}")
+        if spec.bits is not None:
+            self._check_bits(spec.bits, spec.rank)
         if spec.rank is None and spec.at_read:
             raise InputError(
                 "rotate_at read needs kv_lora_rank: keys are made of a latent when they are read"
+            )
+
+    def _check_bits(self, bits: LatentBits, rank: int | None) -> None:
+        if min(bits) < 0 or bits.four % 2 or bits.two % 4 or bits.rank != rank:
+            raise InputError(
+                f"latent_bits {list(bits)}: give numbers of channels of 8, of 4 (even) and of 2 bits (a "
+                f"multiple of four) that are kv_lora_rank {rank} together"
             )
 
 

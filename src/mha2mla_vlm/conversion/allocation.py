@@ -7,32 +7,42 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Self
 
 from mha2mla_vlm.algorithms.budget import Curve, Option, allocate, choose, interpolate, least_work, unit_dims
-from mha2mla_vlm.config import POSITION_BYTES, AttentionSizes, LayerSpec, MLAConfig
+from mha2mla_vlm.config import POSITION_BYTES, AttentionSizes, LatentBits, LayerSpec, MLAConfig
 from mha2mla_vlm.conversion.config import AUTO, ConversionConfig
 
 ROPE_UNITS = (1, 2, 4, 6, 8, 10, 12, 14)  # of 16, tried
 LATENT_UNITS = (1, 2, 3, 4, 6, 8, 12)
 READ_UNITS = (2, 4, 6, 8, 12, 16, 24, 32, 48)  # of 32, where keys are made of latents too
+BY_CHANNEL_UNITS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)  # of 32 in bytes, where channels differ in bits
+
+BitsBySize = dict[int, LatentBits]
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerLosses:
     """KL divergence that converting only one layer costs, predicted by `sensitivity`: by units of rope dims,
     and of latent dims beyond that at half of the rope dims; and, rotated at read, by units of latent dims.
+    `bits` are those of channels, by mode and units, where a unit is bytes.
     """
 
     rope: Curve = field(default_factory=dict)
     latent: Curve = field(default_factory=dict)
     read: Curve = field(default_factory=dict)
+    bits: dict[str, BitsBySize] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values, for JSON."""
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, values: dict[str, dict[str, float]]) -> Self:
+    def from_dict(cls, values: dict[str, dict[str, Any]]) -> Self:
         """From plain values."""
-        return cls(**{name: {int(k): v for k, v in curve.items()} for name, curve in values.items()})
+        bits = {
+            mode: {int(k): LatentBits(*v) for k, v in sizes.items()}
+            for mode, sizes in values.get("bits", {}).items()
+        }
+        curves = {name: curve for name, curve in values.items() if name != "bits"}
+        return cls(bits=bits, **{n: {int(k): v for k, v in curve.items()} for n, curve in curves.items()})
 
 
 def dims_in_unit(sizes: AttentionSizes, mode: str) -> int:
@@ -40,9 +50,11 @@ def dims_in_unit(sizes: AttentionSizes, mode: str) -> int:
     return unit_dims(sizes.head_dim) // (2 if mode == "read" else 1)
 
 
-def tried_units(sizes: AttentionSizes, mode: str) -> dict[str, list[int]]:
+def tried_units(sizes: AttentionSizes, mode: str, *, by_channel: bool = False) -> dict[str, list[int]]:
     """Units at which losses are measured, by the names of the curves in `LayerLosses`."""
     unit = dims_in_unit(sizes, mode)
+    if by_channel:  # of 8 bits there are twice as many dims in a unit
+        return {"read": [units for units in BY_CHANNEL_UNITS if 2 * units * unit <= most_latent(sizes, 0)]}
     if mode == "read":
         return {"read": [units for units in READ_UNITS if units * unit <= most_latent(sizes, 0)]}
     most = most_latent(sizes, sizes.head_dim // 2)
@@ -106,13 +118,15 @@ def _allocated_latents(
 ) -> MLAConfig:
     """The same where keys are rotated at read: all is latent dims."""
     unit = dims_in_unit(sizes, "read")
-    curves = [_read_curve(layer, sizes) for layer in losses]
+    most = most_latent(sizes, 0) // unit // (2 if config.bits_by_channel else 1)
+    curves = [interpolate(layer.read, most) for layer in losses]
     chosen = allocate([{0: 0.0}] * len(curves), curves, budget_units(sizes, config))
-    return replace(
-        mla,
-        kv_lora_rank=[units * unit * sizes.kv_heads for _, units in chosen],
-        predicted_kl=[curve[units] for (_, units), curve in zip(chosen, curves, strict=True)],
-    )
+    mla = replace(mla, predicted_kl=[curve[units] for (_, units), curve in zip(chosen, curves, strict=True)])
+    if not config.bits_by_channel:
+        return replace(mla, kv_lora_rank=[units * unit * sizes.kv_heads for _, units in chosen])
+    bits = [layer.bits["read"][units] for (_, units), layer in zip(chosen, losses, strict=True)]
+    listed: list[list[int] | None] = [list(each) for each in bits]
+    return replace(mla, kv_lora_rank=[each.rank for each in bits], latent_bits=listed, kv_bias=True)
 
 
 def _allocated_modes(

@@ -10,6 +10,7 @@ from mha2mla_vlm.config import ROTATE_AT, Strict, option
 from mha2mla_vlm.errors import InputError, shown
 
 AUTO = "auto"
+LATENT_BITS = ("16", "mixed")
 DEFAULT_BUDGET = {"write": 0.375, "read": 0.125, AUTO: 0.125}
 DEFAULT_FACTORIZATION = {
     "write": "output-weighted",
@@ -57,6 +58,11 @@ class ConversionConfig(Strict):
         "With auto: most arithmetic of attention for each cached token, in that of the original, mean over "
         f"layers.  [default: {DEFAULT_DECODE_COST:g}]",
     )
+    latent_bits: str = option(
+        "16",
+        "16: latents are numbers of 16 bits. mixed: 8, 4 or 2 bits for each channel, by what its error "
+        "costs, which is far better in the same bytes.",
+    )
     samples: int = option(128, "Chats to calibrate and measure on, at most.")
     random_chats: int = option(
         0,
@@ -82,6 +88,7 @@ class ConversionConfig(Strict):
                 "makes keys and values of one latent"
             )
         self._check_auto()
+        self._check_bits()
         if self.random_chats < 0:
             raise InputError(f"random_chats = {self.random_chats}: give 0 or more")
         if not 0 < self.held_out < 1:
@@ -110,6 +117,12 @@ class ConversionConfig(Strict):
                 f"max_decode_cost = {self.max_decode_cost}: give a number above 0, 1 for that of the original"
             )
 
+    def _check_bits(self) -> None:
+        if self.latent_bits not in LATENT_BITS:
+            raise InputError(f"latent_bits {shown(self.latent_bits)}: give {' or '.join(LATENT_BITS)}")
+        if self.bits_by_channel and (not self.at_read or self.share is None):
+            raise InputError("latent_bits mixed goes with rotate_at read and a budget")
+
     def _check_budget(self, budget: float) -> None:
         if not 0 < budget <= 1:
             raise InputError(f"budget = {budget}: give a share of the original cache, above 0 and up to 1")
@@ -129,6 +142,11 @@ class ConversionConfig(Strict):
     def at_read(self) -> bool:
         """Whether keys are rotated when they are read."""
         return self.rotate_at == "read"
+
+    @property
+    def bits_by_channel(self) -> bool:
+        """Whether each latent channel gets bits of its own."""
+        return self.latent_bits == "mixed"
 
     @property
     def modes(self) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers import BatchFeature
 
+from mha2mla_vlm.algorithms.bits import in_steps
 from mha2mla_vlm.calibration.activations import Chat, advance, answer_states, attending
 from mha2mla_vlm.calibration.layer_profile import LayerProfile, measure_layer, measure_moments
 from mha2mla_vlm.calibration.statistics import LayerStats
@@ -126,12 +127,14 @@ class LayerwiseConversion(Sweep):
         """The layer's attention with its keys and values factorised, if they are to be, and their spectra."""
         if not self.factorises:
             return partial, {}
-        whole = self.whole(partial, self.spec(index))
-        method, warned = self.methods.factorization, index if self.warn else None
-        given = (whole, stats, self.spec(index), method)
-        factors = layer_factors(*given, head_dim=self.sizes.head_dim, layer=warned)
+        spec = self.spec(index)
+        whole, warned = self.whole(partial, spec), index if self.warn else None
+        given: dict[str, Any] = {"head_dim": self.sizes.head_dim, "by_importance": spec.bits is not None}
+        factors = layer_factors(whole, stats, spec, self.methods.factorization, **given, layer=warned)
         spectra = {k: thinned(f.spectrum) for k, f in factors.items() if f.spectrum is not None}
-        return converted_layer(source, factored_weights(whole, factors), self.spec(index)), spectra
+        if spec.bits is not None:
+            factors = {name: in_steps(factor, spec.bits) for name, factor in factors.items()}
+        return converted_layer(source, factored_weights(whole, factors), spec), spectra
 
     @torch.no_grad()
     def kl(self) -> dict[str, float]:

@@ -5,16 +5,17 @@ Shapes: R rope dims kept.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, overload
+from typing import Any, NamedTuple, overload
 
 import torch
 from transformers import BatchFeature
 
+from mha2mla_vlm.algorithms.bits import best_bits, importance, in_steps
 from mha2mla_vlm.calibration.activations import Chat
 from mha2mla_vlm.calibration.layer_profile import LayerProfile, measure_layer
 from mha2mla_vlm.calibration.sensitivity import begin_gradients, project_errors
 from mha2mla_vlm.config import LayerSpec
-from mha2mla_vlm.conversion.allocation import LayerLosses, dims_in_unit, tried_units
+from mha2mla_vlm.conversion.allocation import BitsBySize, LayerLosses, dims_in_unit, tried_units
 from mha2mla_vlm.conversion.config import ConversionConfig
 from mha2mla_vlm.conversion.sweep import CALIBRATION, Sweep
 from mha2mla_vlm.conversion.weights import converted_layer, factored_weights, layer_factors
@@ -123,10 +124,10 @@ class LayerwiseProfile(Sweep):
                 tried = [self._tried(layer.self_attn, profile, index, mode) for mode in modes]
             with self.phases.phase("sensitivity"):
                 given = (layer, index, chats, self.states, CALIBRATION)
-                found = project_errors(*given, [module for modules in tried for module in modules])
-        units = {name: at for mode in modes for name, at in tried_units(self.sizes, mode).items()}
+                found = project_errors(*given, [module for one in tried for module in one.modules])
+        units = {name: at for mode in modes for name, at in self._units(mode).items()}
         errors: dict[str, torch.Tensor] = {}
-        for mode, part in zip(modes, found.split([len(modules) for modules in tried]), strict=True):
+        for mode, part in zip(modes, found.split([len(one.modules) for one in tried]), strict=True):
             latent = "read" if mode == "read" else "latent"
             rope, half, rest = part.split([len(part) - 1 - len(units[latent]), 1, len(units[latent])])
             errors |= {"rope": rope} if mode == "write" else {}
@@ -136,29 +137,52 @@ class LayerwiseProfile(Sweep):
         sum_over_processes([losses, answers])
         values = (losses / answers).split([len(part) for part in errors.values()])
         curves = zip(errors, values, strict=True)
-        return LayerLosses(**{k: dict(zip(units[k], v.tolist(), strict=True)) for k, v in curves})
+        bits = {mode: one.bits for mode, one in zip(modes, tried, strict=True) if one.bits}
+        return LayerLosses(bits=bits, **{k: dict(zip(units[k], v.tolist(), strict=True)) for k, v in curves})
 
-    def _tried(self, source: Any, profile: LayerProfile, index: int, mode: str) -> list[MLAAttention]:
+    def _units(self, mode: str) -> dict[str, list[int]]:
+        return tried_units(self.sizes, mode, by_channel=self.config.bits_by_channel)
+
+    def _tried(self, source: Any, profile: LayerProfile, index: int, mode: str) -> "_Tried":
         """A layer with each number of rope dims that is tried, then what `_factored` gives."""
         spec, unit = replace(self.spec(index), rotate_at=mode), dims_in_unit(self.sizes, mode)
-        units = tried_units(self.sizes, mode)
+        units = self._units(mode)
         specs = [replace(spec, rope_dim=number * unit) for number in units.get("rope", [])]
         tried = [self.partial(source, profile, each) for each in specs]
-        d_kvs = [number * unit for number in units["read" if spec.at_read else "latent"]]
-        return tried + self._factored(source, profile, spec, d_kvs)
+        factored, bits = self._factored(source, profile, spec, units["read" if spec.at_read else "latent"])
+        return _Tried(tried + factored, bits)
 
     def _factored(
-        self, source: Any, profile: LayerProfile, spec: LayerSpec, d_kvs: Sequence[int]
-    ) -> list[MLAAttention]:
-        """The layer with half of its rope dims (at read all), whole and at each of `d_kvs` latent dims."""
-        ranks = [d_kv * self.sizes.kv_heads for d_kv in d_kvs]
-        spec = replace(spec, rank=ranks[-1])
+        self, source: Any, profile: LayerProfile, spec: LayerSpec, units: Sequence[int]
+    ) -> tuple[list[MLAAttention], BitsBySize]:
+        """The layer with half of its rope dims (at read all), whole and with each size of the latent; and the
+        bits of channels for every size, where they differ.
+        """
+        numbers = dims_in_unit(self.sizes, spec.rotate_at) * self.sizes.kv_heads  # of 16 bits in a unit
+        spec = replace(spec, rank=units[-1] * numbers)
         if not spec.at_read:
             spec = replace(spec, rope_dim=self.sizes.head_dim // 2)
         partial = self.partial(source, profile, spec)
-        given = (self.whole(partial, spec), profile.stats, spec, self.methods.factorization)
-        factors, made = layer_factors(*given, head_dim=self.sizes.head_dim), [partial]
-        for rank in ranks:
-            weights = factored_weights(given[0], {k: factor.of_rank(rank) for k, factor in factors.items()})
-            made.append(converted_layer(source, weights, replace(spec, rank=rank)))
-        return made
+        given, by_channel = (self.whole(partial, spec), profile.stats, spec), self.config.bits_by_channel
+        options: dict[str, Any] = {"head_dim": self.sizes.head_dim, "by_importance": by_channel}
+        factors, made = layer_factors(*given, self.methods.factorization, **options), [partial]
+        bits: BitsBySize = {}
+        if by_channel:
+            costs = importance(factors.values())
+            bits = {size: best_bits(costs, 2 * size * numbers) for size in range(1, units[-1] + 1)}
+        for size in units:
+            if by_channel:
+                own = replace(spec, rank=bits[size].rank, bits=bits[size], bias=True)
+                some = {k: in_steps(factor, bits[size]) for k, factor in factors.items()}
+            else:
+                own = replace(spec, rank=size * numbers)
+                some = {k: factor.of_rank(size * numbers) for k, factor in factors.items()}
+            made.append(converted_layer(source, factored_weights(given[0], some), own))
+        return made, bits
+
+
+class _Tried(NamedTuple):
+    """Ways to convert a layer, and the bits of its channels by units."""
+
+    modules: list[MLAAttention]
+    bits: BitsBySize

@@ -14,10 +14,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from mha2mla_vlm.algorithms.bits import with_latents
 from mha2mla_vlm.algorithms.factorization.base import Factorization, Outputs
 from mha2mla_vlm.algorithms.factorization.low_rank import Factors
 from mha2mla_vlm.algorithms.folding import fold_keys
 from mha2mla_vlm.algorithms.pair_selection.base import RopeSelection, split_dims
+from mha2mla_vlm.algorithms.token_stats import TokenStats
 from mha2mla_vlm.calibration.statistics import LayerStats
 from mha2mla_vlm.config import SHARED, LayerSpec, MLAConfig
 from mha2mla_vlm.model.attention import MLAAttention
@@ -90,6 +92,8 @@ def factored_weights(
     made = {k: v for k, v in whole.items() if not k.startswith(("kv_a_proj.", "o_proj."))}
     for modality, factor in factors.items():
         made[f"kv_a_proj.{modality}.weight"] = factor.down.to(source.dtype)
+        if factor.offset is not None:
+            made[f"kv_a_proj.{modality}.bias"] = factor.offset.to(source.dtype)
         made[f"kv_b_proj.{modality}.weight"] = factor.up.to(source.dtype)
         found = [x.to(source.dtype) for x in (factor.shift, bias) if x is not None]
         if found:
@@ -104,9 +108,11 @@ def layer_factors(
     method: Factorization,
     *,
     head_dim: int,
+    by_importance: bool = False,
     layer: int | None = None,
 ) -> dict[str, Factors]:
-    """Factors of one layer's keys and values by modality, from its parameters after partial RoPE.
+    """Factors of one layer's keys and values by modality, from its parameters after partial RoPE; with
+    `by_importance` at full rank, as `bits.with_latents` orders them.
 
     A modality with fewer calibration tokens than input dims has no moment of full rank of its own:
     it gets the pooled one, with a warning that names the `layer`, if that is given.
@@ -116,22 +122,32 @@ def layer_factors(
     rope, others = split_dims(whole["rope_pairs"], head_dim)
     key_dims = torch.cat([rope, others], dim=1) if spec.at_read else others
     outputs = Outputs(whole["kv_a_proj.shared.weight"], key_dims, rope.shape[1] if spec.at_read else 0)
-    if spec.modalities == SHARED:
-        tokens = None if method.statistics == "nothing" else stats.pooled()
-        return {"shared": method.factors(outputs, tokens, spec.rank)}
-    factors, hidden = {}, outputs.weight.shape[1]
+    rank, factors = min(outputs.weight.shape) if by_importance else spec.rank, {}
     for modality in spec.modalities:
-        tokens = stats.tokens.get(modality)
-        count = 0 if tokens is None else tokens.count
-        if tokens is None or count < hidden:
-            if layer is not None:
-                logger.warning(
-                    "layer %d: %d %s tokens in calibration for %d input dims; using the statistics of all "
-                    "tokens", layer, count, modality, hidden,
-                )  # fmt: skip
-            tokens = stats.pooled()
-        factors[modality] = method.factors(outputs, tokens, spec.rank)
+        tokens = None
+        if method.statistics != "nothing":
+            tokens = _tokens(stats, modality, outputs.weight.shape[1], layer)
+        factors[modality] = method.factors(outputs, tokens, rank)
+        if by_importance:
+            assert tokens is not None, "measured where bits are chosen"
+            factors[modality] = with_latents(factors[modality], outputs, tokens)
     return factors
+
+
+def _tokens(stats: LayerStats, modality: str, hidden: int, layer: int | None) -> TokenStats:
+    """What calibration shows of a modality's tokens, or of all where those are too few."""
+    if modality in SHARED:
+        return stats.pooled()
+    tokens = stats.tokens.get(modality)
+    count = 0 if tokens is None else tokens.count
+    if tokens is not None and count >= hidden:
+        return tokens
+    if layer is not None:
+        logger.warning(
+            "layer %d: %d %s tokens in calibration for %d input dims; using the statistics of all "
+            "tokens", layer, count, modality, hidden,
+        )  # fmt: skip
+    return stats.pooled()
 
 
 def partial_layer(source: nn.Module, selection: RopeSelection, spec: LayerSpec, scale: float) -> MLAAttention:

@@ -11,9 +11,11 @@ import torch
 from torch import nn
 from transformers import Cache
 
+from mha2mla_vlm.algorithms.bits import rounded
 from mha2mla_vlm.config import SHARED, AttentionSizes, LayerSpec
 from mha2mla_vlm.model.absorbed import Piece, absorb_limit, dense_mask
-from mha2mla_vlm.model.cache.latent import Pieces, cached, filled_length
+from mha2mla_vlm.model.cache.latent import Pieces, filled_length
+from mha2mla_vlm.model.cache.packed import cached
 from mha2mla_vlm.model.chunked import attend_chunks
 from mha2mla_vlm.model.kernels import DecodeBackend, attend_latents
 from mha2mla_vlm.model.modality import Kind, Run, TokenModality
@@ -57,12 +59,13 @@ class MLAAttention(nn.Module):
         self.scaling = source.scaling
         self.attention_dropout = source.attention_dropout
         self.is_causal = True
-        self.modalities, self.at_read = modalities, spec.at_read
+        self.modalities, self.at_read, self.bits = modalities, spec.at_read, spec.bits
         self.expand_chunk = EXPAND_CHUNK
         self.decode_backend: DecodeBackend = "auto"
         self.absorb_limit = absorb_limit(self.heads, self.kv_heads, self.nope_dim, self.head_dim)
         hidden, outputs = source.q_proj.in_features, spec.outputs(AttentionSizes.of_text(self.config))
         bias = _key_bias(source)
+        down_bias = bias if rank is None else spec.bits is not None  # what integers count from
         new: dict[str, Any] = {"device": source.q_proj.weight.device, "dtype": source.q_proj.weight.dtype}
         self.q_proj = nn.Linear(
             hidden, self.heads * self.head_dim, bias=source.q_proj.bias is not None, **new
@@ -70,7 +73,7 @@ class MLAAttention(nn.Module):
         if not self.at_read:
             self.k_rope_proj = nn.Linear(hidden, self.kv_heads * rope_dim, bias=bias, **new)
         self.kv_a_proj = ByModality(
-            {m: nn.Linear(hidden, rank or outputs, bias=bias and rank is None, **new) for m in modalities}
+            {m: nn.Linear(hidden, rank or outputs, bias=down_bias, **new) for m in modalities}
         )
         self.kv_b_proj = ByModality(
             {
@@ -116,7 +119,7 @@ class MLAAttention(nn.Module):
         latent = self._down(hidden_states, token_modality)[:, None]
         filled = None
         if cache is not None:
-            latent, k_rope = cached(cache, self.layer_idx, latent, k_rope)
+            latent, k_rope = cached(cache, self.layer_idx, latent, k_rope, self.bits)
             filled = filled_length(cache, self.layer_idx)
         stored = latent if isinstance(latent, Pieces) else (latent[:, 0], k_rope)
         if self.at_read and cache is not None and token_positions is not None:
@@ -181,7 +184,8 @@ class MLAAttention(nn.Module):
     def _down(self, hidden_states: torch.Tensor, modality: TokenModality | None) -> torch.Tensor:
         """Latents of the new tokens, `[B, T, r]`."""
         tokens = None if modality is None else (modality.new or modality).part(0, hidden_states.shape[1])
-        return self.kv_a_proj(hidden_states, tokens)
+        latent = self.kv_a_proj(hidden_states, tokens)
+        return latent if self.bits is None else rounded(latent, self.bits)
 
     def _expand(
         self,

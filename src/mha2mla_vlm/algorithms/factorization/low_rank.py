@@ -5,12 +5,20 @@ Shapes: O = G * (N + D) outputs, per KV head N key rows and D value rows; r late
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import NamedTuple, Self
 
 import torch
 
 RIDGE = 1e-6  # of the mean variance, added to every input direction
 METRIC_RIDGE = 1e-3  # of a direction's own and of the mean weight, added to every output direction
+
+
+class Latents(NamedTuple):
+    """Of each latent dim `[r]` its mean, its standard deviation, and what losing it costs."""
+
+    mean: torch.Tensor
+    spread: torch.Tensor
+    importance: torch.Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,25 +28,36 @@ class Factors:
     Each latent dim has a row of `down` and a column of `up` of the same norm, as published: training
     takes steps of one size in both, which spoil a factor that is much smaller than the other.
     With the `mean [hidden]` input, and the outputs `[O]` that the weight gives for it, it stays exact.
-    `spectrum` holds what all directions carry of the squared outputs, the largest first.
+    `spectrum` holds what all directions carry of the squared outputs, the largest first, `latents` what is
+    known of each latent dim. An `offset [r]` is added to latents; the shift takes it off again.
     """
 
     down: torch.Tensor
     up: torch.Tensor
     mean: tuple[torch.Tensor, torch.Tensor] | None = None
     spectrum: torch.Tensor | None = None
+    latents: Latents | None = None
+    offset: torch.Tensor | None = None
 
     @property
     def shift(self) -> torch.Tensor | None:
-        """What the mean input loses `[O]`, to be added to the outputs; None where no mean was taken out."""
-        if self.mean is None:
-            return None
-        inputs, outputs = self.mean
-        return outputs - self.up @ (self.down @ inputs)
+        """What the mean input loses less what the offset adds, `[O]`, to be added to the outputs; None where
+        there is neither.
+        """
+        found = None if self.mean is None else self.mean[1] - self.up @ (self.down @ self.mean[0])
+        if self.offset is None:
+            return found
+        added = self.up @ self.offset
+        return -added if found is None else found - added
 
     def of_rank(self, rank: int) -> Self:
         """Those of a smaller rank: of the PCA, the first directions."""
-        return replace(self, down=self.down[:rank], up=self.up[:, :rank])
+        return self.take(torch.arange(rank, device=self.down.device))
+
+    def take(self, dims: torch.Tensor) -> Self:
+        """Those of some latent dims, in this order."""
+        latents = None if self.latents is None else Latents(*(part[dims] for part in self.latents))
+        return replace(self, down=self.down[dims], up=self.up[:, dims], latents=latents)
 
 
 def damped(moment: torch.Tensor) -> torch.Tensor:
@@ -78,9 +97,9 @@ def pca_factors(
     `root^T e`: the same PCA of `root^T W`, taken back on the up side.
     """
     weight = weight.double()
-    seen = _by_block(roots, weight, lambda root, rows: root.T @ rows)
+    seen = in_blocks(roots, weight, lambda root, rows: root.T @ rows)
     top, spectrum = _top_directions(seen, damped(moment), rank)
-    up = _by_block(roots, top, lambda root, rows: torch.linalg.solve_triangular(root.T, rows, upper=True))
+    up = in_blocks(roots, top, lambda root, rows: torch.linalg.solve_triangular(root.T, rows, upper=True))
     down = top.T @ seen
     norms, tiny = down.norm(dim=1), torch.finfo(torch.float32).tiny
     scale = (up.norm(dim=0) / norms.clamp_min(max(1e-6 * float(norms.max()), tiny))).sqrt().clamp_min(tiny)
@@ -117,12 +136,12 @@ def _by_inputs(weight: torch.Tensor, root: torch.Tensor, rank: int) -> tuple[tor
     return torch.where(known, found / lengths.where(known, 1.0), 0.0), values.flip(-1)
 
 
-def _by_block(
+def in_blocks(
     roots: Sequence[torch.Tensor],
     x: torch.Tensor,
     function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
 ) -> torch.Tensor:
-    """`x` with `function` of each root and the rows that it is over; as it is where there are none."""
+    """`x` with `function` of each of the `metric_roots` and its rows; as it is where there are none."""
     if not roots:
         return x
     return torch.cat(

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from transformers import Cache, DynamicCache, QuantizedCache, StaticCache
+from transformers import Cache, DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 
 from mha2mla_vlm.config import AttentionSizes, MLAConfig
@@ -137,7 +137,12 @@ def _rows(known: TokenModality | None, indices: torch.Tensor) -> TokenModality |
 
 
 class LatentCache(DynamicCache):
-    """A `DynamicCache` of latents: what a plain one becomes when a converted model first fills it."""
+    """A `DynamicCache` of latents: what a plain one becomes when a converted model first fills it.
+
+    Where `holds_rows`, latents of integers come as rows of bytes.
+    """
+
+    holds_rows = True
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -294,22 +299,6 @@ def _match_rows(known: TokenModality, rows: int) -> TokenModality:
     )
 
 
-def cached(
-    cache: Cache, layer_idx: int, latent: torch.Tensor, k_rope: torch.Tensor
-) -> tuple[Any, torch.Tensor]:
-    """What a layer holds once new latents `[B, 1, T, r]` and rotated keys `[B, G, T, R]` are added.
-
-    transformers' quantised layers hold two parts that are not empty: where no rotated keys are cached, these
-    are halves of the latent.
-    """
-    if k_rope.shape[-1] or not isinstance(cache, QuantizedCache):
-        return cache.update(latent, k_rope, layer_idx)
-    half = latent.shape[-1] // 2
-    halves = cache.update(latent[..., :half], latent[..., half:], layer_idx)
-    latent = torch.cat(halves, dim=-1)
-    return latent, k_rope.new_empty(*k_rope.shape[:2], latent.shape[2], 0)
-
-
 def track_positions(cache: Cache, layer_idx: int, new: torch.Tensor, total: int) -> torch.Tensor:
     """Positions of the first `total` tokens `[A, B, total]`, of which a layer has just added the `new`
     `[A, B, T]`, and remember them: kept where the modality is, once for all layers.
@@ -344,15 +333,14 @@ def bytes_per_token(config: Any, *, itemsize: int = 2, original: bool = False) -
 
     `config` is that of an original model, `2 * G * D` elements a layer, or of a converted one,
     `G * R + r` elements in the layers that are, or r and once the positions where keys are rotated at read;
-    without factorisation r is `G * (2 * D - R)`. With `original`
-    they are those of the model that a converted one was made of.
+    without factorisation r is `G * (2 * D - R)`. Latents of integers take the bytes of their bits. With
+    `original` they are those of the model that a converted one was made of.
     """
     sizes = AttentionSizes.of(config)
     values = getattr(config, "mla", None)
     if values is None or original:
         return sizes.layers * sizes.numbers_per_token * itemsize
-    mla = MLAConfig.from_dict(values)
-    return mla.numbers_per_token(sizes) * itemsize + mla.position_bytes(sizes)
+    return MLAConfig.from_dict(values).token_bytes(sizes, itemsize)
 
 
 def cache_bytes(cache: Cache, *, allocated: bool = False) -> int:

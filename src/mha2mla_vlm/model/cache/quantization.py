@@ -56,18 +56,18 @@ def quantize(x: torch.Tensor, bits: int, block: int) -> Quantized:
     low, high = (x.clamp(limits.min, limits.max) for x in (blocks.amin(3), blocks.amax(3)))
     low, step = low.to(kept), ((high - low) / (2**bits - 1)).clamp_min(limits.tiny).to(kept)
     codes = ((blocks - low.float()[:, :, :, None]) / step.float()[:, :, :, None]).round()
-    packed = _pack(codes.clamp(0, 2**bits - 1).byte(), bits)
+    packed = pack_codes(codes.clamp(0, 2**bits - 1).byte(), bits)
     return Quantized(packed, low, step, x.shape[-1], bits)
 
 
 def dequantize(x: Quantized, dtype: torch.dtype) -> torch.Tensor:
     """`[B, G, n, C]` again."""
-    codes = _unpack(x.codes, x.bits)[..., : x.channels].to(dtype)
+    codes = unpack_codes(x.codes, x.bits)[..., : x.channels].to(dtype)
     values = codes * x.step.to(dtype)[:, :, :, None] + x.low.to(dtype)[:, :, :, None]
     return values.flatten(2, 3)
 
 
-def _pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
+def pack_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """Bytes of the last dim, each with the codes of 8 / bits channels, one from each equal part."""
     parts = 8 // bits
     codes = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % parts))
@@ -77,7 +77,8 @@ def _pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     return packed
 
 
-def _unpack(packed: torch.Tensor, bits: int) -> torch.Tensor:
+def unpack_codes(packed: torch.Tensor, bits: int) -> torch.Tensor:
+    """The codes that `pack_codes` put in bytes, and those that it added to fill the last ones."""
     if bits == 8:
         return packed
     return torch.cat([(packed >> at) & (2**bits - 1) for at in range(0, 8, bits)], dim=-1)

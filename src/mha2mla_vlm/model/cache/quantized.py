@@ -216,8 +216,14 @@ def quantized_bytes_per_token(config: Any, quantization: QuantizationConfig, *, 
     return total
 
 
-def quantized_cache(**config: Any) -> LatentCache:
+class QuantizedLatentCache(LatentCache):
+    """A `LatentCache` of which all but the last tokens are quantised."""
+
+    holds_rows = False
+
+
+def quantized_cache(**config: Any) -> QuantizedLatentCache:
     """A quantised `LatentCache`; takes what `QuantizationConfig` does."""
-    cache = LatentCache()
+    cache = QuantizedLatentCache()
     replicate(cache, partial(QuantizedLatentLayer, QuantizationConfig.from_dict(config)))
     return cache

@@ -1,0 +1,75 @@
+"""Latents of integers as rows of bytes: 8 bits first, then 4, then 2, as `algorithms.bits` gives them.
+
+A row is complete in itself, so whatever holds rows holds these: growing, static and offloaded caches.
+
+Shapes: B batch, S all tokens, G KV heads, R rope dims per head, r latent dims, b bytes of a row.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from transformers import Cache, QuantizedCache
+
+from mha2mla_vlm.config import LatentBits
+from mha2mla_vlm.model.cache.latent import Pieces
+from mha2mla_vlm.model.cache.quantization import pack_codes, unpack_codes
+
+PIECE = 4096  # tokens that are unpacked at a time
+
+
+def pack(latent: torch.Tensor, bits: LatentBits) -> torch.Tensor:
+    """Rows of bytes `[.., b]` of latents `[.., r]` that `bits.rounded` gave."""
+    parts = zip(bits.by_bits(), latent.split(bits.counts, dim=-1), strict=True)
+    codes = [pack_codes((part + (2 ** (each - 1) - 0.5)).to(torch.uint8), each) for (each, _), part in parts]
+    return torch.cat(codes, dim=-1)
+
+
+def unpack(rows: torch.Tensor, bits: LatentBits, dtype: torch.dtype) -> torch.Tensor:
+    """The latents `[.., r]` of rows of bytes `[.., b]`; exact in any dtype of eight bits of mantissa."""
+    parts = zip(bits.by_bits(), rows.split(bits.bytes, dim=-1), strict=True)
+    return torch.cat(
+        [unpack_codes(part, each).to(dtype) - (2 ** (each - 1) - 0.5) for (each, _), part in parts], dim=-1
+    )
+
+
+def cached(
+    cache: Cache,
+    layer_idx: int,
+    latent: torch.Tensor,
+    k_rope: torch.Tensor,
+    bits: LatentBits | None = None,
+) -> tuple[Any, torch.Tensor]:
+    """What a layer holds once new latents `[B, 1, T, r]` and rotated keys `[B, G, T, R]` are added.
+
+    Latents that have `bits` are held as bytes, but in caches that quantise numbers themselves.
+    transformers' quantised layers hold two parts that are not empty: where no rotated keys are cached, these
+    are halves of the latent.
+    """
+    quantizes = isinstance(cache, QuantizedCache)
+    if bits is not None and not quantizes and getattr(cache, "holds_rows", True):
+        rows, keys = cache.update(pack(latent, bits), k_rope, layer_idx)
+        if rows.shape[2] == latent.shape[2]:  # the first tokens
+            return latent, k_rope
+        return PackedTokens(rows[:, 0], keys, bits, latent.dtype), keys
+    if k_rope.shape[-1] or not quantizes:
+        return cache.update(latent, k_rope, layer_idx)
+    half = latent.shape[-1] // 2
+    halves = cache.update(latent[..., :half], latent[..., half:], layer_idx)
+    latent = torch.cat(halves, dim=-1)
+    return latent, k_rope.new_empty(*k_rope.shape[:2], latent.shape[2], 0)
+
+
+class PackedTokens(Pieces):
+    """The tokens of a layer whose latents are `rows [B, S, b]`, beside rotated keys `[B, G, S, R]`."""
+
+    def __init__(
+        self, rows: torch.Tensor, k_rope: torch.Tensor, bits: LatentBits, dtype: torch.dtype
+    ) -> None:
+        self.rows, self.k_rope, self.bits, self.dtype = rows, k_rope, bits, dtype
+        self.length = rows.shape[1]
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for start in range(0, self.length, PIECE):
+            stop = start + PIECE
+            yield unpack(self.rows[:, start:stop], self.bits, self.dtype), self.k_rope[:, :, start:stop]
