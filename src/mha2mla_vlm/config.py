@@ -8,6 +8,7 @@ from mha2mla_vlm.errors import InputError, shown
 
 OnBadRecord = Literal["fail", "skip"]
 ROTATE_AT = ("write", "read")
+CHANNEL_BITS = (16, 8, 4, 2)  # of a latent channel
 POSITION_BYTES = 4  # of each number in a token's position
 SHARED: tuple[str, ...] = ("shared",)
 DECOUPLED: tuple[str, ...] = ("text", "vision")
@@ -76,20 +77,21 @@ def _fits(value: Any, declared: Any) -> bool:
 
 
 class LatentBits(NamedTuple):
-    """How many of a layer's latent channels, in their order, are kept in 8, in 4 and in 2 bits."""
+    """How many of a layer's latent channels, in their order, are kept in 16, 8, 4 and 2 bits."""
 
+    sixteen: int
     eight: int
     four: int
     two: int
 
     @property
     def counts(self) -> list[int]:
-        """Channels by bits, 8 first."""
+        """Channels by bits, 16 first."""
         return list(self)
 
     def by_bits(self) -> list[tuple[int, int]]:
         """Bits, and how many channels have them."""
-        return list(zip((8, 4, 2), self, strict=True))
+        return list(zip(CHANNEL_BITS, self, strict=True))
 
     @property
     def rank(self) -> int:
@@ -98,8 +100,8 @@ class LatentBits(NamedTuple):
 
     @property
     def bytes(self) -> list[int]:
-        """Bytes of a token's channels by bits, 8 first."""
-        return [self.eight, self.four // 2, self.two // 4]
+        """Bytes of a token's channels by bits, 16 first."""
+        return [2 * self.sixteen, self.eight, self.four // 2, self.two // 4]
 
     @property
     def row_bytes(self) -> int:
@@ -115,7 +117,8 @@ class LayerSpec:
     of `rank` numbers (r), by factors for each of `modalities`; None means that they are not factorised. With
     `bias` the up projections have a bias even if the original has none. Rotated numbers are cached beside the
     latent (`rotate_at` "write"), or made of it too and rotated each time they are read ("read"). With `bits`
-    the latent is integers (`algorithms.bits`), else numbers of the model's dtype.
+    channels of the latent differ in bits (`algorithms.bits`) and rotated keys that are cached have 8, else
+    all are numbers of the model's dtype.
     """
 
     rope_dim: int
@@ -131,13 +134,17 @@ class LayerSpec:
         return self.rotate_at == "read"
 
     def token_bytes(self, sizes: "AttentionSizes", itemsize: int) -> int:
-        """Bytes that a token caches: its latent, and its rotated keys of `itemsize` bytes a number."""
+        """Bytes that a token caches, where a number takes `itemsize`: of its latent and its rotated keys."""
         latent, rope = self.widths(sizes)
-        return (latent * itemsize if self.bits is None else self.bits.row_bytes) + rope * itemsize
+        return (latent + rope) * itemsize if self.bits is None else self.bits.row_bytes + rope
 
     def outputs(self, sizes: "AttentionSizes") -> int:
         """Numbers of keys and values, over all KV heads, that are made of the latent."""
         return sizes.kv_heads * (2 * sizes.head_dim - (0 if self.at_read else self.rope_dim))
+
+    def fits(self, sizes: "AttentionSizes") -> bool:
+        """Whether there are as many latent dims in keys and values as those that are kept."""
+        return self.rank is None or self.rank <= min(sizes.hidden, self.outputs(sizes))
 
     def widths(self, sizes: "AttentionSizes") -> tuple[int, int]:
         """Numbers that a token caches: its latent, and its rotated keys."""
@@ -164,7 +171,8 @@ class MLAConfig(Strict):
     list of `qk_rope_head_dim` is a layer left as the original has it; a list of `kv_lora_rank` has None there
     too. `kv_lora_rank` None means keys and values are not factorised. `rotate_at` says whether rotated keys
     are cached ("write") or made of the latent when they are read ("read"), for all layers or for each.
-    `latent_bits` lists, layer by layer, how many channels of the latent are kept in 8, in 4 and in 2 bits.
+    `latent_bits` lists, layer by layer, how many channels of the latent have 16, 8, 4 and 2 bits; rotated
+    keys that are cached then have 8.
     `kv_bias` says that up projections have a bias even if the original has none, `folded` that the mean
     rotation of dropped pairs is in the weights. `kl` holds what conversion measured after each transform,
     against the original, on held-out chats; `predicted_kl`, for each layer, what converting it only costs.
@@ -191,8 +199,12 @@ class MLAConfig(Strict):
         check_types(self)
         if self.modalities not in (SHARED, DECOUPLED):
             raise InputError(f"modalities {self.modalities} are not known; known: {SHARED}, {DECOUPLED}")
-        if wrong := [each for each in self.latent_bits or () if each is not None and len(each) != 3]:
-            raise InputError(f"latent_bits {shown(wrong[0])}: give how many channels have 8, 4 and 2 bits")
+        if wrong := [
+            each for each in self.latent_bits or () if each is not None and len(each) != len(CHANNEL_BITS)
+        ]:
+            raise InputError(
+                f"latent_bits {shown(wrong[0])}: give how many channels have 16, 8, 4 and 2 bits"
+            )
         modes = self.rotate_at if isinstance(self.rotate_at, list) else [self.rotate_at]
         if unknown := [mode for mode in modes if mode not in ROTATE_AT]:
             raise InputError(f"rotate_at {shown(unknown[0])}: give {' or '.join(ROTATE_AT)}")
@@ -273,8 +285,8 @@ class MLAConfig(Strict):
     def _check_bits(self, bits: LatentBits, rank: int | None) -> None:
         if min(bits) < 0 or bits.four % 2 or bits.two % 4 or bits.rank != rank:
             raise InputError(
-                f"latent_bits {list(bits)}: give numbers of channels of 8, of 4 (even) and of 2 bits (a "
-                f"multiple of four) that are kv_lora_rank {rank} together"
+                f"latent_bits {list(bits)}: give channels of 16, of 8, of 4 (an even number) and of 2 bits "
+                f"(a multiple of four) that are kv_lora_rank {rank} together"
             )
 
 

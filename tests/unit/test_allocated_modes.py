@@ -95,7 +95,7 @@ def test_where_write_loses_least_it_gets_the_whole_budget():
     expected = allocated(MLA, losses, SIZES, auto(budget=0.25).of("write"))
     assert found.rotate_at == "write"
     assert sum(found.predicted_kl) == pytest.approx(sum(expected.predicted_kl))
-    assert found.numbers_per_token(SIZES) == 0.25 * SIZES.layers * SIZES.numbers_per_token
+    assert found.token_bytes(SIZES, 1) == 0.25 * SIZES.layers * SIZES.numbers_per_token
 
 
 @pytest.mark.parametrize("budget", [0.07, 0.125, 0.3])
@@ -105,8 +105,7 @@ def test_between_both_budget_and_limit_are_kept_and_less_is_lost_than_at_write(b
     found = allocated(MLA, losses, SIZES, auto(budget=budget, max_decode_cost=limit))
     found.check(SIZES)
     assert found.decode_cost(SIZES) <= limit
-    used = 2 * found.numbers_per_token(SIZES) + found.position_bytes(SIZES)
-    assert used <= budget * 2 * SIZES.layers * SIZES.numbers_per_token
+    assert found.token_bytes(SIZES, 2) <= budget * 2 * SIZES.layers * SIZES.numbers_per_token
     more = allocated(MLA, losses, SIZES, auto(budget=budget, max_decode_cost=2 * limit))
     assert sum(more.predicted_kl) <= sum(found.predicted_kl)
     assert "read" in found.rotate_at

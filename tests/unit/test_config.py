@@ -107,7 +107,7 @@ def test_a_layer_left_as_it_was_is_nothing_in_the_list():
     for config in (one, each):
         config.check(SIZES)
         assert config.layers(SIZES) == [None, LayerSpec(rope_dim=8, rank=4), None]
-        assert config.numbers_per_token(SIZES) == 2 * SIZES.numbers_per_token + SIZES.kv_heads * 8 + 4
+        assert config.token_bytes(SIZES, 1) == 2 * SIZES.numbers_per_token + SIZES.kv_heads * 8 + 4
         assert MLAConfig.from_dict(config.to_dict()) == config
     for ranks in ([None, None, None], [4, 4, None]):
         wrong = dataclasses.replace(each, kv_lora_rank=ranks)

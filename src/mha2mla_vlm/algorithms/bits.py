@@ -1,11 +1,13 @@
-"""Latent channels as integers of 8, 4 and 2 bits, the more the more their error costs. Pure functions.
+"""Bits of each latent channel: the more, the more its error costs. Pure functions.
+
+A channel is kept as a float16 or as an integer of 8, 4 or 2 bits, or not at all.
 
 Channels of a PCA are uncorrelated and in the order of what they carry, as transform coding wants them: an
 error e of channel j costs `w_j E[e^2]`, and the best numbers of bits follow from the channels' importances
 `w_j E[c_j^2]` alone (reverse water-filling, Cover and Thomas, section 10.3). Steps are fixed by calibration
 and moved into the factors, so that a latent counts in steps and a row of integers is complete in itself.
 
-Shapes: r latent dims.
+Shapes: C hidden, G KV heads, R rope dims, r latent dims.
 """
 
 import math
@@ -17,10 +19,11 @@ import torch
 from mha2mla_vlm.algorithms.factorization.base import Outputs
 from mha2mla_vlm.algorithms.factorization.low_rank import Factors, Latents, in_blocks, metric_roots
 from mha2mla_vlm.algorithms.token_stats import TokenStats
-from mha2mla_vlm.config import LatentBits
+from mha2mla_vlm.config import CHANNEL_BITS, LatentBits
 
-STEPS = {8: 1 / 16, 4: 0.4, 2: 1.0}  # of a channel's standard deviation
-ERRORS = {8: 3.3e-4, 4: 0.0138, 2: 0.12}  # of the variance of normal numbers, rounded to such steps
+STEPS = {16: 1.0, 8: 1 / 16, 4: 0.4, 2: 1.0}  # of a channel's standard deviation
+ERRORS = {16: 1e-6, 8: 3.3e-4, 4: 0.0138, 2: 0.12}  # of the variance of normal numbers, rounded to such steps
+KEY_STEP, KEY_LIMIT = 1 / 12, 127  # of rotated keys
 CHOICES = 256  # numbers of channels of 8 bits, and of 4, that are looked at
 
 
@@ -47,27 +50,32 @@ def importance(factors: Iterable[Factors]) -> torch.Tensor:
 
 
 def best_bits(importance: torch.Tensor, row_bytes: int) -> LatentBits:
-    """How many channels of falling `importance [r]` to keep in 8, 4 and 2 bits in `row_bytes`, for the least
-    error. Raises `ValueError` if not even four channels fit.
+    """How many channels of falling `importance [r]` to keep in 16, 8, 4 and 2 bits in `row_bytes`, for the
+    least error. Raises `ValueError` if not even four channels fit.
     """
-    weight = importance.double()
-    channels = len(weight)
-    tails = torch.cat([weight.flip(0).cumsum(0).flip(0), weight.new_zeros(1)])  # of the channels from one on
+    channels, weight = len(importance), importance.double()
+    cut_off = torch.cat([weight.new_zeros(1), weight.cumsum(0)])  # what the first channels carry
     step = max(1, math.ceil(channels / CHOICES / 4)) * 4
-    eight = torch.arange(0, min(channels, row_bytes) + 1, 1 if step == 4 else step)[:, None]
-    four = torch.arange(0, channels + 1, step)[None]
-    two = ((row_bytes - eight - four // 2) * 4).clamp(max=channels // 4 * 4)
-    fits = (two >= 0) & (eight + four <= channels) & (eight + four + two > 0)
-    two = torch.minimum(two, (channels - eight - four) // 4 * 4).clamp(min=0)
-    cut = [x.clamp(0, channels) for x in (eight, eight + four, eight + four + two)]
-    a, b, c = (tails[x] for x in torch.broadcast_tensors(*cut))
-    error = (tails[0] - a) * ERRORS[8] + (a - b) * ERRORS[4] + (b - c) * ERRORS[2] + c
-    error = error.masked_fill(~fits, math.inf)
-    best = int(error.argmin())
-    if math.isinf(float(error.flatten()[best])):
+    most = min(channels, row_bytes // 2)
+    few = sorted({min(count, most) for power in range(0, 12) for count in (0, 2**power, 3 * 2**power // 2)})
+    sixteen, eight, four = torch.meshgrid(
+        torch.tensor(few),
+        torch.arange(0, min(channels, row_bytes) + 1, 1 if step == 4 else step),
+        torch.arange(0, channels + 1, step),
+        indexing="ij",
+    )
+    left = row_bytes - 2 * sixteen - eight - four // 2
+    two = torch.minimum(left, (channels - sixteen - eight - four) // 4) * 4
+    kept = torch.stack([sixteen, eight, four, two.clamp(min=0)])
+    fits = (two >= 0) & (kept.sum(0) > 0)
+    carried = cut_off[kept.cumsum(0).clamp(max=channels)]
+    shares = carried.diff(dim=0, prepend=torch.zeros_like(carried[:1]))
+    errors = torch.tensor([ERRORS[each] for each in CHANNEL_BITS], dtype=weight.dtype)
+    lost = torch.einsum("b,b...->...", errors, shares) - carried[-1]
+    lost = lost.masked_fill(~fits, math.inf)
+    if not bool(fits.any()):
         raise ValueError(f"{row_bytes} bytes hold no channels")
-    at = divmod(best, error.shape[1])
-    return LatentBits(int(eight[at[0], 0]), int(four[0, at[1]]), int(two[at]))
+    return LatentBits(*kept.flatten(1)[:, int(lost.argmin())].tolist())
 
 
 def in_steps(factors: Factors, bits: LatentBits) -> Factors:
@@ -80,15 +88,39 @@ def in_steps(factors: Factors, bits: LatentBits) -> Factors:
     return replace(some, down=some.down / step[:, None], up=some.up * step, offset=-mean[: bits.rank] / step)
 
 
+def key_steps(weight: torch.Tensor, bias: torch.Tensor | None, tokens: TokenStats) -> torch.Tensor:
+    """Steps of rotated keys `[G, R / 2]`, one for each pair of dims `(i, i + R / 2)`, which RoPE turns, of
+    `weight [G, R, C]` and `bias [G, R]` that give these keys before RoPE.
+    """
+    rows, inputs = weight.double(), tokens.moment / tokens.mass
+    squares = torch.einsum("grc,cd,grd->gr", rows, inputs, rows)
+    if bias is not None:
+        squares = squares + 2 * bias.double() * (rows @ tokens.mean) + bias.double().square()
+    spread = squares.unflatten(1, (2, -1)).mean(1).clamp_min(0).sqrt()
+    return (KEY_STEP * spread).clamp_min(torch.finfo(torch.float32).tiny)
+
+
+def rounded_keys(keys: torch.Tensor) -> torch.Tensor:
+    """Rotated keys in steps, as they are after they were kept in 8 bits; gradients pass as in `rounded`."""
+    inside = keys.clamp(-KEY_LIMIT, KEY_LIMIT)
+    if torch.is_grad_enabled() and keys.requires_grad:
+        return inside + (inside.round() - inside).detach()
+    return inside.round()
+
+
 def rounded(latent: torch.Tensor, bits: LatentBits) -> torch.Tensor:
-    """Latents `[.., r]` in steps, as they are after they were kept in `bits`: the middles of steps.
+    """Latents `[.., r]` in steps, as they are after they were kept in `bits`: integers are middles of steps.
 
     Gradients pass as if nothing were rounded (straight-through), but not where numbers are out of range.
     """
-    parts = zip(bits.by_bits(), latent.split(bits.counts, dim=-1), strict=True)
-    limits = [(part, 2 ** (each - 1) - 0.5) for (each, _), part in parts]
-    inside = torch.cat([part.clamp(-limit, limit) for part, limit in limits], dim=-1)
-    found = torch.cat([(part.floor() + 0.5).clamp(-limit, limit) for part, limit in limits], dim=-1)
+    halves, *parts = latent.split(bits.counts, dim=-1)
+    limits = [2 ** (each - 1) - 0.5 for each in CHANNEL_BITS[1:]]
+    pairs = list(zip(parts, limits, strict=True))
+    largest = torch.finfo(torch.float16).max
+    halves = halves.clamp(-largest, largest)
+    found = [(part.floor() + 0.5).clamp(-limit, limit) for part, limit in pairs]
+    found = torch.cat([halves.to(torch.float16).to(latent.dtype), *found], dim=-1)
     if torch.is_grad_enabled() and latent.requires_grad:
+        inside = torch.cat([halves, *(part.clamp(-limit, limit) for part, limit in pairs)], dim=-1)
         return inside + (found - inside).detach()
     return found

@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Self
@@ -9,6 +10,7 @@ from typing import Any, Self
 from mha2mla_vlm.algorithms.budget import Curve, Option, allocate, choose, interpolate, least_work, unit_dims
 from mha2mla_vlm.config import POSITION_BYTES, AttentionSizes, LatentBits, LayerSpec, MLAConfig
 from mha2mla_vlm.conversion.config import AUTO, ConversionConfig
+from mha2mla_vlm.errors import InputError
 
 ROPE_UNITS = (1, 2, 4, 6, 8, 10, 12, 14)  # of 16, tried
 LATENT_UNITS = (1, 2, 3, 4, 6, 8, 12)
@@ -16,6 +18,7 @@ READ_UNITS = (2, 4, 6, 8, 12, 16, 24, 32, 48)  # of 32, where keys are made of l
 BY_CHANNEL_UNITS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)  # of 32 in bytes, where channels differ in bits
 
 BitsBySize = dict[int, LatentBits]
+Options = dict[LayerSpec, Option]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,23 +48,24 @@ class LayerLosses:
         return cls(bits=bits, **{n: {int(k): v for k, v in curve.items()} for n, curve in curves.items()})
 
 
-def dims_in_unit(sizes: AttentionSizes, mode: str) -> int:
-    """Dims per KV head that the budget is allocated in: finer where all are latent dims."""
-    return unit_dims(sizes.head_dim) // (2 if mode == "read" else 1)
+def dims_in_unit(sizes: AttentionSizes, config: ConversionConfig) -> int:
+    """Dims per KV head, of 16 bits, that the budget is allocated in: finer where all are latent dims, and
+    where bits are chosen, for there rotated keys have 8.
+    """
+    fine = config.at_read or config.bits_by_channel
+    return unit_dims(sizes.head_dim) // (2 if fine else 1)
 
 
-def tried_units(sizes: AttentionSizes, mode: str, *, by_channel: bool = False) -> dict[str, list[int]]:
-    """Units at which losses are measured, by the names of the curves in `LayerLosses`."""
-    unit = dims_in_unit(sizes, mode)
-    if by_channel:  # of 8 bits there are twice as many dims in a unit
-        return {"read": [units for units in BY_CHANNEL_UNITS if 2 * units * unit <= most_latent(sizes, 0)]}
-    if mode == "read":
-        return {"read": [units for units in READ_UNITS if units * unit <= most_latent(sizes, 0)]}
-    most = most_latent(sizes, sizes.head_dim // 2)
-    return {
-        "rope": [units for units in ROPE_UNITS if units * unit < sizes.head_dim],
-        "latent": [units for units in LATENT_UNITS if units * unit <= most],
-    }
+def tried_units(sizes: AttentionSizes, config: ConversionConfig) -> dict[str, list[int]]:
+    """Units at which losses are measured for one mode, by the names of the curves in `LayerLosses`."""
+    unit, tried = dims_in_unit(sizes, config), {}
+    if not config.at_read:
+        coarse = unit_dims(sizes.head_dim)
+        tried["rope"] = [units for units in ROPE_UNITS if units * coarse < sizes.head_dim]
+    at = BY_CHANNEL_UNITS if config.bits_by_channel else READ_UNITS if config.at_read else LATENT_UNITS
+    most = most_latent(sizes, 0 if config.at_read else sizes.head_dim // 2) // unit
+    tried["read" if config.at_read else "latent"] = [units for units in at if units <= most]
+    return tried
 
 
 def most_latent(sizes: AttentionSizes, rope_dim: int) -> int:
@@ -74,15 +78,15 @@ def budget_units(sizes: AttentionSizes, config: ConversionConfig) -> int:
     kept = (config.share or 0.0) * 2 * sizes.head_dim * sizes.layers
     if config.at_read:  # as numbers of 16 bits
         kept -= POSITION_BYTES / 2 * sizes.position_axes / sizes.kv_heads
-    return int(kept / dims_in_unit(sizes, config.rotate_at) + 1e-9)
+    return int(kept / dims_in_unit(sizes, config) + 1e-9)
 
 
 def allocated(
     mla: MLAConfig, losses: Sequence[LayerLosses], sizes: AttentionSizes, config: ConversionConfig
 ) -> MLAConfig:
     """`mla` with the sizes of each layer that cost least together under the budget of `config`."""
-    if config.rotate_at == AUTO:
-        return _allocated_modes(mla, losses, sizes, config)
+    if config.rotate_at == AUTO or config.bits_by_channel:
+        return _allocated_specs(mla, losses, sizes, config)
     if config.at_read:
         return _allocated_latents(mla, losses, sizes, config)
     unit = unit_dims(sizes.head_dim)
@@ -110,50 +114,55 @@ def _curves(layer: LayerLosses, sizes: AttentionSizes) -> tuple[dict[int, float]
 
 def _read_curve(layer: LayerLosses, sizes: AttentionSizes) -> dict[int, float]:
     """Losses of a layer by units of latent dims, where keys are rotated at read."""
-    return interpolate(layer.read, most_latent(sizes, 0) // dims_in_unit(sizes, "read"))
+    return interpolate(layer.read, most_latent(sizes, 0) // (unit_dims(sizes.head_dim) // 2))
 
 
 def _allocated_latents(
     mla: MLAConfig, losses: Sequence[LayerLosses], sizes: AttentionSizes, config: ConversionConfig
 ) -> MLAConfig:
     """The same where keys are rotated at read: all is latent dims."""
-    unit = dims_in_unit(sizes, "read")
-    most = most_latent(sizes, 0) // unit // (2 if config.bits_by_channel else 1)
-    curves = [interpolate(layer.read, most) for layer in losses]
+    unit = dims_in_unit(sizes, config)
+    curves = [_read_curve(layer, sizes) for layer in losses]
     chosen = allocate([{0: 0.0}] * len(curves), curves, budget_units(sizes, config))
-    mla = replace(mla, predicted_kl=[curve[units] for (_, units), curve in zip(chosen, curves, strict=True)])
-    if not config.bits_by_channel:
-        return replace(mla, kv_lora_rank=[units * unit * sizes.kv_heads for _, units in chosen])
-    bits = [layer.bits["read"][units] for (_, units), layer in zip(chosen, losses, strict=True)]
-    listed: list[list[int] | None] = [list(each) for each in bits]
-    return replace(mla, kv_lora_rank=[each.rank for each in bits], latent_bits=listed, kv_bias=True)
+    return replace(
+        mla,
+        kv_lora_rank=[units * unit * sizes.kv_heads for _, units in chosen],
+        predicted_kl=[curve[units] for (_, units), curve in zip(chosen, curves, strict=True)],
+    )
 
 
-def _allocated_modes(
+def _allocated_specs(
     mla: MLAConfig, losses: Sequence[LayerLosses], sizes: AttentionSizes, config: ConversionConfig
 ) -> MLAConfig:
-    """The same where each layer may be rotated at write or at read, within the limit of arithmetic too."""
-    assert config.max_decode_cost is not None, "set where modes are chosen"
+    """The same where each layer may be rotated at write or at read, within the limit of arithmetic too, or
+    where its channels differ in bits.
+    """
     best: list[tuple[LayerSpec, Option]] = []
     for options, units in _ways(mla, losses, sizes, config):
         listed = [list(layer.items()) for layer in options]
         given = ([[option for _, option in layer] for layer in listed], units)
         try:
-            numbers = choose(*given, config.max_decode_cost * sizes.layers)
+            numbers = choose(*given, (config.max_decode_cost or math.inf) * sizes.layers)
         except ValueError:
             continue
         found = [layer[number] for layer, number in zip(listed, numbers, strict=True)]
         if not best or _loss(found) < _loss(best):
             best = found
     if not best:
-        raise ValueError(f"no sizes are within {config}")
+        raise InputError(
+            f"nothing is within a budget of {config.share:.4g} and a max_decode_cost of "
+            f"{config.max_decode_cost}; give more of either"
+        )
     specs = [spec for spec, _ in best]
     drops_pairs = any(not spec.at_read for spec in specs)
+    bits = [None if spec.bits is None else list(spec.bits) for spec in specs]
     return replace(
         mla,
         qk_rope_head_dim=_same([spec.rope_dim for spec in specs]),
         kv_lora_rank=[spec.rank for spec in specs],
         rotate_at=_same([spec.rotate_at for spec in specs]),
+        latent_bits=bits if any(bits) else None,
+        kv_bias=mla.kv_bias or any(bits),
         rope_selection=config.rope_selection if drops_pairs else None,
         folded=config.fold and drops_pairs,
         predicted_kl=[option.loss for _, option in best],
@@ -161,8 +170,11 @@ def _allocated_modes(
 
 
 def least_decode_cost(mla: MLAConfig, sizes: AttentionSizes, config: ConversionConfig) -> float:
-    """The least arithmetic of any modes and sizes within the budget."""
-    flat = LayerLosses(rope={1: 0.0}, latent={1: 0.0}, read={1: 0.0})
+    """The least arithmetic of any modes and sizes within the budget; of any 4 bits, where they are chosen."""
+    unit = 2 * dims_in_unit(sizes, config) * sizes.kv_heads  # bytes
+    bits = {1: LatentBits(0, 0, 2 * unit, 0)}
+    by_mode = dict.fromkeys(config.modes, bits) if config.bits_by_channel else {}
+    flat = LayerLosses(rope={1: 0.0}, latent={1: 0.0}, read={1: 0.0}, bits=by_mode)
     found = []
     for options, units in _ways(mla, [flat] * sizes.layers, sizes, config):
         with contextlib.suppress(ValueError):
@@ -170,40 +182,56 @@ def least_decode_cost(mla: MLAConfig, sizes: AttentionSizes, config: ConversionC
     return min(found) / sizes.layers
 
 
-Options = dict[LayerSpec, Option]
-
-
 def _ways(
     mla: MLAConfig, losses: Sequence[LayerLosses], sizes: AttentionSizes, config: ConversionConfig
 ) -> list[tuple[list[Options], int]]:
-    """Options of each layer and the units that they may take: all at write; any, of what positions leave."""
-    spec = mla.layer(0)
+    """Options of each layer and the finest units that they take at most: all at write; any."""
+    spec, finest = mla.layer(0), unit_dims(sizes.head_dim) // 2
     assert spec is not None, "all layers are converted"
-    write = [_write_options(spec, layer, sizes) for layer in losses]
-    both = [a | _read_options(spec, b, sizes) for a, b in zip(write, losses, strict=True)]
-    finer = dims_in_unit(sizes, "write") // dims_in_unit(sizes, "read")
-    alone, mixed = (budget_units(sizes, config.of(mode)) for mode in ("write", "read"))
-    return [(write, finer * alone), (both, mixed)]
+    ways, found = [], [Options() for _ in losses]
+    for mode, options in (("write", _write_options), ("read", _read_options)):
+        if mode in config.modes:
+            own = config.of(mode)
+            found = [a | options(spec, b, sizes, own) for a, b in zip(found, losses, strict=True)]
+            ways.append((found, budget_units(sizes, own) * dims_in_unit(sizes, own) // finest))
+    return ways
 
 
-def _write_options(spec: LayerSpec, layer: LayerLosses, sizes: AttentionSizes) -> Options:
-    unit, finer = dims_in_unit(sizes, "write"), dims_in_unit(sizes, "read")
+def _write_options(
+    spec: LayerSpec, layer: LayerLosses, sizes: AttentionSizes, config: ConversionConfig
+) -> Options:
+    coarse, options = unit_dims(sizes.head_dim), Options()
     rope, latent = _curves(layer, sizes)
-    options = {}
+    if config.bits_by_channel:
+        latent = interpolate(layer.latent, max(layer.bits["write"]))
     for a, b in itertools.product(rope, latent):
-        made = replace(spec, rope_dim=a * unit, rank=b * unit * sizes.kv_heads, rotate_at="write")
-        work = made.products(sizes) / sizes.products
-        options[made] = Option((a + b) * unit // finer, work, rope[a] + latent[b])
+        sized = _of_size(spec, layer, "write", b, dims_in_unit(sizes, config) * sizes.kv_heads)
+        made = replace(sized, rope_dim=a * coarse)
+        if config.rope_dim in (None, made.rope_dim) and made.fits(sizes):
+            units = a + b if config.bits_by_channel else 2 * (a + b)
+            options[made] = Option(units, made.products(sizes) / sizes.products, rope[a] + latent[b])
     return options
 
 
-def _read_options(spec: LayerSpec, layer: LayerLosses, sizes: AttentionSizes) -> Options:
-    unit, options = dims_in_unit(sizes, "read"), {}
-    for units, loss in _read_curve(layer, sizes).items():
-        rank = units * unit * sizes.kv_heads
-        made = replace(spec, rope_dim=sizes.head_dim, rank=rank, rotate_at="read")
+def _read_options(
+    spec: LayerSpec, layer: LayerLosses, sizes: AttentionSizes, config: ConversionConfig
+) -> Options:
+    curve, options = _read_curve(layer, sizes), Options()
+    if config.bits_by_channel:
+        curve = interpolate(layer.read, max(layer.bits["read"]))
+    for units, loss in curve.items():
+        sized = _of_size(spec, layer, "read", units, dims_in_unit(sizes, config) * sizes.kv_heads)
+        made = replace(sized, rope_dim=config.rope_dim or sizes.head_dim)
         options[made] = Option(units, made.products(sizes) / sizes.products, loss)
     return options
+
+
+def _of_size(spec: LayerSpec, layer: LayerLosses, mode: str, units: int, numbers: int) -> LayerSpec:
+    """A layer's spec with a latent of some units, each of `numbers` of 16 bits or of as many bytes."""
+    if mode not in layer.bits:
+        return replace(spec, rank=units * numbers, rotate_at=mode)
+    bits = layer.bits[mode][units]
+    return replace(spec, rank=bits.rank, bits=bits, bias=True, rotate_at=mode)
 
 
 def _loss(chosen: Sequence[tuple[LayerSpec, Option]]) -> float:

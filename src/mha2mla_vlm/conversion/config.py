@@ -120,8 +120,8 @@ class ConversionConfig(Strict):
     def _check_bits(self) -> None:
         if self.latent_bits not in LATENT_BITS:
             raise InputError(f"latent_bits {shown(self.latent_bits)}: give {' or '.join(LATENT_BITS)}")
-        if self.bits_by_channel and (not self.at_read or self.share is None):
-            raise InputError("latent_bits mixed goes with rotate_at read and a budget")
+        if self.bits_by_channel and self.share is None:
+            raise InputError("latent_bits mixed shares a budget among channels: give one instead of d_kv")
 
     def _check_budget(self, budget: float) -> None:
         if not 0 < budget <= 1:

@@ -15,7 +15,7 @@ from transformers import AutoModelForImageTextToText, BatchFeature, PreTrainedMo
 
 from mha2mla_vlm.calibration.activations import advance
 from mha2mla_vlm.config import AttentionSizes, MLAConfig
-from mha2mla_vlm.conversion.allocation import budget_units, dims_in_unit
+from mha2mla_vlm.conversion.allocation import budget_units, dims_in_unit, most_latent
 from mha2mla_vlm.conversion.config import AUTO, ConversionConfig
 from mha2mla_vlm.conversion.layer import LayerwiseConversion
 from mha2mla_vlm.conversion.on_disk import rest_shards
@@ -192,8 +192,12 @@ def _evenly(mla: MLAConfig, sizes: AttentionSizes, config: ConversionConfig) -> 
     """
     if config.rotate_at == AUTO:
         return _evenly(mla, sizes, config.of("read"))
-    unit = dims_in_unit(sizes, config.rotate_at)
+    unit = dims_in_unit(sizes, config)
     units = budget_units(sizes, config) // sizes.layers
+    if config.bits_by_channel:  # of 4 bits, all latent
+        rank = min(4 * units * unit, most_latent(sizes, 0) // 2 * 2) * sizes.kv_heads
+        bits: list[list[int] | None] = [[0, 0, rank, 0]] * sizes.layers
+        return replace(mla, kv_lora_rank=rank, latent_bits=bits, kv_bias=True)
     if config.at_read:
         return replace(mla, kv_lora_rank=units * unit * sizes.kv_heads)
     rope = (config.rope_dim or 0) // unit or units - ((config.d_kv or 0) // unit or max(1, units // 3))

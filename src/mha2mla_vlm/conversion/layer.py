@@ -20,7 +20,7 @@ from mha2mla_vlm.calibration.activations import Chat, advance, answer_states, at
 from mha2mla_vlm.calibration.layer_profile import LayerProfile, measure_layer, measure_moments
 from mha2mla_vlm.calibration.statistics import LayerStats
 from mha2mla_vlm.conversion.sweep import CALIBRATION, Known, Sweep
-from mha2mla_vlm.conversion.weights import converted_layer, factored_weights, layer_factors
+from mha2mla_vlm.conversion.weights import converted_layer, factored_weights, keys_in_steps, layer_factors
 from mha2mla_vlm.evaluation.answers import as_kl, kl_sum
 from mha2mla_vlm.model.attention import MLAAttention
 from mha2mla_vlm.model.modeling import decoder_layers
@@ -134,6 +134,8 @@ class LayerwiseConversion(Sweep):
         spectra = {k: thinned(f.spectrum) for k, f in factors.items() if f.spectrum is not None}
         if spec.bits is not None:
             factors = {name: in_steps(factor, spec.bits) for name, factor in factors.items()}
+            if not spec.at_read:
+                whole = keys_in_steps(whole, stats.pooled(), head_dim=self.sizes.head_dim)
         return converted_layer(source, factored_weights(whole, factors), spec), spectra
 
     @torch.no_grad()

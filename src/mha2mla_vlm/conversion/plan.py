@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from mha2mla_vlm.algorithms.budget import unit_dims
 from mha2mla_vlm.algorithms.factorization import FACTORIZATIONS, factorization
 from mha2mla_vlm.algorithms.factorization.base import Factorization
 from mha2mla_vlm.algorithms.factorization.blocks import block_ranks
@@ -178,12 +179,13 @@ def _plan_factors(model_config: Any, config: ConversionConfig) -> MLAConfig:
 
 def _check_budget(sizes: AttentionSizes, config: ConversionConfig) -> None:
     """Raise `InputError` if the least sizes of a layer, or those given, are over the budget."""
-    unit = dims_in_unit(sizes, config.rotate_at)
-    for name, value in (("rope_dim", None if config.at_read else config.rope_dim), ("d_kv", config.d_kv)):
-        if value is not None and value % unit:
-            raise InputError(f"{name} = {value}: with a budget give a multiple of {unit}")
-    rope = 0 if config.at_read else config.rope_dim or unit
-    least = sizes.layers * (rope + (config.d_kv or unit)) // unit
+    unit, coarse = dims_in_unit(sizes, config), unit_dims(sizes.head_dim)
+    given = None if config.at_read else config.rope_dim
+    for name, value, step in (("rope_dim", given, coarse), ("d_kv", config.d_kv, unit)):
+        if value is not None and value % step:
+            raise InputError(f"{name} = {value}: with a budget give a multiple of {step}")
+    rope = 0 if config.at_read else (given or coarse) // coarse
+    least = sizes.layers * (rope + (config.d_kv or unit) // unit)
     if budget_units(sizes, config) < least:
         share = least * unit / (2 * sizes.head_dim * sizes.layers)  # positions at read come on top
         raise InputError(f"budget = {config.share}: the least for these sizes is {share:g}")

@@ -11,6 +11,7 @@ import torch
 from transformers import BatchFeature
 
 from mha2mla_vlm.algorithms.bits import best_bits, importance, in_steps
+from mha2mla_vlm.algorithms.budget import unit_dims
 from mha2mla_vlm.calibration.activations import Chat
 from mha2mla_vlm.calibration.layer_profile import LayerProfile, measure_layer
 from mha2mla_vlm.calibration.sensitivity import begin_gradients, project_errors
@@ -18,7 +19,7 @@ from mha2mla_vlm.config import LayerSpec
 from mha2mla_vlm.conversion.allocation import BitsBySize, LayerLosses, dims_in_unit, tried_units
 from mha2mla_vlm.conversion.config import ConversionConfig
 from mha2mla_vlm.conversion.sweep import CALIBRATION, Sweep
-from mha2mla_vlm.conversion.weights import converted_layer, factored_weights, layer_factors
+from mha2mla_vlm.conversion.weights import converted_layer, factored_weights, keys_in_steps, layer_factors
 from mha2mla_vlm.conversion.work import Work
 from mha2mla_vlm.model.attention import MLAAttention
 from mha2mla_vlm.model.modeling import decoder_layers
@@ -141,11 +142,11 @@ class LayerwiseProfile(Sweep):
         return LayerLosses(bits=bits, **{k: dict(zip(units[k], v.tolist(), strict=True)) for k, v in curves})
 
     def _units(self, mode: str) -> dict[str, list[int]]:
-        return tried_units(self.sizes, mode, by_channel=self.config.bits_by_channel)
+        return tried_units(self.sizes, self.config.of(mode))
 
     def _tried(self, source: Any, profile: LayerProfile, index: int, mode: str) -> "_Tried":
         """A layer with each number of rope dims that is tried, then what `_factored` gives."""
-        spec, unit = replace(self.spec(index), rotate_at=mode), dims_in_unit(self.sizes, mode)
+        spec, unit = replace(self.spec(index), rotate_at=mode), unit_dims(self.sizes.head_dim)
         units = self._units(mode)
         specs = [replace(spec, rope_dim=number * unit) for number in units.get("rope", [])]
         tried = [self.partial(source, profile, each) for each in specs]
@@ -158,18 +159,21 @@ class LayerwiseProfile(Sweep):
         """The layer with half of its rope dims (at read all), whole and with each size of the latent; and the
         bits of channels for every size, where they differ.
         """
-        numbers = dims_in_unit(self.sizes, spec.rotate_at) * self.sizes.kv_heads  # of 16 bits in a unit
+        numbers = dims_in_unit(self.sizes, self.config.of(spec.rotate_at)) * self.sizes.kv_heads
         spec = replace(spec, rank=units[-1] * numbers)
         if not spec.at_read:
             spec = replace(spec, rope_dim=self.sizes.head_dim // 2)
         partial = self.partial(source, profile, spec)
-        given, by_channel = (self.whole(partial, spec), profile.stats, spec), self.config.bits_by_channel
+        whole, by_channel = self.whole(partial, spec), self.config.bits_by_channel
         options: dict[str, Any] = {"head_dim": self.sizes.head_dim, "by_importance": by_channel}
-        factors, made = layer_factors(*given, self.methods.factorization, **options), [partial]
+        given = (whole, profile.stats, spec, self.methods.factorization)
+        factors, made = layer_factors(*given, **options), [partial]
         bits: BitsBySize = {}
         if by_channel:
             costs = importance(factors.values())
             bits = {size: best_bits(costs, 2 * size * numbers) for size in range(1, units[-1] + 1)}
+            if not spec.at_read:
+                whole = keys_in_steps(whole, profile.stats.pooled(), head_dim=self.sizes.head_dim)
         for size in units:
             if by_channel:
                 own = replace(spec, rank=bits[size].rank, bits=bits[size], bias=True)
@@ -177,7 +181,7 @@ class LayerwiseProfile(Sweep):
             else:
                 own = replace(spec, rank=size * numbers)
                 some = {k: factor.of_rank(size * numbers) for k, factor in factors.items()}
-            made.append(converted_layer(source, factored_weights(given[0], some), own))
+            made.append(converted_layer(source, factored_weights(whole, some), own))
         return made, bits
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from mha2mla_vlm.algorithms.bits import with_latents
+from mha2mla_vlm.algorithms.bits import key_steps, with_latents
 from mha2mla_vlm.algorithms.factorization.base import Factorization, Outputs
 from mha2mla_vlm.algorithms.factorization.low_rank import Factors
 from mha2mla_vlm.algorithms.folding import fold_keys
@@ -79,6 +79,29 @@ def rotated_at_read(whole: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             parts = (whole[f"{name}.{kind}"] for name in ("k_rope_proj", "kv_a_proj.shared"))
             both = torch.cat([part.unflatten(0, (kv_heads, -1)) for part in parts], dim=1)
             made[f"kv_a_proj.shared.{kind}"] = both.flatten(0, 1)
+    return made
+
+
+def keys_in_steps(
+    whole: dict[str, torch.Tensor], tokens: TokenStats, *, head_dim: int
+) -> dict[str, torch.Tensor]:
+    """Parameters of one layer, from those after partial RoPE, whose rotated keys count in `bits.key_steps`,
+    and its queries in what these leave.
+    """
+    kv_heads, half = whole["rope_pairs"].shape
+    rows = {k: whole[f"k_rope_proj.{k}"].unflatten(0, (kv_heads, -1)) for k in ("weight", "bias")
+            if f"k_rope_proj.{k}" in whole}  # fmt: skip
+    steps = key_steps(rows["weight"], rows.get("bias"), tokens).repeat(1, 2)  # [G, R]
+    made = dict(whole)
+    for kind, keys in rows.items():
+        scale = steps.view(kv_heads, 2 * half, *[1] * (keys.ndim - 2))
+        made[f"k_rope_proj.{kind}"] = (keys.double() / scale).to(keys.dtype).flatten(0, 1)
+    factors = torch.nn.functional.pad(steps, (0, head_dim - 2 * half), value=1.0)  # [G, D]
+    for kind in ("weight", "bias"):
+        if f"q_proj.{kind}" in whole:
+            queries = whole[f"q_proj.{kind}"].unflatten(0, (kv_heads, -1, head_dim))
+            scale = factors.view(kv_heads, 1, head_dim, *[1] * (queries.ndim - 3))
+            made[f"q_proj.{kind}"] = (queries.double() * scale).to(queries.dtype).flatten(0, 2)
     return made
 
 
@@ -152,7 +175,7 @@ def _tokens(stats: LayerStats, modality: str, hidden: int, layer: int | None) ->
 
 def partial_layer(source: nn.Module, selection: RopeSelection, spec: LayerSpec, scale: float) -> MLAAttention:
     """One layer's attention with partial RoPE only; `scale` is `table_scale`."""
-    spec = replace(spec, rank=None, bias=False, modalities=SHARED, rotate_at="write")
+    spec = LayerSpec(rope_dim=spec.rope_dim)
     return converted_layer(source, partial_rope_weights(source, selection, scale), spec)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import Cache
 
-from mha2mla_vlm.algorithms.bits import rounded
+from mha2mla_vlm.algorithms.bits import rounded, rounded_keys
 from mha2mla_vlm.config import SHARED, AttentionSizes, LayerSpec
 from mha2mla_vlm.model.absorbed import Piece, absorb_limit, dense_mask
 from mha2mla_vlm.model.cache.latent import Pieces, filled_length
@@ -168,7 +168,8 @@ class MLAAttention(nn.Module):
         if self.at_read:
             return hidden_states.new_empty(batch, self.kv_heads, new, 0)
         keys = self.k_rope_proj(hidden_states).view(batch, new, self.kv_heads, self.rope_dim)
-        return rotate(keys.transpose(1, 2), cos, sin)
+        keys = rotate(keys.transpose(1, 2), cos, sin)
+        return keys if self.bits is None else rounded_keys(keys)
 
     def _queries(
         self, hidden_states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor

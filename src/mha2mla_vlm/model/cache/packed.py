@@ -1,4 +1,4 @@
-"""Latents of integers as rows of bytes: 8 bits first, then 4, then 2, as `algorithms.bits` gives them.
+"""Latents whose channels differ in bits as rows of bytes: 16 bits first, then 8, 4 and 2.
 
 A row is complete in itself, so whatever holds rows holds these: growing, static and offloaded caches.
 
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import Cache, QuantizedCache
 
-from mha2mla_vlm.config import LatentBits
+from mha2mla_vlm.config import CHANNEL_BITS, LatentBits
 from mha2mla_vlm.model.cache.latent import Pieces
 from mha2mla_vlm.model.cache.quantization import pack_codes, unpack_codes
 
@@ -20,17 +20,20 @@ PIECE = 4096  # tokens that are unpacked at a time
 
 def pack(latent: torch.Tensor, bits: LatentBits) -> torch.Tensor:
     """Rows of bytes `[.., b]` of latents `[.., r]` that `bits.rounded` gave."""
-    parts = zip(bits.by_bits(), latent.split(bits.counts, dim=-1), strict=True)
-    codes = [pack_codes((part + (2 ** (each - 1) - 0.5)).to(torch.uint8), each) for (each, _), part in parts]
+    halves, *others = latent.split(bits.counts, dim=-1)
+    codes = [halves.to(torch.float16).contiguous().view(torch.uint8)]
+    for part, each in zip(others, CHANNEL_BITS[1:], strict=True):
+        codes.append(pack_codes((part + (2 ** (each - 1) - 0.5)).to(torch.uint8), each))
     return torch.cat(codes, dim=-1)
 
 
 def unpack(rows: torch.Tensor, bits: LatentBits, dtype: torch.dtype) -> torch.Tensor:
-    """The latents `[.., r]` of rows of bytes `[.., b]`; exact in any dtype of eight bits of mantissa."""
-    parts = zip(bits.by_bits(), rows.split(bits.bytes, dim=-1), strict=True)
-    return torch.cat(
-        [unpack_codes(part, each).to(dtype) - (2 ** (each - 1) - 0.5) for (each, _), part in parts], dim=-1
-    )
+    """The latents `[.., r]` of rows of bytes `[.., b]`; exact in the dtype that they had."""
+    halves, *others = rows.split(bits.bytes, dim=-1)
+    found = [halves.contiguous().view(torch.float16).to(dtype)]
+    for part, each in zip(others, CHANNEL_BITS[1:], strict=True):
+        found.append(unpack_codes(part, each).to(dtype) - (2 ** (each - 1) - 0.5))
+    return torch.cat(found, dim=-1)
 
 
 def cached(
@@ -42,13 +45,14 @@ def cached(
 ) -> tuple[Any, torch.Tensor]:
     """What a layer holds once new latents `[B, 1, T, r]` and rotated keys `[B, G, T, R]` are added.
 
-    Latents that have `bits` are held as bytes, but in caches that quantise numbers themselves.
+    Latents that have `bits`, and the rotated keys beside them, are held as bytes, but in caches that quantise
+    numbers themselves.
     transformers' quantised layers hold two parts that are not empty: where no rotated keys are cached, these
     are halves of the latent.
     """
     quantizes = isinstance(cache, QuantizedCache)
     if bits is not None and not quantizes and getattr(cache, "holds_rows", True):
-        rows, keys = cache.update(pack(latent, bits), k_rope, layer_idx)
+        rows, keys = cache.update(pack(latent, bits), k_rope.to(torch.int8), layer_idx)
         if rows.shape[2] == latent.shape[2]:  # the first tokens
             return latent, k_rope
         return PackedTokens(rows[:, 0], keys, bits, latent.dtype), keys
@@ -61,7 +65,7 @@ def cached(
 
 
 class PackedTokens(Pieces):
-    """The tokens of a layer whose latents are `rows [B, S, b]`, beside rotated keys `[B, G, S, R]`."""
+    """The tokens of a layer: their latents as `rows [B, S, b]`, and rotated keys `[B, G, S, R]` in int8."""
 
     def __init__(
         self, rows: torch.Tensor, k_rope: torch.Tensor, bits: LatentBits, dtype: torch.dtype
@@ -72,4 +76,5 @@ class PackedTokens(Pieces):
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         for start in range(0, self.length, PIECE):
             stop = start + PIECE
-            yield unpack(self.rows[:, start:stop], self.bits, self.dtype), self.k_rope[:, :, start:stop]
+            latent = unpack(self.rows[:, start:stop], self.bits, self.dtype)
+            yield latent, self.k_rope[:, :, start:stop].to(self.dtype)
