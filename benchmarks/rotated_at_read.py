@@ -1,4 +1,5 @@
-"""Keys rotated when they are written and when they are read, and the published method, at equal bytes.
+"""Keys rotated when they are written and when they are read, in 16 bits and in bits by channel, and the
+published method, at equal bytes.
 
     python benchmarks/rotated_at_read.py            # half an hour on two cores; resumes
     python benchmarks/rotated_at_read.py --models llava --samples 50 -o /tmp/rows
@@ -23,14 +24,18 @@ from mha2mla_vlm.zoo.chats import zoo_records
 
 MARK = "<!-- written by benchmarks/rotated_at_read.py -->"
 BUDGETS = (0.5, 0.25, 0.1875, 0.125, 0.09375, 0.0625)
-WAYS = ("published", "write", "read")
+MIXED_BUDGETS = (0.5, 0.25, 0.125, 0.0625, 0.04)
+WAYS = ("published", "write", "read", "write mixed", "read mixed")
+TITLES = {"published": "write (published)", "write mixed": "write, bits by channel"}
+TITLES |= {"read mixed": "read, bits by channel"}
 SMALL = {0.125: (8, 8), 0.09375: (8, 16), 0.0625: (16, 16)}  # head dim by R, by d_kv, beyond `UNIFORM`
 
 
 def settings(way: str, budget: float, head_dim: int) -> ConversionConfig:
     """How to convert: the published sizes are the same in every layer, ours are allocated."""
     if way != "published":
-        return ConversionConfig(rotate_at=way, budget=budget)
+        mode, _, mixed = way.partition(" ")
+        return ConversionConfig(rotate_at=mode, budget=budget, latent_bits=mixed or "16")
     by_rope, by_latent = (UNIFORM | SMALL)[budget]
     return ConversionConfig(rope_dim=head_dim // by_rope, d_kv=head_dim // by_latent, **METHODS[PUBLISHED])
 
@@ -51,7 +56,8 @@ def run(name: str, samples: int, folder: Path) -> None:
         add("original", 1.0, model)
     head_dim = AttentionSizes.of(model.config).head_dim
     for way in WAYS:
-        missing = [budget for budget in BUDGETS if not rows.has(way, budget)]
+        budgets = MIXED_BUDGETS if way.endswith("mixed") else BUDGETS
+        missing = [budget for budget in budgets if not rows.has(way, budget)]
         profile = None
         for budget in missing:
             config = settings(way, budget, head_dim)
@@ -71,7 +77,7 @@ def table(folder: Path) -> str:
         rows = Rows(folder / f"{name}.jsonl", "way", "budget").rows
         order = ("original", *WAYS)
         for row in sorted(rows, key=lambda row: (-row["budget"], order.index(row["way"]))):
-            title = "write (published)" if row["way"] == "published" else row["way"]
+            title = TITLES.get(row["way"], row["way"])
             kl = f"{row['kl']:.5f} ({row['kl_low']:.5f} to {row['kl_high']:.5f})"
             match = (
                 f"{row['exact_match']:.1%} ({row['exact_match_low']:.1%} to {row['exact_match_high']:.1%})"

@@ -54,12 +54,16 @@ def original(name):
     return copy.deepcopy(model), processor
 
 
-def random_mla(name, *, rope_dim=16, rank=40, modalities=("text", "vision"), seed=1, rotate_at="write"):
+def random_mla(
+    name, *, rope_dim=16, rank=40, modalities=("text", "vision"), seed=1, rotate_at="write", bits=None
+):
     """A converted model of low rank whose text and vision factors, biases and pairs are all random."""
     base, processor = _original(name)
     config_class, model_class = mla_classes(name)
     mla = {"qk_rope_head_dim": rope_dim, "kv_lora_rank": rank, "modalities": modalities}
     mla |= {"rotate_at": rotate_at}
+    if bits is not None:
+        mla |= {"kv_lora_rank": sum(bits), "latent_bits": [list(bits)] * 4, "kv_bias": True}
     torch.manual_seed(seed)
     values = base.config.to_dict() | {"model_type": config_class.model_type, "mla": mla, "dtype": "float32"}
     model = model_class(config_class(**values))

@@ -7,7 +7,6 @@ O = G * (N + D), r latent dims.
 import copy
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch

@@ -4,6 +4,7 @@ A row of a page is one token's latent and the rotated keys of all KV heads, or o
 rotated at read. Its modality is the lowest bit of its last latent number: so it takes no room, and pages can
 be copied, sent and shared as they are. So are positions, which keys that are rotated at read need: the last
 numbers of the rows of one layer are the bits of an int32 for each number of a position, whatever the dtype.
+Where channels of the latent differ in bits a row begins with bytes instead (`PackedRows`).
 
 Shapes: B pages in all, N tokens of a page, C numbers of a row, n requests, P pages of the longest, T tokens,
 G KV heads, R rope dims, r latent dims, A numbers in a position, W numbers of a row that hold it.
@@ -14,7 +15,9 @@ from typing import Self
 
 import torch
 
+from mha2mla_vlm.config import LatentBits
 from mha2mla_vlm.model.absorbed import Piece
+from mha2mla_vlm.model.cache.packed import pack, unpack
 
 _BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 
@@ -66,15 +69,58 @@ def as_piece(rows: torch.Tensor, rank: int, kv_heads: int) -> Piece:
     return rows[..., :rank], rows[..., rank:].unflatten(-1, (kv_heads, -1)).transpose(1, 2)
 
 
+@dataclass(frozen=True, kw_only=True)
+class PackedRows:
+    """What the bytes of a row are: a latent of these `bits`, `rope` numbers (G * R) of rotated keys in int8,
+    and the modality.
+    """
+
+    bits: LatentBits
+    rope: int
+
+    @property
+    def size(self) -> int:
+        """Bytes of a row."""
+        return self.bits.row_bytes + self.rope + 1
+
+    def width(self, dtype: torch.dtype) -> int:
+        """Numbers of this dtype that hold a row."""
+        return -(-self.size // dtype.itemsize)
+
+    def pack(self, latent: torch.Tensor, k_rope: torch.Tensor, visual: torch.Tensor) -> torch.Tensor:
+        """Bytes `[T, size]` of latents `[T, r]` and rotated keys `[T, G * R]`, both rounded."""
+        keys = k_rope.to(torch.int8).view(torch.uint8)
+        return torch.cat([pack(latent, self.bits), keys, visual[:, None].to(torch.uint8)], dim=-1)
+
+    def unpack(self, rows: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """Latents and rotated keys as numbers `[.., r + G * R]`, and the modality `[..]`, of bytes `[.., b]`,
+        which begin with a row.
+        """
+        sizes = [self.bits.row_bytes, self.rope, 1]
+        latent, keys, visual = rows[..., : self.size].split(sizes, dim=-1)
+        numbers = [unpack(latent, self.bits, dtype), keys.contiguous().view(torch.int8).to(dtype)]
+        return torch.cat(numbers, dim=-1), visual[..., 0].bool()
+
+
+def store_bytes(pages: torch.Tensor, slots: torch.Tensor, rows: torch.Tensor) -> None:
+    """Write rows of bytes `[T, b]` to the `slots [T]` of `pages [B, N, C]`, whose rows begin with them."""
+    size = pages.shape[1]
+    pages.view(torch.uint8)[slots // size, slots % size, : rows.shape[1]] = rows
+
+
 @dataclass(frozen=True)
 class Paged:
-    """The first `lengths [n]` tokens of n requests, whose `pages [B, N, C]` are those in `table [n, P]`."""
+    """The first `lengths [n]` tokens of n requests, whose `pages [B, N, C]` are those in `table [n, P]`.
+
+    Their rows are numbers, or bytes as `packed` says.
+    """
 
     pages: torch.Tensor
     table: torch.Tensor
     lengths: torch.Tensor
     rank: int
     kv_heads: int
+    packed: PackedRows | None = None
 
     @property
     def size(self) -> int:
@@ -96,10 +142,16 @@ class Paged:
         return as_piece(self.pages, self.rank, self.kv_heads)
 
     def rows(self) -> torch.Tensor:
-        """The requests' rows one after another, copied: `[n, P * N, C]`."""
-        return self.pages[self.table].flatten(1, 2)
+        """The requests' rows of numbers, packed or not, one after another: `[n, P * N, C]`, a copy."""
+        if self.packed is None:
+            return self.pages[self.table].flatten(1, 2)
+        rows = self.pages.view(torch.uint8)[self.table].flatten(1, 2)
+        return self.packed.unpack(rows, self.pages.dtype)[0]
 
     def visual(self) -> torch.Tensor:
         """Modality of the requests' tokens, `[n, P * N]`."""
+        if self.packed is not None:
+            last = self.pages.view(torch.uint8)[..., self.packed.size - 1]
+            return last[self.table].flatten(1).bool()
         bits = self.pages.view(_BITS[self.pages.dtype])[..., self.rank - 1]
         return (bits[self.table].flatten(1) & 1).bool()

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from mha2mla_vlm.algorithms.bits import rounded, rounded_keys
 from mha2mla_vlm.config import DECOUPLED, LayerSpec
 from mha2mla_vlm.errors import InputError
 from mha2mla_vlm.model.absorbed import Up
-from mha2mla_vlm.model.cache.pages import position_width
+from mha2mla_vlm.model.cache.pages import PackedRows, position_width
 from mha2mla_vlm.model.projections import ByModality
 from mha2mla_vlm.model.rope import rotate
 from mha2mla_vlm.serving.vllm.backend import LatentBackend, LatentImpl, LatentMetadata
@@ -82,7 +83,11 @@ class LatentAttention(nn.Module, AttentionLayerBase):
             return_bias=False,
         )
         self.widths = [self.rank] * len(self.modalities) + [self.kv_heads * self.cached_rope_dim]
-        self.down_proj = nn.Linear(hidden, sum(self.widths), bias=bias and not spec.at_read)
+        self.packed = None
+        if spec.bits is not None:
+            self.packed = PackedRows(bits=spec.bits, rope=self.widths[-1])
+        down_bias = spec.bits is not None or (bias and not spec.at_read)
+        self.down_proj = nn.Linear(hidden, sum(self.widths), bias=down_bias)
         self.kv_b_proj = ByModality(
             {name: nn.Linear(self.rank, outputs, bias=bias or spec.bias) for name in self.modalities}
         )
@@ -103,7 +108,10 @@ class LatentAttention(nn.Module, AttentionLayerBase):
         cos, sin = (table[:, self.rope_pairs] for table in tables)  # [T, G, R/2]
         if not self.at_read:
             k_rope = rotate(k_rope.unflatten(-1, (self.kv_heads, -1)), cos, sin).flatten(1)
+        if self.packed is None:
             row = torch.cat([row, k_rope], dim=-1)
+        else:
+            row = self.packed.pack(rounded(row, self.packed.bits), rounded_keys(k_rope), visual)
         query = self.query_proj(hidden_states).view(new, self.kv_heads, -1, self.head_dim)
         rope, nope = query.split([self.rope_dim, self.head_dim - self.rope_dim], dim=-1)
         query = torch.cat([rotate(rope, cos[:, :, None], sin[:, :, None]), nope], dim=-1).flatten(1, 2)
@@ -124,14 +132,18 @@ class LatentAttention(nn.Module, AttentionLayerBase):
         rebuilt = self.rope_dim if self.at_read else 0
         return self.kv_b_proj.ups(self.kv_heads, self.head_dim - self.rope_dim, rebuilt)
 
+    def row_width(self, dtype: torch.dtype) -> int:
+        """Numbers of this dtype that a token takes in a page: r + G * R, or what holds its bytes."""
+        return sum(self.widths[-2:]) if self.packed is None else self.packed.width(dtype)
+
     def get_attn_backend(self) -> type[LatentBackend]:
         """For vLLM."""
         return LatentBackend
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:
-        """For vLLM: one head of r + G * R numbers a token, or r and its position, without a value part."""
+        """For vLLM: one head of a row and, in one layer at read, its position, without a value part."""
         dtype = vllm_config.model_config.dtype
-        width = self.rank + self.kv_heads * self.cached_rope_dim + position_width(self.position_axes, dtype)
+        width = self.row_width(dtype) + position_width(self.position_axes, dtype)
         return FullAttentionSpec(
             block_size=vllm_config.cache_config.block_size,
             num_kv_heads=1,
@@ -143,7 +155,7 @@ class LatentAttention(nn.Module, AttentionLayerBase):
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Take a converted checkpoint's weights of this layer; returns the names of what they filled."""
         taken = {"down_proj.weight"} | ({"down_proj.bias"} if self.down_proj.bias is not None else set())
-        if self.down_proj.bias is not None:  # of the rotated keys only
+        if self.down_proj.bias is not None:  # latents of numbers have none
             self.down_proj.bias.data.zero_()
         return taken | AutoWeightsLoader(self).load_weights(self._others(weights))
 

@@ -11,7 +11,14 @@ from typing import Any
 import torch
 
 from mha2mla_vlm.errors import InputError
-from mha2mla_vlm.model.cache.pages import Paged, is_visual, read_positions, store, store_positions
+from mha2mla_vlm.model.cache.pages import (
+    Paged,
+    is_visual,
+    read_positions,
+    store,
+    store_bytes,
+    store_positions,
+)
 from mha2mla_vlm.model.paged import decode, prefill
 from mha2mla_vlm.model.rebuilt import Angles
 from mha2mla_vlm.serving.vllm.compat import (
@@ -129,9 +136,12 @@ class LatentImpl(AttentionImpl[LatentMetadata]):
             return output.zero_()
         step, pages = attn_metadata, kv_cache[:, 0]
         visual = value[: step.tokens] if layer.decoupled else None
-        store(pages, step.slots[: step.tokens], key[: step.tokens], visual, layer.rank)
+        if layer.packed is None:
+            store(pages, step.slots[: step.tokens], key[: step.tokens], visual, layer.rank)
+        else:
+            store_bytes(pages, step.slots[: step.tokens], key[: step.tokens])
         if layer.position_axes:
-            step.places = pages[..., layer.rank :]
+            step.places = pages[..., layer.row_width(pages.dtype) :]
             store_positions(step.places, step.slots[: step.tokens], layer.tokens.positions[:, : step.tokens])
         if step.decodes:
             self._decode(layer, query[: step.decodes], pages, step, output[: step.decodes])
@@ -143,7 +153,7 @@ class LatentImpl(AttentionImpl[LatentMetadata]):
         self, layer: Any, query: torch.Tensor, pages: torch.Tensor, step: LatentMetadata, output: torch.Tensor
     ) -> None:
         table, lengths = step.table(0, step.decodes, pages.shape[1]), step.device_lengths[: step.decodes]
-        stored = Paged(pages, table, lengths, layer.rank, layer.kv_heads)
+        stored = Paged(pages, table, lengths, layer.rank, layer.kv_heads, layer.packed)
         if layer.decoupled and step.visual is None:
             step.visual = stored.visual()
         angles = step.angles(layer, 0, step.decodes)
@@ -166,8 +176,13 @@ class LatentImpl(AttentionImpl[LatentMetadata]):
         total, rows = step.lengths[request], key[start:stop]
         which = None if visual is None else visual[start:stop].bool()
         if total > stop - start:  # others are in the cache, from an earlier chunk or another request's prefix
-            rows = pages[step.table(request, request + 1, pages.shape[1])[0]].flatten(0, 1)[:total]
-            which = None if visual is None else is_visual(rows, layer.rank)
+            table = step.table(request, request + 1, pages.shape[1])[0]
+            rows = (pages if layer.packed is None else pages.view(torch.uint8))[table].flatten(0, 1)[:total]
+        if layer.packed is not None:
+            rows, found = layer.packed.unpack(rows, pages.dtype)
+            which = None if visual is None else found
+        elif total > stop - start and visual is not None:
+            which = is_visual(rows, layer.rank)
         angles = step.angles(layer, request, request + 1)
         output[start:stop] = prefill(query[start:stop], rows, which, layer.ups(), self.scale, angles)
 
