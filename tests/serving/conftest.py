@@ -78,12 +78,13 @@ def converted(tmp_path_factory):
     """Gives folders of converted zoo models, of other sizes in every layer."""
     made = {}
 
-    def folder(name, rotate_at="write"):
-        key = name, rotate_at
+    def folder(name, rotate_at="write", latent_bits="16"):
+        key = name, rotate_at, latent_bits
         if key not in made:
             model, processor = load(f"zoo:{name}", dtype=torch.float32), load_processor(f"zoo:{name}")
             chats = zoo_records(name, split="train", samples=24, seed=1)
-            small = convert(model, processor, chats, ConversionConfig(budget=0.25, rotate_at=rotate_at))
+            config = ConversionConfig(budget=0.25, rotate_at=rotate_at, latent_bits=latent_bits)
+            small = convert(model, processor, chats, config)
             made[key] = save(small, processor, tmp_path_factory.mktemp(name) / "small")
         return made[key]
 

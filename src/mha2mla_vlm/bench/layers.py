@@ -3,18 +3,21 @@
 Shapes: B batch, S cached tokens, H query heads, G KV heads, D head dim, R rope dims, r latent dims.
 """
 
-from collections.abc import Callable, Iterable
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from transformers import AttentionInterface, PreTrainedModel
 
+from mha2mla_vlm.algorithms.bits import rounded
 from mha2mla_vlm.bench.context import modality_of, multimodal, positions_of
 from mha2mla_vlm.bench.dense import Dense, dense_ways
 from mha2mla_vlm.bench.timing import Timing, time_in_turn
-from mha2mla_vlm.config import AttentionSizes
+from mha2mla_vlm.config import AttentionSizes, LatentBits
 from mha2mla_vlm.model.cache.latent import LatentCache, hold_latents, remember_modality, track_positions
+from mha2mla_vlm.model.cache.packed import pack, stored_tokens
 from mha2mla_vlm.model.cache.quantized import quantized_cache
 from mha2mla_vlm.model.modality import TokenModality
 from mha2mla_vlm.model.modeling import decoder_layers, latent_attentions
@@ -27,12 +30,20 @@ Shape = tuple[int, ...]
 
 
 def random_cache(
-    shapes: Iterable[tuple[Shape, Shape]], like: torch.Tensor, cache: LatentCache | None = None
+    shapes: Sequence[tuple[Shape, Shape]],
+    like: torch.Tensor,
+    cache: LatentCache | None = None,
+    bits: Sequence[LatentBits | None] = (),
 ) -> LatentCache:
-    """A cache whose layers hold random tensors of these shapes; its buffers grow in steps in any case."""
+    """A cache whose layers hold random tensors of these shapes, those with `bits` in bytes; its buffers grow
+    in steps in any case.
+    """
     cache = LatentCache() if cache is None else cache  # an empty one is false
-    for index, (keys, values) in enumerate(shapes):
-        cache.update(_random(keys, like), _random(values, like), index)
+    for index, (shapes_of, own) in enumerate(itertools.zip_longest(shapes, bits)):
+        keys, values = (_random(shape, like) for shape in shapes_of)
+        if own is not None:
+            keys, values = pack(rounded(keys, own), own), values.to(torch.int8)
+        cache.update(keys, values, index)
     return cache
 
 
@@ -56,7 +67,8 @@ def random_caches(
             latent[index] = (batch, 1, context, rank), (batch, heads, context, rope // heads)
     empty = LatentCache() if quantization is None else quantized_cache(**quantization)
     hold_latents(empty, [spec is not None for spec in specs])
-    caches = random_cache(dense, like), random_cache(latent, like, empty)
+    bits = [spec and spec.bits if empty.holds_rows else None for spec in specs]
+    caches = random_cache(dense, like), random_cache(latent, like, empty, bits)
     remember_modality(caches[1], modality_of(context, batch, like.device))
     if any(spec is not None and spec.at_read for spec in specs):
         track_positions(caches[1], 0, positions_of(converted, context, batch, like.device).int(), context)
@@ -100,7 +112,7 @@ def time_attention(
             if turns is not None and module.at_read:
                 angles = replace(Angles.of(turns, module.rope_pairs), rotation=turns if interpolate else None)
             known = (latent.token_modality, None, None, angles)
-            module.attend_absorbed(layer.stored(), q_rope, q_nope, *known)
+            module.attend_absorbed(stored_tokens(layer, module.bits, like.dtype), q_rope, q_nope, *known)
 
     ways = {name: originally(way) for name, way in dense_ways(like.device).items()}
     return time_in_turn({**ways, "ours": ours}, device=like.device, seconds=seconds)

@@ -8,7 +8,7 @@ import torch
 from rich.table import Table
 from safetensors import safe_open
 
-from mha2mla_vlm.config import AttentionSizes, MLAConfig
+from mha2mla_vlm.config import CHANNEL_BITS, AttentionSizes, MLAConfig
 from mha2mla_vlm.conversion.weights import converted_config
 from mha2mla_vlm.errors import InputError
 from mha2mla_vlm.model.cache.latent import bytes_per_token
@@ -37,6 +37,7 @@ def describe(name: str) -> dict[str, Any]:
         "qk_rope_head_dim": mla.qk_rope_head_dim,
         "kv_lora_rank": mla.kv_lora_rank,
         "rotate_at": mla.rotate_at,
+        "latent_bits": mla.latent_bits,
         "decode_cost": mla.decode_cost(sizes),
         "modalities": list(mla.modalities),
         "bytes_per_token": bytes_per_token(config),
@@ -58,6 +59,7 @@ def conversion_summary(original: Any, mla: MLAConfig, dtype: torch.dtype) -> dic
         "qk_rope_head_dim": mla.qk_rope_head_dim,
         "kv_lora_rank": mla.kv_lora_rank,
         "rotate_at": mla.rotate_at,
+        "latent_bits": mla.latent_bits,
         "decode_cost": mla.decode_cost(AttentionSizes.of(original)),
         "bytes_per_token": bytes_per_token(converted, itemsize=dtype.itemsize),
         "bytes_per_token_original": bytes_per_token(original, itemsize=dtype.itemsize),
@@ -91,17 +93,20 @@ def print_layers(description: dict[str, Any]) -> None:
     size = description["bytes_per_token"]
     title = f"{description['family']}: {size} cache bytes per token, {ratio:.1%} of the original"
     table = Table(title=title)
-    for column in ("layer", "R", "r", "rotated at", "predicted KL", "pairs that stay rotated, by KV head"):
+    bits = f"r in {', '.join(map(str, CHANNEL_BITS))} bits"
+    for column in ("layer", "R", "r", bits, "rotated at", "predicted KL", "pairs that stay rotated"):
         table.add_column(column)
     predicted = description["predicted_kl"] or []
-    mla = MLAConfig(**{name: description[name] for name in ("qk_rope_head_dim", "kv_lora_rank", "rotate_at")})
+    names = ("qk_rope_head_dim", "kv_lora_rank", "rotate_at", "latent_bits")
+    mla = MLAConfig(**{name: description[name] for name in names})
     for layer in range(description["layers"]):
         spec = mla.layer(layer)
         pairs = description["pairs"][layer] if description["pairs"] else []
         shown = "\n".join(" ".join(map(str, head)) for head in pairs)
         cost = f"{predicted[layer]:.4f}" if predicted else "-"
-        sizes = ["as it was", "-", "-"]
+        sizes = ["as it was", "-", "-", "-"]
         if spec is not None:
-            sizes = [str(spec.rope_dim), str(spec.rank or "-"), spec.rotate_at]
+            counts = "all in 16" if spec.bits is None else ", ".join(map(str, spec.bits))
+            sizes = [str(spec.rope_dim), str(spec.rank or "-"), counts, spec.rotate_at]
         table.add_row(str(layer), *sizes, cost, shown)
     console().print(table)

@@ -208,11 +208,11 @@ def print_plan(original: Any, mla: MLAConfig) -> None:
     rope = by_layer([spec.rope_dim for spec in specs])
     modes = [spec.rotate_at for spec in specs]
     when = f", rotated at {by_layer(modes)}" if "read" in modes else ""
-    latent = "keys and values whole"
+    latent, bits = "keys and values whole", "" if mla.latent_bits is None else " in 16, 8, 4 and 2 bits"
     if mla.kv_lora_rank is not None:
         ranks = [cast(int, spec.rank) for spec in specs]
         per_head = by_layer([f"{rank / sizes.kv_heads:g}" for rank in ranks])
-        latent = f"d_kv = {per_head} latent dims per KV head (r = {by_layer(ranks)} a token)"
+        latent = f"d_kv = {per_head} latent dims per KV head (r = {by_layer(ranks)} a token){bits}"
     console().print(
         f"R = {rope} of {sizes.head_dim} rope dims{when}, {latent}: "
         f"{before} to {after} cache bytes per token ({after / before:.1%}), "

@@ -7,7 +7,7 @@ from huggingface_hub import HfApi, ModelCardData
 from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
-from mha2mla_vlm.config import AttentionSizes, MLAConfig
+from mha2mla_vlm.config import CHANNEL_BITS, AttentionSizes, LayerSpec, MLAConfig
 from mha2mla_vlm.errors import InputError, first_line
 from mha2mla_vlm.model.cache.latent import bytes_per_token
 from mha2mla_vlm.model.families import get_family
@@ -74,6 +74,7 @@ def _facts(config: Any, mla: MLAConfig) -> dict[str, str]:
         "cache bytes per token (16 bits)": f"{before:,} to {after:,} ({after / before:.1%})",
         "rope dims per KV head (R), by layer": by_layer([spec and spec.rope_dim for spec in specs]),
         "latent dims (r), by layer": by_layer([spec and spec.rank for spec in specs]),
+        "bits of latent dims": _bits(specs),
         "arithmetic of attention for each cached token, in that of the original": (
             f"{mla.decode_cost(sizes):.3g}"
         ),
@@ -83,6 +84,15 @@ def _facts(config: Any, mla: MLAConfig) -> dict[str, str]:
     return facts | {
         f"KL after {step.replace('_', ' ')}": f"{kl:.4f} nats per answer token" for step, kl in losses
     }
+
+
+def _bits(specs: list[LayerSpec | None]) -> str:
+    """How many latent dims have how many bits, in all layers together."""
+    if not any(spec and spec.bits for spec in specs):
+        return "16"
+    counts = [sum(each) for each in zip(*(spec.bits for spec in specs if spec and spec.bits), strict=True)]
+    listed = (f"{count} of {bits}" for count, bits in zip(counts, CHANNEL_BITS, strict=True))
+    return f"{', '.join(listed)} bits, over all layers"
 
 
 def method(mla: MLAConfig) -> dict[str, str]:

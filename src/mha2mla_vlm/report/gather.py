@@ -32,6 +32,7 @@ class Layer:
 
     rope_dim: int | None
     rank: int | None
+    bits: str
     pairs: list[list[int]]
     predicted: float | None
     measured: float | None
@@ -130,6 +131,7 @@ def _layers(
             Layer(
                 rope_dim=spec and spec.rope_dim,
                 rank=spec and spec.rank,
+                bits=", ".join(map(str, spec.bits)) if spec and spec.bits else "",
                 pairs=layer.self_attn.rope_pairs.tolist() if spec else every_pair,
                 predicted=None if predicted is None else predicted[index],
                 measured=None if measured is None else measured[index],

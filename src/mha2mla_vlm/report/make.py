@@ -88,7 +88,7 @@ def _commands(checkpoint: str, original: str, data: str | None, findings: dict[s
     ]
     how = [
         f"--{key.replace('_', '-')} {settings[key]}"
-        for key in ("rotate_at", "rope_selection", "factorization")
+        for key in ("rotate_at", "latent_bits", "rope_selection", "factorization")
         if settings.get(key)
     ]
     how += ["--no-fold"] if settings.get("fold") is False else []

@@ -78,3 +78,10 @@ class PackedTokens(Pieces):
             stop = start + PIECE
             latent = unpack(self.rows[:, start:stop], self.bits, self.dtype)
             yield latent, self.k_rope[:, :, start:stop].to(self.dtype)
+
+
+def stored_tokens(layer: Any, bits: LatentBits | None, dtype: torch.dtype) -> Any:
+    """The tokens of a cache's layer in the form that attention takes, of `dtype` where they are bytes."""
+    if bits is None or layer.keys.dtype != torch.uint8:
+        return layer.stored()
+    return PackedTokens(layer.keys[:, 0], layer.values, bits, dtype)
