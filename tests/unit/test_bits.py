@@ -91,14 +91,16 @@ def test_rounding_errs_as_expected_for_normal_numbers():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_rows_of_bytes_give_the_same_latents_again(dtype):
-    latent = (torch.randn(2, 7, BITS.rank) * torch.logspace(-1, 3, BITS.rank)).to(dtype)
-    kept = rounded(latent, BITS)
-    rows = pack(kept, BITS)
+@pytest.mark.parametrize("bits", [BITS, LatentBits(0, 5, 6, 8), LatentBits(3, 0, 0, 0)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 7), (1, 1), (1,)], ids=str)
+def test_rows_of_bytes_give_the_same_latents_again(dtype, bits, shape):
+    latent = (torch.randn(*shape, bits.rank) * torch.logspace(-1, 3, bits.rank)).to(dtype)
+    kept = rounded(latent, bits)
+    rows = torch.cat([pack(kept, bits), torch.ones(*shape, 3, dtype=torch.uint8)], dim=-1)  # of wider rows
     assert rows.dtype == torch.uint8
-    assert rows.shape == (2, 7, BITS.row_bytes)
-    assert torch.equal(unpack(rows, BITS, dtype), kept)
-    assert torch.equal(rounded(kept, BITS), kept)
+    assert rows.shape == (*shape, bits.row_bytes + 3)
+    assert torch.equal(unpack(rows[..., : bits.row_bytes], bits, dtype), kept)
+    assert torch.equal(rounded(kept, bits), kept)
     assert not torch.equal(kept, latent)
 
 

@@ -21,7 +21,7 @@ PIECE = 4096  # tokens that are unpacked at a time
 def pack(latent: torch.Tensor, bits: LatentBits) -> torch.Tensor:
     """Rows of bytes `[.., b]` of latents `[.., r]` that `bits.rounded` gave."""
     halves, *others = latent.split(bits.counts, dim=-1)
-    codes = [halves.to(torch.float16).contiguous().view(torch.uint8)]
+    codes = [halves.to(torch.float16).contiguous().view(torch.uint8)] if bits.sixteen else []
     for part, each in zip(others, CHANNEL_BITS[1:], strict=True):
         codes.append(pack_codes((part + (2 ** (each - 1) - 0.5)).to(torch.uint8), each))
     return torch.cat(codes, dim=-1)
@@ -30,7 +30,10 @@ def pack(latent: torch.Tensor, bits: LatentBits) -> torch.Tensor:
 def unpack(rows: torch.Tensor, bits: LatentBits, dtype: torch.dtype) -> torch.Tensor:
     """The latents `[.., r]` of rows of bytes `[.., b]`; exact in the dtype that they had."""
     halves, *others = rows.split(bits.bytes, dim=-1)
-    found = [halves.contiguous().view(torch.float16).to(dtype)]
+    found = []
+    if bits.sixteen:  # copied, for views of other sizes mind the strides of single rows too
+        dense = halves.clone(memory_format=torch.contiguous_format)
+        found.append(dense.view(torch.float16).to(dtype))
     for part, each in zip(others, CHANNEL_BITS[1:], strict=True):
         found.append(unpack_codes(part, each).to(dtype) - (2 ** (each - 1) - 0.5))
     return torch.cat(found, dim=-1)
