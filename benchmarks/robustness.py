@@ -4,10 +4,10 @@
     python benchmarks/robustness.py --models llava --samples 20 -o /tmp/rows
 
 Calibration, about training scans: 128 chats of all kinds, 16 of them, 128 of one kind of question ("read"),
-128 without their images; at read also with 32 random chats (`--random-chats`). Measured, about test
-scans: chats of all kinds, chats with three images, chats without their images, and answers to prompts at
-least four times as long as the longest chat of calibration. KL to the original with 95% bootstrap intervals
-over chats. Appends a row to `OUT/MODEL.jsonl` for each cell, and writes the table of all rows there to
+128 without their images; at read, in 16 bits and in bits by channel, also with 32 random chats
+(`--random-chats`). Measured, about test scans: chats of all kinds, chats with three images, chats without
+their images, and answers to prompts at least four times as long as the longest chat of calibration. KL to
+the original with 95% bootstrap intervals over chats. Appends a row to `OUT/MODEL.jsonl` for each cell, and writes the table of all rows there to
 `OUT/README.md`, and, where OUT is `docs/robustness`, into `docs/method.md`.
 """
 
@@ -27,7 +27,7 @@ from mha2mla_vlm.zoo.digits import Split
 
 MARK = "<!-- written by benchmarks/robustness.py -->"
 BUDGETS = (0.25, 0.125)
-MODES = ("read", "write")
+MODES = ("read", "read mixed", "write")  # when keys are rotated, and whether channels differ in bits
 CALIBRATION = 128  # chats
 RANDOM = 32  # random chats besides, where there are
 TIMES = 4  # prompts so many times as long as the longest chat of calibration
@@ -123,7 +123,7 @@ def run(name: str, modes: list[str], samples: int, folder: Path) -> None:
             rows.add(**key, samples=samples, **each.measure(model))
     for mode in modes:
         for calibration, (make, random_chats) in calibrations(name).items():
-            if random_chats and mode != "read":
+            if random_chats and mode == "write":
                 continue
             profile = None
             for budget in BUDGETS:
@@ -131,7 +131,9 @@ def run(name: str, modes: list[str], samples: int, folder: Path) -> None:
                 if not missing:
                     continue
                 chats = make()
-                config = ConversionConfig(rotate_at=mode, budget=budget, random_chats=random_chats)
+                at, _, mixed = mode.partition(" ")
+                how: dict[str, Any] = {"rotate_at": at, "latent_bits": mixed or "16"}
+                config = ConversionConfig(budget=budget, random_chats=random_chats, **how)
                 profile = profile or make_profile(model, processor, chats, config)
                 small = convert(model, processor, chats, config, profile=profile)
                 for kind in missing:

@@ -101,7 +101,7 @@ def test_rows_of_bytes_give_the_same_latents_again(dtype, bits, shape):
     assert rows.shape == (*shape, bits.row_bytes + 3)
     assert torch.equal(unpack(rows[..., : bits.row_bytes], bits, dtype), kept)
     assert torch.equal(rounded(kept, bits), kept)
-    assert not torch.equal(kept, latent)
+    assert not bits.eight or not torch.equal(kept, latent)
 
 
 def test_gradients_pass_where_numbers_are_in_range():
