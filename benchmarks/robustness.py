@@ -7,8 +7,9 @@ Calibration, about training scans: 128 chats of all kinds, 16 of them, 128 of on
 128 without their images; at read, in 16 bits and in bits by channel, also with 32 random chats
 (`--random-chats`). Measured, about test scans: chats of all kinds, chats with three images, chats without
 their images, and answers to prompts at least four times as long as the longest chat of calibration. KL to
-the original with 95% bootstrap intervals over chats. Appends a row to `OUT/MODEL.jsonl` for each cell, and writes the table of all rows there to
-`OUT/README.md`, and, where OUT is `docs/robustness`, into `docs/method.md`.
+the original with 95% bootstrap intervals over chats. Appends a row to `OUT/MODEL.jsonl` for each cell, and
+writes the table of all rows there to `OUT/README.md`, and, where OUT is `docs/robustness`, into
+`docs/method.md`.
 """
 
 import argparse

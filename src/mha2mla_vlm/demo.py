@@ -1,6 +1,6 @@
 """The whole way on a shipped model: convert, evaluate against the original, measure the cache."""
 
-import itertools
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from rich.table import Table
 from transformers import PreTrainedModel, ProcessorMixin
 
 from mha2mla_vlm.conversion.config import ConversionConfig
-from mha2mla_vlm.conversion.pipeline import convert, make_profile
+from mha2mla_vlm.conversion.pipeline import convert
 from mha2mla_vlm.data.records import Record
 from mha2mla_vlm.errors import need
 from mha2mla_vlm.evaluation.answers import Answered, by_kind, evaluate_answers, summary
@@ -25,7 +25,9 @@ from mha2mla_vlm.utils.progress import console
 from mha2mla_vlm.zoo.chats import zoo_records
 
 CALIBRATION_CHATS = 128
-SIZES = (("write", 0.375), ("write", 0.25), ("read", 0.125))  # when keys are rotated, share of the cache
+# when keys are rotated, bits of latent channels, share of the cache
+SIZES = (("write", "16", 0.25), ("read", "16", 0.125), ("read", "mixed", 0.0625))
+CACHED = torch.bfloat16  # as models are served; quality is measured in float32
 PAGE = "mha2mla-demo-{}.html"  # in the working folder, if none is given
 
 
@@ -37,7 +39,8 @@ def run_demo(
     A page about the smallest is written to `output`, or to the working folder.
 
     `exact_match` counts answers of held-out chats, `kl` is the mean divergence from the
-    original on their tokens, `cache_bytes` the tensors of a real cache after one answer.
+    original on their tokens, both in float32, `cache_bytes` the tensors of a real cache after one answer in
+    bfloat16.
     """
     name = check_name(name)
     need("matplotlib", "report", "the page of the demo")
@@ -61,19 +64,17 @@ def _compared(name: str, samples: int, device: str) -> tuple[dict[str, Any], Rep
     calibration = zoo_records(name, split="train", samples=CALIBRATION_CHATS, seed=1)
     held_out = zoo_records(name, split="test", samples=samples, seed=0)
     converted = {}
-    for mode, budgets in itertools.groupby(SIZES, key=lambda size: size[0]):
-        profile = make_profile(model, processor, calibration, ConversionConfig(rotate_at=mode))
-        for _, budget in budgets:
-            config = ConversionConfig(rotate_at=mode, budget=budget)
-            small = convert(model, processor, calibration, config, profile=profile)
-            converted[f"{budget:.4g} at {mode}"] = small
+    for mode, bits, budget in SIZES:
+        config = ConversionConfig(rotate_at=mode, latent_bits=bits, budget=budget)
+        title = f"{100 * budget:g}% {mode}{', mixed' if config.bits_by_channel else ''}"
+        converted[title] = convert(model, processor, calibration, config)
     rows = [_row("original", model, processor, held_out, evaluate_answers(model, processor, held_out))]
     for title, small in converted.items():
         answers = evaluate_answers(small, processor, held_out, baseline=model)
         rows.append(_row(title, small, processor, held_out, answers))
     result = {"model": name, "samples": samples, "rows": rows}
     given: dict[str, Any] = {
-        "name": f"zoo:{name}, {SIZES[-1][1]:.1%} of its cache",
+        "name": f"zoo:{name}, {SIZES[-1][2]:.1%} of its cache",
         "findings": small.findings,
     }
     given["commands"] = [f"mha2mla demo --model {name} --samples {samples}"]
@@ -89,11 +90,10 @@ def _row(
 ) -> dict[str, Any]:
     measured = summary(answers)
     question = max((r.before(i) for r in held_out for i in r.answers()), key=lambda r: len(r.messages))
-    once = answer(model, processor, question, max_new_tokens=32)
-    itemsize = model.dtype.itemsize
+    once = answer(copy.deepcopy(model).to(CACHED), processor, question, max_new_tokens=32)
     return {
         "name": title,
-        "bytes_per_token": bytes_per_token(model.config, itemsize=itemsize),
+        "bytes_per_token": bytes_per_token(model.config, itemsize=CACHED.itemsize),
         "answer": once.text,
         "cache_bytes": once.cache_bytes,
         "allocated_bytes": once.allocated_bytes,
