@@ -21,7 +21,8 @@ from mha2mla_vlm.config import SHARED
 from mha2mla_vlm.conversion.weights import factored_weights, layer_factors, partial_rope_weights, rebuild
 from mha2mla_vlm.data.records import Record, encode
 from mha2mla_vlm.model.families import get_family
-from mha2mla_vlm.model.modeling import decoder_layers, mla_classes
+from mha2mla_vlm.model.modeling import decoder_layers, mla_classes, text_model
+from mha2mla_vlm.model.normed import NORMS
 from mha2mla_vlm.utils.compat import cache_argument
 from mha2mla_vlm.zoo.architectures import new_model
 from mha2mla_vlm.zoo.chats import PAGE_MULTIPLE, make_page
@@ -45,7 +46,14 @@ def _original(name):
                 torch.nn.init.normal_(projection.bias, std=0.3)
         if layer.self_attn.v_proj.bias is not None:
             torch.nn.init.normal_(layer.self_attn.v_proj.bias, std=0.3)
+        for norm in norms_of(layer.self_attn):
+            torch.nn.init.normal_(norm.weight, mean=1.0, std=0.5)
     return model.eval(), processor
+
+
+def norms_of(attention):
+    """The norms of its queries and keys, if it has any."""
+    return [getattr(attention, name) for name in NORMS if hasattr(attention, name)]
 
 
 def original(name):
@@ -68,6 +76,8 @@ def random_mla(name, *, rope_dim=16, rank=40, modalities=("text", "vision"), see
         attention = layer.self_attn
         for parameter in attention.parameters():
             torch.nn.init.normal_(parameter, std=0.12 if parameter.ndim == 2 else 0.3)
+        for norm in norms_of(attention):
+            torch.nn.init.normal_(norm.weight, mean=1.0, std=0.5)
         pairs = attention.head_dim // 2
         for head in getattr(attention, "rope_pairs", ()):  # not of a layer left as it was
             head.copy_(torch.randperm(pairs)[: len(head)].sort().values)
@@ -76,7 +86,7 @@ def random_mla(name, *, rope_dim=16, rank=40, modalities=("text", "vision"), see
 
 def shallow(model, count=2):
     """The model with only its first layers."""
-    model.model.language_model.layers = decoder_layers(model)[:count]
+    text_model(model).layers = decoder_layers(model)[:count]
     model.config.text_config.num_hidden_layers = count
     return model
 
@@ -92,7 +102,7 @@ def with_factors(model, stats, mla):
     """A model of partial RoPE with its keys and values factorised."""
     weights = []
     for index, layer in enumerate(decoder_layers(model)):
-        whole = {k: v.detach() for k, v in layer.self_attn.state_dict().items()}
+        whole = {k: v.detach() for k, v in layer.self_attn.new_weights().items()}
         given = (whole, stats[index], mla.layer(index), factorization(mla.factorization))
         factors = layer_factors(*given, head_dim=layer.self_attn.head_dim)
         weights.append(factored_weights(whole, factors))

@@ -20,7 +20,7 @@ from mha2mla_vlm.conversion.config import AUTO, ConversionConfig
 from mha2mla_vlm.conversion.layer import LayerwiseConversion
 from mha2mla_vlm.conversion.on_disk import rest_shards
 from mha2mla_vlm.conversion.pipeline import encode_split
-from mha2mla_vlm.conversion.plan import is_allocated, plan
+from mha2mla_vlm.conversion.plan import check_attention, is_allocated, plan
 from mha2mla_vlm.conversion.profile import SKETCHES, LayerwiseProfile
 from mha2mla_vlm.conversion.weights import converted_config
 from mha2mla_vlm.conversion.work import MemoryWork
@@ -82,6 +82,7 @@ def predict(
         check_weights(Path(source))
     number = _stored_dtype(source) if dtype == "auto" else getattr(torch, dtype)
     original, converted = empty_model(model_config), empty_model(converted_config(model_config, mla))
+    check_attention(original)
     calibration, held_out = encode_split(original, load_processor(name), records, config)
     tokens, others = (sum(x["input_ids"].shape[1] for x in chats) for chats in (calibration, held_out))
     target = torch.device(device)

@@ -18,8 +18,8 @@ from mha2mla_vlm.conversion.config import ConversionConfig
 from mha2mla_vlm.conversion.describe import conversion_summary
 from mha2mla_vlm.conversion.driver import Chats, Sink, run
 from mha2mla_vlm.conversion.pipeline import encode_split
-from mha2mla_vlm.conversion.plan import plan
-from mha2mla_vlm.conversion.weights import converted_config
+from mha2mla_vlm.conversion.plan import check_attention, plan
+from mha2mla_vlm.conversion.weights import converted_config, kept_names
 from mha2mla_vlm.conversion.work_folder import WorkFolder
 from mha2mla_vlm.data.records import Record
 from mha2mla_vlm.errors import InputError, reading
@@ -121,6 +121,7 @@ def _on_disk(folder: Path, config: Any, dtype: str, device: torch.device) -> Pre
         with reading(f"the model in {folder}"):
             model = load(folder, dtype=dtype, device_map=disk_map(config, device))
             check_shapes(model)
+    check_attention(model)
     return model
 
 
@@ -139,12 +140,7 @@ def _layer_tensors(
 ) -> dict[str, torch.Tensor]:
     """What a shard holds: a layer's converted attention, and all else in the layer as it was."""
     attention = prefix + "self_attn."
-    kept = [
-        name
-        for name in stored_names(model)
-        if name.startswith(prefix)
-        and (name.startswith(attention + "o_proj.") or not name.startswith(attention))
-    ]
+    kept = kept_names(model, (name for name in stored_names(model) if name.startswith(prefix)))
     return {attention + key: value for key, value in made.items()} | read_weights(model, kept)
 
 

@@ -74,5 +74,5 @@ class Sweep:
 
     def whole(self, partial: MLAAttention, spec: LayerSpec) -> dict[str, torch.Tensor]:
         """Parameters of a layer after partial RoPE, as they are factorised."""
-        weights = partial.state_dict()
+        weights = partial.new_weights()
         return rotated_at_read(weights) if spec.at_read else weights

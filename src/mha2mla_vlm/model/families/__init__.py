@@ -3,11 +3,11 @@
 from typing import Any
 
 from mha2mla_vlm.errors import InputError, shown
-from mha2mla_vlm.model.families import llava, llava_next, qwen2_5_vl
+from mha2mla_vlm.model.families import llava, llava_next, qwen2_5_vl, qwen3_vl
 from mha2mla_vlm.model.families.base import Family
 
 FAMILIES: dict[str, Family] = {
-    family.model_type: family for family in (qwen2_5_vl.FAMILY, llava_next.FAMILY, llava.FAMILY)
+    module.FAMILY.model_type: module.FAMILY for module in (qwen2_5_vl, qwen3_vl, llava_next, llava)
 }
 
 
