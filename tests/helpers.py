@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tiny_models import new_tiny, page_multiple
 from transformers import Cache
 
 from mha2mla_vlm.algorithms.factorization import factorization
@@ -24,8 +25,7 @@ from mha2mla_vlm.model.families import get_family
 from mha2mla_vlm.model.modeling import decoder_layers, mla_classes, text_model
 from mha2mla_vlm.model.normed import NORMS
 from mha2mla_vlm.utils.compat import cache_argument
-from mha2mla_vlm.zoo.architectures import new_model
-from mha2mla_vlm.zoo.chats import PAGE_MULTIPLE, make_page
+from mha2mla_vlm.zoo.chats import make_page
 
 PROMPTS = {
     "text": [("Read all digits.", 0)],
@@ -38,7 +38,7 @@ PROMPTS = {
 @functools.cache
 def _original(name):
     torch.manual_seed(0)
-    model, processor = new_model(name)
+    model, processor = new_tiny(name)
     for layer in decoder_layers(model):
         for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj):
             torch.nn.init.normal_(projection.weight, std=0.12)  # sharp attention: positions and pairs matter
@@ -65,7 +65,7 @@ def original(name):
 def random_mla(name, *, rope_dim=16, rank=40, modalities=("text", "vision"), seed=1, rotate_at="write"):
     """A converted model of low rank whose text and vision factors, biases and pairs are all random."""
     base, processor = _original(name)
-    config_class, model_class = mla_classes(name)
+    config_class, model_class = mla_classes(base.config.model_type)
     mla = {"qk_rope_head_dim": rope_dim, "kv_lora_rank": rank, "modalities": modalities}
     mla |= {"rotate_at": rotate_at}
     torch.manual_seed(seed)
@@ -128,7 +128,7 @@ def record(name, prompt, seed=0):
         for _ in range(count):
             rows, columns = rng.randint(1, 3), rng.randint(1, 3)
             page = make_page(
-                rng, split="test", multiple=PAGE_MULTIPLE[name], rows=rows, columns=columns, augment=False
+                rng, split="test", multiple=page_multiple(name), rows=rows, columns=columns, augment=False
             )
             images.append(page.image)
         content = [{"type": "image"}] * count + [{"type": "text", "text": question}]
