@@ -152,14 +152,15 @@ def prompt_inputs(name, processor, prompts, side="left"):
 
 
 def with_positions(model, inputs):
-    """`inputs` plus position ids that skip padding, multimodal ones for Qwen2.5-VL."""
+    """`inputs` plus position ids that skip padding, multimodal ones where the model has them."""
     mask = inputs["attention_mask"]
-    if "image_grid_thw" in inputs:
+    multimodal = hasattr(model.model, "get_rope_index")
+    if multimodal and "image_grid_thw" in inputs:
         names = ("input_ids", "image_grid_thw", "attention_mask", "mm_token_type_ids")
         positions, _ = model.model.get_rope_index(**{name: inputs[name] for name in names})
     else:
         positions = (mask.cumsum(-1) - 1).clamp_min(0)
-        positions = positions.expand(3, -1, -1) if "mm_token_type_ids" in inputs else positions
+        positions = positions.expand(3, -1, -1) if multimodal else positions
     return inputs | {"position_ids": positions}
 
 
@@ -186,7 +187,9 @@ def piecewise_logits(model, inputs, cuts, cache: Cache):
             "position_ids": full["position_ids"][..., start:stop],
         }
         shown = [i for i, at in enumerate(starts) if start <= at < stop]
-        if shown:
+        if shown and len(shown) == len(starts):
+            piece = {k: v for k, v in full.items() if k != "mm_token_type_ids"} | piece
+        elif shown:
             first, last = shown[0], shown[-1] + 1
             for key in ("image_sizes", "image_grid_thw"):
                 if key in full:

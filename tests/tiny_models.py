@@ -207,7 +207,8 @@ def idefics3(family="idefics3", stem="Idefics3"):
     more = {}
     if family == "smolvlm":
         pytest.importorskip("num2words")
-        more["video_processor"] = transformers_class("SmolVLMVideoProcessor")()
+        sizes = {"size": {"longest_edge": 24}, "max_image_size": {"longest_edge": 24}}
+        more["video_processor"] = transformers_class("SmolVLMVideoProcessor")(**sizes)
     processor = transformers_class(f"{stem}Processor")(
         image_processor=transformers_class(f"{stem}ImageProcessor")(
             size={"longest_edge": 96}, max_image_size={"longest_edge": 24}

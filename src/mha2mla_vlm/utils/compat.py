@@ -201,9 +201,16 @@ def tied_names(model: Any) -> set[str]:
     return set(getattr(model, "all_tied_weights_keys", ()))
 
 
-def image_token_counts(processor: Any, sizes: list[tuple[int, int]]) -> list[int]:
-    """Placeholders that images of these heights and widths take, without preparing their pixels."""
-    return processor._get_num_multimodal_tokens(image_sizes=sizes)["num_image_tokens"]
+def image_token_counts(processor: Any, sizes: list[tuple[int, int]]) -> list[int] | None:
+    """Placeholders that images of these heights and widths take in one chat, without preparing their pixels.
+
+    None where the processor cannot tell: SmolVLM's has no such method, and LLaVA-OneVision's (which alone has
+    a `vision_aspect_ratio`) counts each image as if it were alone in its chat.
+    """
+    count = getattr(processor, "_get_num_multimodal_tokens", None)
+    if count is None or (len(sizes) > 1 and hasattr(processor, "vision_aspect_ratio")):
+        return None
+    return count(image_sizes=sizes)["num_image_tokens"]
 
 
 def enable_checkpointing(model: Any) -> None:
