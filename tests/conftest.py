@@ -1,4 +1,4 @@
-"""Shared fixtures: every family of the zoo by name, and one thread a test process, as several share two cores."""
+"""Shared fixtures: families of the zoo by name, and one thread a test process, as several share two cores."""
 
 import os
 import sys

@@ -110,7 +110,11 @@ def qwen3_vl_moe():
 
 def internvl(kind="qwen2"):
     """Tiles of 24 pixels a side, 4 tokens each."""
-    marks = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>"}
+    marks = {
+        "start_image_token": "<img>",
+        "end_image_token": "</img>",
+        "context_image_token": "<IMG_CONTEXT>",
+    }
     marks |= {"video_token": "<video>"}
     tokenizer = tokenizer_of(list(marks.values()), **marks)
     size = {"height": 24, "width": 24}

@@ -10,7 +10,9 @@ from helpers import random_mla
 from mha2mla_vlm.model.families import FAMILIES
 from mha2mla_vlm.model.shipped import ZOO_NAMES
 
-FAST = {"qwen3_vl": ("test_attention.py", "test_rotated_at_read.py")}  # of the other families `test_families.py`
+FAST = {
+    "qwen3_vl": ("test_attention.py", "test_rotated_at_read.py")
+}  # of the other families `test_families.py`
 
 
 @pytest.fixture(params=sorted(FAMILIES))

@@ -12,8 +12,8 @@ from test_published import FOLDER, distance, golden, golden_inputs, logits
 from mha2mla_vlm.conversion.import_published import import_published
 from mha2mla_vlm.errors import InputError
 from mha2mla_vlm.model.checkpoint import load, save
-from mha2mla_vlm.model.shipped import ZOO_NAMES
 from mha2mla_vlm.model.modeling import decoder_layers
+from mha2mla_vlm.model.shipped import ZOO_NAMES
 from mha2mla_vlm.utils.compat import cache_argument, cache_of
 
 STAGES = ("stage1", "stage2")

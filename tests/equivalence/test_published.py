@@ -17,8 +17,8 @@ from transformers import AutoModelForImageTextToText, BatchFeature
 
 from mha2mla_vlm.algorithms.pair_selection.base import RopeSelection
 from mha2mla_vlm.config import DECOUPLED, MLAConfig
-from mha2mla_vlm.model.shipped import ZOO_NAMES
 from mha2mla_vlm.model.modeling import decoder_layers
+from mha2mla_vlm.model.shipped import ZOO_NAMES
 from mha2mla_vlm.utils.compat import cache_argument, cache_of
 
 FOLDER = Path(__file__).parents[1] / "fixtures" / "published"

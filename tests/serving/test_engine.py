@@ -16,8 +16,8 @@ from mha2mla_vlm.errors import InputError
 from mha2mla_vlm.evaluation.answers import evaluate
 from mha2mla_vlm.model.cache.latent import bytes_per_token
 from mha2mla_vlm.model.checkpoint import load, load_config, load_processor, save
-from mha2mla_vlm.model.shipped import ZOO_NAMES
 from mha2mla_vlm.model.modeling import decoder_layers
+from mha2mla_vlm.model.shipped import ZOO_NAMES
 from mha2mla_vlm.zoo.chats import zoo_records
 
 MIXED = ("write", "read", "read", "write")

@@ -21,9 +21,9 @@ from mha2mla_vlm.model.cache.latent import (
     hold_latents,
     track_modality,
 )
-from mha2mla_vlm.model.shipped import ZOO_NAMES
 from mha2mla_vlm.model.modality import MAX_RUNS, Kind, TokenModality
 from mha2mla_vlm.model.modeling import decoder_layers
+from mha2mla_vlm.model.shipped import ZOO_NAMES
 from mha2mla_vlm.utils.compat import cache_of
 from mha2mla_vlm.zoo.architectures import new_model
 

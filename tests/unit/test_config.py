@@ -23,8 +23,8 @@ from mha2mla_vlm.config import (
 from mha2mla_vlm.conversion.config import ConversionConfig
 from mha2mla_vlm.conversion.plan import plan
 from mha2mla_vlm.errors import InputError
-from mha2mla_vlm.model.shipped import ZOO_NAMES
 from mha2mla_vlm.model.modeling import mla_classes
+from mha2mla_vlm.model.shipped import ZOO_NAMES
 from mha2mla_vlm.zoo.architectures import new_model
 
 SIZES = AttentionSizes(layers=3, heads=4, kv_heads=2, head_dim=64, hidden=256)

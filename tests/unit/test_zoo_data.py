@@ -10,6 +10,7 @@ import pytest
 
 from mha2mla_vlm.data.records import message_text
 from mha2mla_vlm.data.sources import load_records
+from mha2mla_vlm.model.shipped import ZOO_NAMES
 from mha2mla_vlm.zoo.architectures import new_model
 from mha2mla_vlm.zoo.chats import (
     KINDS,

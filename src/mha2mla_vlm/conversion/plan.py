@@ -15,8 +15,8 @@ from mha2mla_vlm.conversion.allocation import budget_units, dims_in_unit, least_
 from mha2mla_vlm.conversion.config import AUTO, ConversionConfig
 from mha2mla_vlm.conversion.weights import converted_config
 from mha2mla_vlm.errors import InputError
-from mha2mla_vlm.model.cache.latent import bytes_per_token
 from mha2mla_vlm.model.attention import MLAAttention
+from mha2mla_vlm.model.cache.latent import bytes_per_token
 from mha2mla_vlm.model.card import by_layer
 from mha2mla_vlm.model.families import get_family
 from mha2mla_vlm.model.modeling import decoder_layers

@@ -184,7 +184,9 @@ def encode_with_labels(
         places = _places([None if i in visual else i for i in ids], batch["input_ids"][row, real].tolist())
         if places is None:
             raise InputError(f"{record.source}: the processor changed the text of the chat; cannot label it")
-        answers = [p for p, wanted in zip(places, is_answer.tolist(), strict=True) if wanted and p is not None]
+        answers = [
+            p for p, wanted in zip(places, is_answer.tolist(), strict=True) if wanted and p is not None
+        ]
         kept = real[answers]
         labels[row, kept] = batch["input_ids"][row, kept]
     batch["labels"] = labels

@@ -187,7 +187,9 @@ class MLAAttention(nn.Module):
         queries = normed_queries(self, hidden_states).view(batch, new, *groups, self.head_dim)
         queries = queries.permute(0, 2, 3, 1, 4)
         if self.is_normed:  # else the rows of `q_proj` are in this order
-            order = head_order(self.rope_pairs, self.head_dim)[:, None, None].expand(batch, *queries.shape[1:])
+            order = head_order(self.rope_pairs, self.head_dim)[:, None, None].expand(
+                batch, *queries.shape[1:]
+            )
             queries = queries.gather(-1, order)
         rope, nope = queries.split([self.rope_dim, self.nope_dim], dim=-1)
         rope = rotate(rope, cos[:, :, None], sin[:, :, None])

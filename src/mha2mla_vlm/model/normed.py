@@ -42,7 +42,9 @@ def keys_and_values(attention: Any, hidden: torch.Tensor) -> tuple[torch.Tensor,
 
 
 def latent_inputs(attention: Any, hidden: torch.Tensor) -> torch.Tensor:
-    """What latents are made of: `hidden` itself, or y `[B, T, 2 G D]`, per KV head D of keys and D of values."""
+    """What latents are made of: `hidden` itself or, with norms, y `[B, T, 2 G D]`, which is per KV head its D
+    numbers of keys and D of values.
+    """
     if not is_normed(attention):
         return hidden
     return torch.cat(keys_and_values(attention, hidden), dim=-1).flatten(-2)

@@ -8,6 +8,7 @@ torch 2.9 to 2.15 where nothing else is said. `serving/vllm/compat.py` does the 
 
 import contextlib
 import inspect
+import re
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,8 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import Cache, DynamicCache, LlamaForCausalLM, PreTrainedModel, StaticCache
 from transformers.cache_utils import DynamicLayer
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
 from transformers.models.llama.modeling_llama import eager_attention_forward
@@ -199,6 +202,17 @@ def register_multimodal(model_type: str, class_name: str) -> None:
 def tied_names(model: Any) -> set[str]:
     """Names of parameters that are others' (tied embeddings)."""
     return set(getattr(model, "all_tied_weights_keys", ()))
+
+
+def reshaped_names(model: Any) -> list[str]:
+    """Names of the parameters that a class holds in another shape than its checkpoints do (experts).
+
+    Where weights stay on disk, `from_pretrained` writes these anew to an `offload_folder`, which it asks for
+    only once it has begun.
+    """
+    made = [x for x in get_model_conversion_mapping(model) if isinstance(x, WeightConverter)]
+    patterns = [re.compile(pattern) for each in made for pattern in each.target_patterns]
+    return [name for name, _ in model.named_parameters() if any(p.search(name) for p in patterns)]
 
 
 def image_token_counts(processor: Any, sizes: list[tuple[int, int]]) -> list[int] | None:
