@@ -1,23 +1,19 @@
-"""Every supported family, and converted models whose keys are rotated when they are written and when they are
-read.
-"""
+"""Families, and converted models whose keys are rotated when they are written and when they are read."""
 
 import functools
 
 import pytest
 from helpers import random_mla
 
-from mha2mla_vlm.model.families import FAMILIES
 from mha2mla_vlm.model.shipped import ZOO_NAMES
 
-FAST = {
-    "qwen3_vl": ("test_attention.py", "test_rotated_at_read.py")
-}  # of the other families `test_families.py`
+NORMED = "qwen3_vl"
+FAST = ("test_attention.py", "test_rotated_at_read.py")  # of it; the rest is slow
 
 
-@pytest.fixture(params=sorted(FAMILIES))
+@pytest.fixture(params=[*ZOO_NAMES, NORMED])
 def family(request):
-    """Each supported family's model type in turn."""
+    """Families of the zoo, and one with normed queries and keys; `test_families.py` has all others."""
     return request.param
 
 
@@ -29,8 +25,8 @@ def mla(request):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """The whole matrix is fast for the families of the zoo only."""
+    """Every test is fast for the families of the zoo only."""
     for item in items:
-        name = getattr(item, "callspec", None) and item.callspec.params.get("family")
-        if name in FAMILIES and name not in ZOO_NAMES and item.path.name not in FAST.get(name, ()):
+        given = item.callspec.params if hasattr(item, "callspec") else {}
+        if given.get("family") == NORMED and "equivalence" in item.path.parts and item.path.name not in FAST:
             item.add_marker("slow")

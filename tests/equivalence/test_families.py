@@ -24,6 +24,7 @@ from mha2mla_vlm.conversion.config import ConversionConfig
 from mha2mla_vlm.conversion.on_disk import convert_checkpoint
 from mha2mla_vlm.conversion.pipeline import convert
 from mha2mla_vlm.data.records import IGNORE_INDEX, chat_length, encode, encode_with_labels
+from mha2mla_vlm.errors import InputError
 from mha2mla_vlm.model.cache.latent import LatentCache, bytes_per_token, cache_bytes
 from mha2mla_vlm.model.families import FAMILIES, get_family
 from mha2mla_vlm.model.modeling import decoder_layers
@@ -133,6 +134,51 @@ def test_images_and_videos_are_visual_tokens(name):
     small, _ = random_mla(name, **SMALL)
     with torch.no_grad():
         assert bool(small(**inputs, use_cache=False).logits.isfinite().all())
+
+
+def with_norms(attention):
+    attention.k_norm = torch.nn.RMSNorm(attention.head_dim)
+
+
+def with_half_of_the_norms(attention):
+    del attention.q_norm
+
+
+def with_norms_over_all_heads(attention):
+    attention.k_norm.weight = torch.nn.Parameter(torch.ones(attention.k_proj.out_features))
+
+
+def with_sinks(attention):
+    attention.sinks = torch.nn.Parameter(torch.zeros(4))
+
+
+def not_causal(attention):
+    attention.is_causal = False
+
+
+@pytest.mark.parametrize(
+    ("family", "change", "message"),
+    [
+        ("idefics3", with_norms, "has q_proj, k_proj, v_proj, o_proj, k_norm; supported is"),
+        ("idefics3", with_sinks, "sinks; supported is"),
+        ("idefics3", not_causal, "not causal"),
+        ("internvl-qwen3", with_half_of_the_norms, "with or without q_norm and k_norm over a head"),
+        ("internvl-qwen3", with_norms_over_all_heads, "with or without q_norm and k_norm over a head"),
+    ],
+)
+def test_attention_that_would_lose_something_is_refused(family, change, message):
+    model, processor = original(family)
+    change(decoder_layers(model)[1].self_attn)
+    with pytest.raises(InputError, match=f"layer 1: attention.*{message}"):
+        convert(model, processor, answered(family, 3), ConversionConfig())
+
+
+def test_an_unknown_language_model_is_refused():
+    model, processor = original("internvl")
+    model.config.text_config.model_type = "gpt_oss"
+    message = "'gpt_oss' is not supported in internvl; supported: qwen2, qwen3, llama"
+    with pytest.raises(InputError, match=message):
+        convert(model, processor, answered("internvl", 3), ConversionConfig())
 
 
 @pytest.mark.parametrize("family", ["idefics3", "qwen3_vl_moe"])

@@ -11,8 +11,8 @@ import torch
 
 @dataclass
 class TokenStats:
-    """Sums over the tokens of one modality that go into a layer's attention: over x of which latents are made,
-    each of weight w.
+    """Sums over the tokens of one modality that go into a layer's attention: over the x of which latents are
+    made, each of weight w.
 
     `moment [C, C]` is the sum of w x x^T, `total [C]` of w x, `mass` of w, all in
     float64; `metric [2, G, D, D]`, if there is one, that of `error_metric.attention_usage`, of

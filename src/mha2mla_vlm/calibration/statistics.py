@@ -106,8 +106,8 @@ def layer_usage(
     metrics of the errors of their keys and values (`error_metric.attention_usage`).
 
     `inputs [1, T, C]` are what latents are made of (`normed.latent_inputs`), `modality [T]` numbers
-    `DECOUPLED`, `weights [T]` are `query_weights`. Where keys are rotated at read, `turned` are the queries to
-    look at and their weights for a third metric, of keys before RoPE (`error_metric.key_metric`).
+    `DECOUPLED`, `weights [T]` are `query_weights`. Where keys are rotated at read, `turned` are the queries
+    to look at and their weights for a third metric, of keys before RoPE (`error_metric.key_metric`).
     """
     output = module.o_proj.weight.unflatten(1, (-1, module.head_dim))
     options = {"modalities": len(DECOUPLED), "scaling": module.scaling}
