@@ -1,6 +1,6 @@
 """What each zoo model is before training: its config, tokenizer, processor and chat template.
 
-Real classes of the three families at a size of four million parameters. One visual token stands
+Real classes of four families at a size of four million parameters. One visual token stands
 for 12 x 12 pixels of a page whose digits are 24 pixels wide.
 """
 
