@@ -79,7 +79,7 @@ def convert_checkpoint(
     processor, named = load_processor(folder), dict[str, Any]()
     if temporary or not Path(resolve(name)).is_dir():  # on the hub, wherever its files are now
         named["original"] = None if temporary else _original(model_config, str(name))
-    with _room_for_experts(model_config, Path(output)) as options:
+    with _room_for_experts(folder, model_config, Path(output)) as options:
         model = _on_disk(folder, model_config, dtype, target, options)
         chats = encode_split(model, processor, records, config)
         _check_shares(chats)
@@ -132,17 +132,19 @@ def _shards(model: PreTrainedModel, work: WorkFolder) -> Sink:
 
 
 @contextlib.contextmanager
-def _room_for_experts(config: Any, output: Path) -> Iterator[dict[str, str]]:
+def _room_for_experts(folder: Path, config: Any, output: Path) -> Iterator[dict[str, str]]:
     """Within the context, the option that says where transformers writes weights anew which it holds in
     another shape than the checkpoint; nothing where there are none.
     """
-    if not reshaped_names(empty_model(config)):
+    with reading(f"the model in {folder}"):
+        rewritten = reshaped_names(empty_model(config))
+    if not rewritten:
         yield {}
         return
     path = check_output(output)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f"{path.name}.experts.", dir=path.parent) as folder:
-        yield {"offload_folder": folder}
+    with tempfile.TemporaryDirectory(prefix=f"{path.name}.experts.", dir=path.parent) as room:
+        yield {"offload_folder": room}
 
 
 def _on_disk(
