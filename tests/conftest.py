@@ -1,4 +1,4 @@
-"""Shared fixtures: every family by name, and one thread a test process, as several share two cores."""
+"""Shared fixtures: families of the zoo by name, and one thread a test process, as several share two cores."""
 
 import os
 import sys
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mha2mla_vlm.model.families import FAMILIES
+from mha2mla_vlm.model.shipped import ZOO_NAMES
 
 if not torch.cuda.is_available():  # read when Triton is first imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -20,9 +20,9 @@ def pytest_configure(config):
         torch.set_num_threads(1)
 
 
-@pytest.fixture(params=sorted(FAMILIES))
+@pytest.fixture(params=sorted(ZOO_NAMES))
 def family(request):
-    """Each supported family's model type in turn."""
+    """Each family of the zoo in turn; `equivalence/conftest.py` has all that are supported."""
     return request.param
 
 

@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tiny_models import new_tiny, page_multiple
 from transformers import Cache
 
 from mha2mla_vlm.algorithms.factorization import factorization
@@ -21,10 +22,10 @@ from mha2mla_vlm.config import SHARED
 from mha2mla_vlm.conversion.weights import factored_weights, layer_factors, partial_rope_weights, rebuild
 from mha2mla_vlm.data.records import Record, encode
 from mha2mla_vlm.model.families import get_family
-from mha2mla_vlm.model.modeling import decoder_layers, mla_classes
+from mha2mla_vlm.model.modeling import decoder_layers, mla_classes, text_model
+from mha2mla_vlm.model.normed import NORMS
 from mha2mla_vlm.utils.compat import cache_argument
-from mha2mla_vlm.zoo.architectures import new_model
-from mha2mla_vlm.zoo.chats import PAGE_MULTIPLE, make_page
+from mha2mla_vlm.zoo.chats import make_page
 
 PROMPTS = {
     "text": [("Read all digits.", 0)],
@@ -37,7 +38,7 @@ PROMPTS = {
 @functools.cache
 def _original(name):
     torch.manual_seed(0)
-    model, processor = new_model(name)
+    model, processor = new_tiny(name)
     for layer in decoder_layers(model):
         for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj):
             torch.nn.init.normal_(projection.weight, std=0.12)  # sharp attention: positions and pairs matter
@@ -45,7 +46,14 @@ def _original(name):
                 torch.nn.init.normal_(projection.bias, std=0.3)
         if layer.self_attn.v_proj.bias is not None:
             torch.nn.init.normal_(layer.self_attn.v_proj.bias, std=0.3)
+        for norm in norms_of(layer.self_attn):
+            torch.nn.init.normal_(norm.weight, mean=1.0, std=0.5)
     return model.eval(), processor
+
+
+def norms_of(attention):
+    """The norms of its queries and keys, if it has any."""
+    return [getattr(attention, name) for name in NORMS if hasattr(attention, name)]
 
 
 def original(name):
@@ -59,7 +67,7 @@ def random_mla(
 ):
     """A converted model of low rank whose text and vision factors, biases and pairs are all random."""
     base, processor = _original(name)
-    config_class, model_class = mla_classes(name)
+    config_class, model_class = mla_classes(base.config.model_type)
     mla = {"qk_rope_head_dim": rope_dim, "kv_lora_rank": rank, "modalities": modalities}
     mla |= {"rotate_at": rotate_at}
     if bits is not None:
@@ -72,6 +80,8 @@ def random_mla(
         attention = layer.self_attn
         for parameter in attention.parameters():
             torch.nn.init.normal_(parameter, std=0.12 if parameter.ndim == 2 else 0.3)
+        for norm in norms_of(attention):
+            torch.nn.init.normal_(norm.weight, mean=1.0, std=0.5)
         pairs = attention.head_dim // 2
         for head in getattr(attention, "rope_pairs", ()):  # not of a layer left as it was
             head.copy_(torch.randperm(pairs)[: len(head)].sort().values)
@@ -80,7 +90,7 @@ def random_mla(
 
 def shallow(model, count=2):
     """The model with only its first layers."""
-    model.model.language_model.layers = decoder_layers(model)[:count]
+    text_model(model).layers = decoder_layers(model)[:count]
     model.config.text_config.num_hidden_layers = count
     return model
 
@@ -96,7 +106,7 @@ def with_factors(model, stats, mla):
     """A model of partial RoPE with its keys and values factorised."""
     weights = []
     for index, layer in enumerate(decoder_layers(model)):
-        whole = {k: v.detach() for k, v in layer.self_attn.state_dict().items()}
+        whole = {k: v.detach() for k, v in layer.self_attn.new_weights().items()}
         given = (whole, stats[index], mla.layer(index), factorization(mla.factorization))
         factors = layer_factors(*given, head_dim=layer.self_attn.head_dim)
         weights.append(factored_weights(whole, factors))
@@ -122,7 +132,7 @@ def record(name, prompt, seed=0):
         for _ in range(count):
             rows, columns = rng.randint(1, 3), rng.randint(1, 3)
             page = make_page(
-                rng, split="test", multiple=PAGE_MULTIPLE[name], rows=rows, columns=columns, augment=False
+                rng, split="test", multiple=page_multiple(name), rows=rows, columns=columns, augment=False
             )
             images.append(page.image)
         content = [{"type": "image"}] * count + [{"type": "text", "text": question}]
@@ -146,14 +156,15 @@ def prompt_inputs(name, processor, prompts, side="left"):
 
 
 def with_positions(model, inputs):
-    """`inputs` plus position ids that skip padding, multimodal ones for Qwen2.5-VL."""
+    """`inputs` plus position ids that skip padding, multimodal ones where the model has them."""
     mask = inputs["attention_mask"]
-    if "image_grid_thw" in inputs:
+    multimodal = hasattr(model.model, "get_rope_index")
+    if multimodal and "image_grid_thw" in inputs:
         names = ("input_ids", "image_grid_thw", "attention_mask", "mm_token_type_ids")
         positions, _ = model.model.get_rope_index(**{name: inputs[name] for name in names})
     else:
         positions = (mask.cumsum(-1) - 1).clamp_min(0)
-        positions = positions.expand(3, -1, -1) if "mm_token_type_ids" in inputs else positions
+        positions = positions.expand(3, -1, -1) if multimodal else positions
     return inputs | {"position_ids": positions}
 
 
@@ -180,7 +191,9 @@ def piecewise_logits(model, inputs, cuts, cache: Cache):
             "position_ids": full["position_ids"][..., start:stop],
         }
         shown = [i for i, at in enumerate(starts) if start <= at < stop]
-        if shown:
+        if shown and len(shown) == len(starts):
+            piece = {k: v for k, v in full.items() if k != "mm_token_type_ids"} | piece
+        elif shown:
             first, last = shown[0], shown[-1] + 1
             for key in ("image_sizes", "image_grid_thw"):
                 if key in full:

@@ -22,6 +22,8 @@ class ReferenceAttention(nn.Module):
     def _key_value(self, x, visual, cos, sin, head):
         source = self.source
         name = ("vision" if visual else "text") if len(source.modalities) == 2 else "shared"
+        if source.is_normed:
+            x = self._normed_outputs(x)
         down, up = source.kv_a_proj[name], source.kv_b_proj[name]
         latent = down.weight.double() @ x
         both = up.weight.double() @ latent + (up.bias.double() if up.bias is not None else 0)
@@ -36,6 +38,20 @@ class ReferenceAttention(nn.Module):
             rope = rope[head * source.rope_dim : (head + 1) * source.rope_dim]
         key = torch.cat([self._rotate(rope, cos, sin, head), both[: source.nope_dim]])
         return key, both[source.nope_dim :]
+
+    def _normed_outputs(self, x):
+        """What latents are made of where keys are normed: per KV head its normed key and its value."""
+        keys, values = (self._heads(name, x, self.source.kv_heads) for name in ("k_proj", "v_proj"))
+        both = [(self._norm(self.source.k_norm, key), value) for key, value in zip(keys, values, strict=True)]
+        return torch.cat([part for head in both for part in head])
+
+    def _heads(self, name, x, heads):
+        projection = getattr(self.source, name)
+        made = projection.weight.double() @ x
+        return (made if projection.bias is None else made + projection.bias.double()).view(heads, -1)
+
+    def _norm(self, norm, x):
+        return norm.weight.double() * x / (x.square().mean() + norm.variance_epsilon).sqrt()
 
     def _rotate(self, x, cos, sin, head):
         half = len(x) // 2
@@ -72,10 +88,12 @@ class ReferenceAttention(nn.Module):
 
     def _one(self, x, cos, sin, keys, values, b, t, head, h):
         source = self.source
-        rows = slice(h * source.head_dim, (h + 1) * source.head_dim)
-        query = source.q_proj.weight[rows].double() @ x
-        if source.q_proj.bias is not None:
-            query = query + source.q_proj.bias[rows].double()
+        query = self._heads("q_proj", x, source.heads)[h]
+        if source.is_normed:
+            query = self._norm(source.q_norm, query)
+            rope, half = source.rope_pairs[head].tolist(), source.head_dim // 2
+            others = [pair for pair in range(half) if pair not in rope]
+            query = query[[*rope, *(i + half for i in rope), *others, *(i + half for i in others)]]
         rope = self._rotate(query[: source.rope_dim], cos, sin, head)
         query = torch.cat([rope, query[source.rope_dim :]])
         seen = self.keep[b, : t + 1].bool()

@@ -10,6 +10,7 @@ from mha2mla_vlm.config import AttentionSizes
 from mha2mla_vlm.data.records import encode
 from mha2mla_vlm.errors import InputError
 from mha2mla_vlm.model.cache.latent import LatentCache, LatentLayer, bytes_per_token, cache_bytes
+from mha2mla_vlm.model.modeling import text_model
 from mha2mla_vlm.utils.compat import cache_argument, cache_of
 
 BATCH = ["image", "text", "two images"]
@@ -369,11 +370,13 @@ def test_embeddings_with_token_types_are_the_ids(mla, family):
     model, processor = mla(family)
     inputs = prompt_inputs(family, processor, ["image"])
     seen = {}
-    hook = model.model.language_model.register_forward_pre_hook(
+    hook = text_model(model).register_forward_pre_hook(
         lambda module, args, kwargs: seen.update(kwargs), with_kwargs=True
     )
     expected = model(**with_positions(model, inputs), use_cache=False).logits
     hook.remove()
+    if seen.get("deepstack_visual_embeds") is not None:
+        pytest.skip("embeddings alone are not all that the language model gets")
     types = (inputs["input_ids"] == model.config.image_token_id).long()
     positions = with_positions(model, inputs)["position_ids"]
     embeddings = seen["inputs_embeds"].detach()

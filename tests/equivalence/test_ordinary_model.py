@@ -27,6 +27,7 @@ from mha2mla_vlm.conversion.config import ConversionConfig
 from mha2mla_vlm.model.cache.latent import LatentCache
 from mha2mla_vlm.model.families import get_family
 from mha2mla_vlm.model.modeling import decoder_layers, mla_inner_class
+from mha2mla_vlm.model.normed import is_normed
 from mha2mla_vlm.utils.compat import cache_argument, cache_of, is_plain, is_plain_tensor
 
 CLOSE = {"atol": 2e-4, "rtol": 2e-4}
@@ -239,38 +240,53 @@ def test_adapters_on_factors(family):
 
 
 def test_an_adapter_of_the_original_is_refused(family, tmp_path):
+    """Unless queries and keys are normed: then what it adapts is all still there."""
     peft = pytest.importorskip("peft")
     base, _ = original(family)
-    config = peft.LoraConfig(r=2, target_modules=r".*language_model.*\.(q|k|v)_proj", init_lora_weights=False)
+    config = peft.LoraConfig(
+        r=2, target_modules=r".*(language|text)_model.*\.self_attn\.(q|k|v)_proj", init_lora_weights=False
+    )
     peft.get_peft_model(base, config).save_pretrained(tmp_path)
-    model, _ = random_mla(family)
-    with pytest.raises(ValueError, match="not supported"):
-        peft.PeftModel.from_pretrained(model, tmp_path)
+    model, processor = random_mla(family)
+    if not is_normed(decoder_layers(model)[0].self_attn):
+        with pytest.raises(ValueError, match="not supported"):
+            peft.PeftModel.from_pretrained(model, tmp_path)
+        return
+    inputs = prompt_inputs(family, processor, ["image"])
+    plain = whole_logits(model, inputs)
+    adapted = peft.PeftModel.from_pretrained(model, tmp_path).get_base_model()
+    assert not torch.allclose(whole_logits(adapted, inputs), plain, atol=0.1)
 
 
 def test_unmerged_adapters_are_not_converted(family):
     peft = pytest.importorskip("peft")
     base, processor = original(family)
-    config = peft.LoraConfig(r=2, target_modules=r".*language_model.*\.v_proj")
+    config = peft.LoraConfig(r=2, target_modules=r".*(language|text)_model.*\.self_attn\.v_proj")
     adapted = peft.get_peft_model(base, config).get_base_model()
     with pytest.raises(InputError, match="merge adapters"):
         convert(adapted, processor, [], ConversionConfig())
 
 
 def test_the_class_of_the_original_refuses_converted_weights(family, tmp_path):
-    """It would make up keys and values, with a warning."""
+    """It would make up keys and values, with a warning. Where these are normed it is the original."""
     model, processor = random_mla(family)
     folder = save(model, processor, tmp_path / "model")
     stock = getattr(transformers, get_family(family).model_class)
-    with pytest.raises(RuntimeError, match="ismatch"):
-        stock.from_pretrained(folder)
+    if not is_normed(decoder_layers(model)[0].self_attn):
+        with pytest.raises(RuntimeError, match="ismatch"):
+            stock.from_pretrained(folder)
+        return
+    found, info = stock.from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert all(torch.equal(value, model.state_dict()[key]) for key, value in found.state_dict().items())
 
 
 def test_tensor_parallel_plan_names_what_is_there(family):
     model, _ = random_mla(family)
     names = [name.rpartition(".")[0] for name, _ in model.named_parameters()]
     patterns = [key.replace("*", "0") for key in model.tp_plan]
-    assert any("mlp" in pattern for pattern in patterns)
+    stock = original(family)[0].tp_plan
+    assert any("mlp" in pattern for pattern in patterns) == any("mlp" in key for key in stock)
     assert [p for p in patterns if not any(name == p or name.endswith(f".{p}") for name in names)] == []
 
 

@@ -16,8 +16,8 @@ from mha2mla_vlm.errors import InputError
 from mha2mla_vlm.evaluation.answers import evaluate
 from mha2mla_vlm.model.cache.latent import bytes_per_token
 from mha2mla_vlm.model.checkpoint import load, load_config, load_processor, save
-from mha2mla_vlm.model.families import FAMILIES
 from mha2mla_vlm.model.modeling import decoder_layers
+from mha2mla_vlm.model.shipped import ZOO_NAMES
 from mha2mla_vlm.zoo.chats import zoo_records
 
 MIXED = ("write", "read", "read", "write")
@@ -170,7 +170,7 @@ def test_two_processes(options, random_folder, monkeypatch):
     check(random_folder("qwen2_5_vl", rotate_at=MIXED), "qwen2_5_vl", **options)
 
 
-@pytest.mark.parametrize("name", sorted(FAMILIES))
+@pytest.mark.parametrize("name", sorted(ZOO_NAMES))
 def test_zoo_models(name, converted):
     check(converted(name), name)
 
@@ -215,7 +215,7 @@ def capacity(folder):
         return room(llm)
 
 
-@pytest.mark.parametrize("name", sorted(FAMILIES))
+@pytest.mark.parametrize("name", sorted(ZOO_NAMES))
 def test_capacity_rises_by_the_ratio_of_bytes(name, converted, tmp_path):
     small, whole = converted(name), as_on_the_hub(name, tmp_path / "whole")
     per_token = [bytes_per_token(load_config(folder)) for folder in (whole, small)]

@@ -21,9 +21,9 @@ from mha2mla_vlm.model.cache.latent import (
     hold_latents,
     track_modality,
 )
-from mha2mla_vlm.model.families import FAMILIES
 from mha2mla_vlm.model.modality import MAX_RUNS, Kind, TokenModality
 from mha2mla_vlm.model.modeling import decoder_layers
+from mha2mla_vlm.model.shipped import ZOO_NAMES
 from mha2mla_vlm.utils.compat import cache_of
 from mha2mla_vlm.zoo.architectures import new_model
 
@@ -349,7 +349,7 @@ def converted_by_layer(model):
     return partial, with_factors(partial, [LayerStats()] * 4, mla), kv_heads * sum(ropes) + sum(ranks)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", ZOO_NAMES)
 def test_bytes_per_token_are_those_of_the_cache_that_a_model_fills(name):
     model = new_model(name)[0].eval()
     partial, factored, elements = converted_by_layer(model)

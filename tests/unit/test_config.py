@@ -23,8 +23,8 @@ from mha2mla_vlm.config import (
 from mha2mla_vlm.conversion.config import ConversionConfig
 from mha2mla_vlm.conversion.plan import plan
 from mha2mla_vlm.errors import InputError
-from mha2mla_vlm.model.families import FAMILIES
 from mha2mla_vlm.model.modeling import mla_classes
+from mha2mla_vlm.model.shipped import ZOO_NAMES
 from mha2mla_vlm.zoo.architectures import new_model
 
 SIZES = AttentionSizes(layers=3, heads=4, kv_heads=2, head_dim=64, hidden=256)
@@ -141,7 +141,7 @@ def test_a_rank_larger_than_keys_and_values_is_refused():
         refused(lambda: config.check(SIZES), f"kv_lora_rank {rank}", "1 to 192", "R = 32")  # noqa: B023
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", ZOO_NAMES)
 def test_a_plan_of_a_rank_larger_than_the_input_is_refused(name):
     """But for a block kept whole, which is in the rank."""
     config = config_of(name)
@@ -200,7 +200,7 @@ def test_conversions_that_make_no_sense_are_refused(values, words):
     refused(lambda: ConversionConfig(**values), *words)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", ZOO_NAMES)
 def test_the_default_plan_halves_rope_and_quarters_the_latent(name):
     text = config_of(name).get_text_config(decoder=True)
     mla = plan(config_of(name), ConversionConfig())
@@ -211,7 +211,7 @@ def test_the_default_plan_halves_rope_and_quarters_the_latent(name):
     assert elements / (2 * text.num_key_value_heads * 64) == 0.375
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", ZOO_NAMES)
 @pytest.mark.parametrize(
     ("values", "words"),
     [
@@ -227,7 +227,7 @@ def test_a_plan_that_the_model_cannot_have_is_refused(name, values, words):
     refused(lambda: plan(config_of(name), ConversionConfig(**values)), *words)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", ZOO_NAMES)
 @pytest.mark.parametrize(
     ("values", "words"),
     [
@@ -257,7 +257,7 @@ def test_sizes_that_are_given_win_over_the_default_budget():
     assert ConversionConfig(factorization="split").share is None
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", ZOO_NAMES)
 @pytest.mark.parametrize(("factorization", "whole"), [("only-key", 64), ("only-value", 32), ("split", 0)])
 def test_d_kv_is_the_rank_of_what_is_factorised(name, factorization, whole):
     kv_heads = config_of(name).get_text_config(decoder=True).num_key_value_heads
@@ -266,12 +266,12 @@ def test_d_kv_is_the_rank_of_what_is_factorised(name, factorization, whole):
     assert mla.modalities == SHARED
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", ZOO_NAMES)
 def test_without_factorisation_there_is_no_rank(name):
     assert plan(config_of(name), ConversionConfig(factorization="none")).kv_lora_rank is None
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", ZOO_NAMES)
 @pytest.mark.parametrize(
     ("factorization", "rope_dim", "d_kv"),
     [("split", 64, 16), ("split", 48, 40), ("only-key", 32, 0), ("only-key", 32, -1), ("only-value", 32, 0)],
@@ -292,7 +292,7 @@ def test_every_planned_rank_can_be_made_of_blocks(name, factorization, rope_dim,
     assert factors.down.shape[0] == factors.up.shape[1] == rank
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", ZOO_NAMES)
 @pytest.mark.parametrize(
     "mla", [{}, {"qk_rope_head_dim": [8]}, {"qk_rope_head_dim": 7}, {"qk_rope_head_dim": 128}]
 )

@@ -12,7 +12,8 @@ from tokenizers.processors import TemplateProcessing
 from mha2mla_vlm.data.records import IGNORE_INDEX, Record, encode, encode_with_labels, message_text
 from mha2mla_vlm.data.sources import load_records
 from mha2mla_vlm.errors import InputError
-from mha2mla_vlm.model.families import FAMILIES, get_family
+from mha2mla_vlm.model.families import get_family
+from mha2mla_vlm.model.shipped import ZOO_NAMES
 from mha2mla_vlm.zoo.architectures import new_model
 
 IMAGE = {"type": "image"}
@@ -276,7 +277,7 @@ def expected_labels(name, record):
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("chats", [["turns"], ["text"], ["turns", "short"], ["text", "turns", "short"]])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", ZOO_NAMES)
 def test_labels_are_exactly_the_answers_and_what_closes_them(name, chats, side):
     processor, visual, placeholder = parts_of(name)
     processor.tokenizer.padding_side = side
@@ -295,7 +296,7 @@ def test_labels_are_exactly_the_answers_and_what_closes_them(name, chats, side):
         assert not bool(padded.all()), "the batch has no padding, so the test would show nothing"
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", ZOO_NAMES)
 def test_a_batch_holds_the_tokens_of_each_chat_alone(name):
     processor, visual, _ = parts_of(name)
     processor.tokenizer.padding_side = "left"
@@ -308,7 +309,7 @@ def test_a_batch_holds_the_tokens_of_each_chat_alone(name):
         assert torch.equal(batch["labels"][row][real], alone["labels"][0])
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", ZOO_NAMES)
 def test_the_generation_prompt_ends_where_the_first_label_begins(name):
     processor, visual, _ = parts_of(name)
     processor.tokenizer.padding_side = "left"
@@ -322,7 +323,7 @@ def test_the_generation_prompt_ends_where_the_first_label_begins(name):
         assert processor.tokenizer.decode(stretch) == wanted
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", ZOO_NAMES)
 def test_a_chat_without_an_answer_has_no_labels(name):
     processor, visual, _ = parts_of(name)
     record = Record(messages=[user(IMAGE, "What?")], images=[draw()])

@@ -3,9 +3,10 @@
 import pytest
 import torch
 from helpers import original
-from transformers import LlamaConfig, Qwen2_5_VLTextConfig
+from transformers import LlamaConfig, Qwen2_5_VLTextConfig, Qwen3VLTextConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLRotaryEmbedding
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRotaryEmbedding
 
 from mha2mla_vlm.bench.context import positions_of
 from mha2mla_vlm.model import blocks
@@ -14,9 +15,16 @@ from mha2mla_vlm.model.interpolated import rotated_scores
 from mha2mla_vlm.model.modality import Kind, Run
 from mha2mla_vlm.model.positions import Rotation
 from mha2mla_vlm.model.rebuilt import Angles, rebuilt_keys
+from mha2mla_vlm.model.shipped import ZOO_NAMES
 
 RANK, DIM, TOKENS = 24, 128, 3000
 RUNS = (Run(0, 150, Kind.TEXT), Run(150, 2550, Kind.VISION), Run(2550, TOKENS, Kind.TEXT))
+
+
+@pytest.fixture(params=[*ZOO_NAMES, "qwen3_vl"])
+def family(request):
+    """Of the zoo, and one whose multimodal RoPE is interleaved."""
+    return request.param
 
 
 def rotation_of(family, batch=1):
@@ -25,6 +33,11 @@ def rotation_of(family, batch=1):
         rope = {"rope_type": "default", "mrope_section": [16, 24, 24], "rope_theta": 1e6}
         config = Qwen2_5_VLTextConfig(hidden_size=4 * DIM, num_attention_heads=4, rope_parameters=rope)
         rotary = Qwen2_5_VLRotaryEmbedding(config)
+    elif family == "qwen3_vl":
+        rope = {"rope_type": "default", "mrope_section": [24, 20, 20], "rope_theta": 5e6}
+        rope |= {"mrope_interleaved": True}
+        config = Qwen3VLTextConfig(num_attention_heads=4, head_dim=DIM, rope_parameters=rope)
+        rotary = Qwen3VLTextRotaryEmbedding(config)
     else:
         rope = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0}
         rope |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 1024}
@@ -101,4 +114,7 @@ def test_frequencies_are_those_of_the_model(family):
     angles, axes = rotation.frequencies
     torch.testing.assert_close(angles, rotation.rotary.inv_freq, rtol=1e-5, atol=0)
     counts = [16, 24, 24] if family == "qwen2_5_vl" else [64]
-    assert torch.equal(axes, torch.repeat_interleave(torch.tensor(counts)))
+    expected = torch.repeat_interleave(torch.tensor(counts))
+    if family == "qwen3_vl":
+        expected = torch.tensor([0, 1, 2] * 20 + [0] * 4)
+    assert torch.equal(axes, expected)

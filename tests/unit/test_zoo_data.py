@@ -10,6 +10,7 @@ import pytest
 
 from mha2mla_vlm.data.records import message_text
 from mha2mla_vlm.data.sources import load_records
+from mha2mla_vlm.model.shipped import ZOO_NAMES
 from mha2mla_vlm.zoo.architectures import new_model
 from mha2mla_vlm.zoo.chats import (
     KINDS,
@@ -23,7 +24,6 @@ from mha2mla_vlm.zoo.chats import (
 )
 from mha2mla_vlm.zoo.digits import CELL, SPLITS, draw_page, scan_image, scan_indices, scans, scans_by_digit
 
-FAMILY_NAMES = tuple(PAGE_MULTIPLE)
 COUNT = 40
 # sha256 of images and target, as load_digits() of scikit-learn 1.9 gives them
 SCIKIT_LEARN_DIGITS = "f6d9e39f37dc45d327f6db33428ee58970ccceabb2535a5c179de35886b70443"
@@ -110,7 +110,7 @@ def chats_behind(name):
     return sample_chats(name, split="test", samples=COUNT, seed=3)
 
 
-@pytest.fixture(scope="module", params=FAMILY_NAMES)
+@pytest.fixture(scope="module", params=ZOO_NAMES)
 def written(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     return request.param, write_chats(request.param, folder, split="test", samples=COUNT, seed=3)
@@ -163,7 +163,7 @@ def files_of(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("name", FAMILY_NAMES)
+@pytest.mark.parametrize("name", ZOO_NAMES)
 def test_equal_arguments_write_equal_bytes_and_any_other_argument_does_not(name, tmp_path):
     base = {"split": "test", "samples": 6, "seed": 3}
     variants = {"one": {}, "again": {}, "seed": {"seed": 4}, "split": {"split": "train"}}
@@ -219,7 +219,7 @@ def test_augmentation_changes_the_ink_and_stays_in_the_cell():
     assert turned[:, CELL:].min() == 255
 
 
-@pytest.mark.parametrize("name", FAMILY_NAMES)
+@pytest.mark.parametrize("name", ZOO_NAMES)
 def test_the_processor_takes_a_page_without_rescaling_it(name):
     """One visual token stands for a fixed number of pixels, whatever the page."""
     _, processor = new_model(name)

@@ -1,6 +1,6 @@
 """Sums over tokens, from which factors are made.
 
-Shapes: C hidden, G KV heads, D head dim.
+Shapes: G KV heads, D head dim, C hidden or, where keys are normed, 2 G D.
 """
 
 from dataclasses import dataclass, replace
@@ -11,7 +11,8 @@ import torch
 
 @dataclass
 class TokenStats:
-    """Sums over the tokens x of one modality that go into a layer's attention, each of weight w.
+    """Sums over the tokens of one modality that go into a layer's attention: over the x of which latents are
+    made, each of weight w.
 
     `moment [C, C]` is the sum of w x x^T, `total [C]` of w x, `mass` of w, all in
     float64; `metric [2, G, D, D]`, if there is one, that of `error_metric.attention_usage`, of

@@ -20,7 +20,7 @@ from mha2mla_vlm.model.cache.latent import LatentCache, hold_latents, remember_m
 from mha2mla_vlm.model.cache.packed import pack, stored_tokens
 from mha2mla_vlm.model.cache.quantized import quantized_cache
 from mha2mla_vlm.model.modality import TokenModality
-from mha2mla_vlm.model.modeling import decoder_layers, latent_attentions
+from mha2mla_vlm.model.modeling import decoder_layers, latent_attentions, text_model
 from mha2mla_vlm.model.positions import Rotation, TokenPositions
 from mha2mla_vlm.model.rebuilt import Angles
 from mha2mla_vlm.utils.compat import attention_name, cache_argument, set_attention_name
@@ -122,7 +122,7 @@ def _rotation(converted: PreTrainedModel, places: torch.Tensor, like: torch.Tens
     """What a step makes of the positions of its tokens, once for all layers that rotate at read."""
     if not converted.model.reads_positions:
         return None
-    text = converted.model.language_model
+    text = text_model(converted)
     return Rotation(text.rotary_emb.rotary, places, like, text.config)
 
 
@@ -153,7 +153,7 @@ def time_layers(
         def run() -> None:
             cache.crop(-1)  # so that the new token is the last that fits, and buffers are dense
             if model is converted and converted.model.reads_positions:
-                kwargs["token_positions"] = TokenPositions(converted.model.language_model.rotary_emb)
+                kwargs["token_positions"] = TokenPositions(text_model(converted).rotary_emb)
             for layer in decoder_layers(model):
                 layer.self_attn(
                     hidden_states=hidden,
@@ -202,7 +202,7 @@ def _interface(name: str, way: Dense) -> str:
 def rotary_tables(model: PreTrainedModel, hidden: torch.Tensor, position: int) -> Any:
     """Rotary tables of one new token at `position`."""
     where = positions(model, torch.full(hidden.shape[:2], position, device=hidden.device))
-    return model.model.language_model.rotary_emb(hidden, where)
+    return text_model(model).rotary_emb(hidden, where)
 
 
 def positions(model: PreTrainedModel, places: torch.Tensor) -> torch.Tensor:

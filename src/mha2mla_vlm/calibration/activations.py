@@ -16,6 +16,7 @@ from mha2mla_vlm.calibration.statistics import MAX_QUERIES, query_weights, visua
 from mha2mla_vlm.evaluation.answers import predicted
 from mha2mla_vlm.model.attention import MLAAttention
 from mha2mla_vlm.model.modality import TokenModality
+from mha2mla_vlm.model.modeling import text_model
 from mha2mla_vlm.model.offload import front_modules, resident
 
 Tables = tuple[torch.Tensor, torch.Tensor]  # cos and sin
@@ -143,7 +144,7 @@ def _stubbed(model: PreTrainedModel) -> Iterator[list[Call]]:
     """Within the context, stubs are in the place of the decoder layers and of the norm behind them; yields a
     list for what they are called with.
     """
-    text: Any = model.model.language_model
+    text: Any = text_model(model)
     layers, norm, calls = text.layers, text.norm, list[Call]()
     text.layers, text.norm = nn.ModuleList(_Stub(calls) for _ in layers), _Stub(calls)
     try:

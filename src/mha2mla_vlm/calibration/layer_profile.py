@@ -18,6 +18,7 @@ from mha2mla_vlm.calibration.activations import Chat, States, Tables, advance
 from mha2mla_vlm.calibration.statistics import Heads, LayerStats, layer_usage
 from mha2mla_vlm.config import AttentionSizes
 from mha2mla_vlm.errors import InputError
+from mha2mla_vlm.model.normed import latent_inputs
 from mha2mla_vlm.utils.distributed import sum_over_processes
 
 
@@ -110,12 +111,12 @@ def measure_layer(
             covariance = pair_covariance(*parts, *chat.queries(), module.scaling)
             found.covariance = _sum(found.covariance, share * covariance)
         if methods.factorization.statistics == "usage":
-            given = (module, heads, hidden, chat.visual.long(), chat.weights)
+            given = (module, heads, latent_inputs(module, hidden), chat.visual.long(), chat.weights)
             looked_at = chat.some_queries() if methods.at_read else None
             for name, tokens in layer_usage(*given, turned=looked_at).items():
                 found.stats.add(name, tokens)
         elif moments:
-            add_moments(found.stats, chat, hidden)
+            add_moments(found.stats, chat, latent_inputs(module, hidden))
 
     advance(layer, index, chats, states, stream, observe)
     sum_over_processes(x for x in (found.scores, found.covariance) if x is not None)
@@ -133,19 +134,19 @@ def _sum(so_far: torch.Tensor | None, new: torch.Tensor) -> torch.Tensor:
 def measure_moments(
     layer: nn.Module, index: int, chats: Sequence[Chat], states: States, stream: str
 ) -> LayerStats:
-    """Take a stream through a layer; moments of what goes into its attention, by modality."""
+    """Take a stream through a layer; moments of what latents of it are made of, by modality."""
     stats = LayerStats()
 
-    def observe(chat: Chat, _: Any, hidden: torch.Tensor, __: Tables) -> None:
+    def observe(chat: Chat, module: Any, hidden: torch.Tensor, _: Tables) -> None:
         """Add one chat."""
-        add_moments(stats, chat, hidden)
+        add_moments(stats, chat, latent_inputs(module, hidden))
 
     advance(layer, index, chats, states, stream, observe)
     stats.sum_over_processes()
     return stats
 
 
-def add_moments(stats: LayerStats, chat: Chat, hidden: torch.Tensor) -> None:
-    """Add a chat's tokens, apart for text and vision."""
+def add_moments(stats: LayerStats, chat: Chat, inputs: torch.Tensor) -> None:
+    """Add a chat's tokens `[1, T, C]`, apart for text and vision."""
     for modality, mask in (("text", ~chat.visual), ("vision", chat.visual)):
-        stats.add(modality, TokenStats.of(hidden[0][mask]))
+        stats.add(modality, TokenStats.of(inputs[0][mask]))

@@ -15,6 +15,7 @@ from mha2mla_vlm.algorithms.error_metric import attention_usage, key_metric
 from mha2mla_vlm.algorithms.token_stats import TokenStats
 from mha2mla_vlm.config import DECOUPLED
 from mha2mla_vlm.data.records import IGNORE_INDEX
+from mha2mla_vlm.model.normed import keys_and_values, normed_queries
 from mha2mla_vlm.model.rope import rotate
 from mha2mla_vlm.utils.compat import one_table
 from mha2mla_vlm.utils.distributed import sum_over_processes
@@ -26,7 +27,7 @@ MAX_QUERIES = 64  # of a chat, whose attention pairs are measured on
 
 @dataclass
 class LayerStats:
-    """What goes into one layer's attention, by modality."""
+    """What latents of one layer are made of (`normed.latent_inputs`), by modality."""
 
     tokens: dict[str, TokenStats] = field(default_factory=dict)
 
@@ -51,7 +52,8 @@ class LayerStats:
 
 @dataclass(frozen=True, kw_only=True)
 class Heads:
-    """One chat in an original layer: queries `[H, T, D]`, keys and values `[G, T, D]`, in float32.
+    """One chat in an original layer: queries `[H, T, D]`, keys and values `[G, T, D]`, in float32, normed
+    where the module norms them.
 
     `cos, sin [T, P]` are the rotary table's first half; the other half is the same.
     """
@@ -65,10 +67,8 @@ class Heads:
     @classmethod
     def of(cls, module: Any, hidden: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor]) -> Self:
         """From the input `[1, T, hidden]` of an attention module of transformers."""
-        q, k, v = (
-            projection(hidden)[0].float().unflatten(-1, (-1, module.head_dim)).transpose(0, 1)
-            for projection in (module.q_proj, module.k_proj, module.v_proj)
-        )
+        all_heads = (normed_queries(module, hidden), *keys_and_values(module, hidden))
+        q, k, v = (x[0].float().transpose(0, 1) for x in all_heads)
         half = module.head_dim // 2
         cos, sin = (one_table(table, module.config)[0, :, :half].float() for table in tables)
         return cls(queries=q, keys=k, values=v, cos=cos, sin=sin)
@@ -96,7 +96,7 @@ def query_weights(batch: BatchFeature, visual: torch.Tensor) -> torch.Tensor:
 def layer_usage(
     module: Any,
     heads: Heads,
-    hidden: torch.Tensor,
+    inputs: torch.Tensor,
     modality: torch.Tensor,
     weights: torch.Tensor,
     *,
@@ -105,9 +105,9 @@ def layer_usage(
     """Tokens of one chat in an original layer, weighted by the squared attention that they receive, and
     metrics of the errors of their keys and values (`error_metric.attention_usage`).
 
-    `hidden [1, T, hidden]` goes into attention, `modality [T]` numbers `DECOUPLED`, `weights [T]` are
-    `query_weights`. Where keys are rotated at read, `turned` are the queries to look at and their weights for
-    a third metric, of keys before RoPE (`error_metric.key_metric`).
+    `inputs [1, T, C]` are what latents are made of (`normed.latent_inputs`), `modality [T]` numbers
+    `DECOUPLED`, `weights [T]` are `query_weights`. Where keys are rotated at read, `turned` are the queries
+    to look at and their weights for a third metric, of keys before RoPE (`error_metric.key_metric`).
     """
     output = module.o_proj.weight.unflatten(1, (-1, module.head_dim))
     options = {"modalities": len(DECOUPLED), "scaling": module.scaling}
@@ -118,6 +118,6 @@ def layer_usage(
         metric = torch.cat([metric, in_frame[:, None]], dim=1)
     masks = [modality == number for number in range(len(DECOUPLED))]
     return {
-        name: TokenStats.of(hidden[0][mask], received[mask], metric[number])
+        name: TokenStats.of(inputs[0][mask], received[mask], metric[number])
         for number, (name, mask) in enumerate(zip(DECOUPLED, masks, strict=True))
     }

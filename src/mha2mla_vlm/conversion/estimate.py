@@ -20,7 +20,7 @@ from mha2mla_vlm.conversion.config import AUTO, ConversionConfig
 from mha2mla_vlm.conversion.layer import LayerwiseConversion
 from mha2mla_vlm.conversion.on_disk import rest_shards
 from mha2mla_vlm.conversion.pipeline import encode_split
-from mha2mla_vlm.conversion.plan import is_allocated, plan
+from mha2mla_vlm.conversion.plan import check_attention, is_allocated, plan
 from mha2mla_vlm.conversion.profile import SKETCHES, LayerwiseProfile
 from mha2mla_vlm.conversion.weights import converted_config
 from mha2mla_vlm.conversion.work import MemoryWork
@@ -31,6 +31,7 @@ from mha2mla_vlm.model.checkpoint import load_config, load_processor, resolve
 from mha2mla_vlm.model.files import check_weights
 from mha2mla_vlm.model.modeling import decoder_layers, layer_prefixes
 from mha2mla_vlm.model.offload import empty_model, front_modules, stored_names
+from mha2mla_vlm.utils.compat import reshaped_names
 from mha2mla_vlm.utils.memory import forget_peak, peak_resident_bytes, resident_bytes
 from mha2mla_vlm.utils.progress import Phases, console
 from mha2mla_vlm.utils.remote import DTYPES, remote_headers
@@ -82,6 +83,7 @@ def predict(
         check_weights(Path(source))
     number = _stored_dtype(source) if dtype == "auto" else getattr(torch, dtype)
     original, converted = empty_model(model_config), empty_model(converted_config(model_config, mla))
+    check_attention(original)
     calibration, held_out = encode_split(original, load_processor(name), records, config)
     tokens, others = (sum(x["input_ids"].shape[1] for x in chats) for chats in (calibration, held_out))
     target = torch.device(device)
@@ -102,7 +104,9 @@ def predict(
         bytes_per_token=bytes_per_token(converted.config, itemsize=number.itemsize),
         bytes_per_token_original=bytes_per_token(model_config, itemsize=number.itemsize),
         output_bytes=output_bytes,
-        states_bytes=hidden * AttentionSizes.of(model_config).hidden * number.itemsize + layers * kept,
+        states_bytes=hidden * AttentionSizes.of(model_config).hidden * number.itemsize
+        + layers * kept
+        + _bytes(original, reshaped_names(original), number),
         peak_bytes=None if peak is None else max(peak, base + _front_and_shards(original, number)),
         seconds=sum(seconds.values()),
         phases=seconds,

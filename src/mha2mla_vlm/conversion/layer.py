@@ -35,7 +35,7 @@ Spectrum = list[tuple[int, float]]  # number of a direction, what it carries of 
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertedLayer:
-    """Parameters of a layer's `MLAAttention` but for `o_proj`, which stays, and spectra by modality."""
+    """Parameters of a layer's `MLAAttention` but for those that stay, and spectra by modality."""
 
     weights: dict[str, torch.Tensor]
     spectra: dict[str, Spectrum]
@@ -109,8 +109,7 @@ class LayerwiseConversion(Sweep):
                 for stream in (ORIGINAL, *self.ends.values()):
                     with attending(layer, attention[stream]):
                         advance(layer, index, self.held_out, self.states, stream)
-        weights = {k: v for k, v in converted.state_dict().items() if not k.startswith("o_proj.")}
-        return ConvertedLayer(weights=weights, spectra=spectra)
+        return ConvertedLayer(weights=converted.new_weights(), spectra=spectra)
 
     def _profile(self, layer: nn.Module, index: int) -> LayerProfile:
         """What calibration shows about the original layer; nothing of one that is converted already."""

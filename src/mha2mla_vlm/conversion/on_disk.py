@@ -1,10 +1,12 @@
 """Conversion of a checkpoint that stays on disk: a layer at a time is read, converted and written."""
 
+import contextlib
 import hashlib
 import json
+import tempfile
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,8 +20,8 @@ from mha2mla_vlm.conversion.config import ConversionConfig
 from mha2mla_vlm.conversion.describe import conversion_summary
 from mha2mla_vlm.conversion.driver import Chats, Sink, run
 from mha2mla_vlm.conversion.pipeline import encode_split
-from mha2mla_vlm.conversion.plan import plan
-from mha2mla_vlm.conversion.weights import converted_config
+from mha2mla_vlm.conversion.plan import check_attention, plan
+from mha2mla_vlm.conversion.weights import converted_config, kept_names
 from mha2mla_vlm.conversion.work_folder import WorkFolder
 from mha2mla_vlm.data.records import Record
 from mha2mla_vlm.errors import InputError, reading
@@ -28,8 +30,9 @@ from mha2mla_vlm.model.checkpoint import load, load_config, load_processor, loca
 from mha2mla_vlm.model.files import weights_digest, weights_files
 from mha2mla_vlm.model.modeling import layer_prefixes, write_findings
 from mha2mla_vlm.model.offload import check_shapes, disk_map, empty_model, read_weights, stored_names
-from mha2mla_vlm.utils.compat import tied_names
+from mha2mla_vlm.utils.compat import reshaped_names, tied_names
 from mha2mla_vlm.utils.distributed import claimed_by_first, process_count
+from mha2mla_vlm.utils.folders import check_output
 from mha2mla_vlm.utils.memory import peak_resident_bytes
 from mha2mla_vlm.utils.progress import kept
 
@@ -73,30 +76,44 @@ def convert_checkpoint(
     folder, target = local_folder(name), torch.device(device)
     plan(model_config := load_config(folder), config)
     weights_files(folder)
-    processor = load_processor(folder)
-    model = _on_disk(folder, model_config, dtype, target)
-    chats = encode_split(model, processor, records, config)
-    _check_shares(chats)
-    given = {"model": str(folder), "config": config.to_dict(), "dtype": str(model.dtype)}
-    given["records"] = _digest(chats)  # which encodes each, before any work
-    settings = given | {"processes": process_count(), "weights": weights_digest(folder)}
-    with claimed_by_first(output):
-        work = WorkFolder(Path(output), settings, resume=resume, spill=Path(spill) if spill else None)
-        with kept(work.folder, "resume with --resume"):
-            found = run(model, config, chats, device=target, work=work, sink=_shards(model, work))
-            if temporary or not Path(resolve(name)).is_dir():  # on the hub, wherever its files are now
-                original = None if temporary else _original(model_config, str(name))
-                found = replace(found, mla=replace(found.mla, original=original))
-            start = time.perf_counter()
-            if work.main:
-                with work.writing("the rest of the model"):
-                    _write_rest(model, processor, found.mla, work)
-                    write_findings(found.findings, work.result)
-            work.seconds["writing"] = work.seconds.get("writing", 0.0) + time.perf_counter() - start
-        work.finish()
+    processor, named = load_processor(folder), dict[str, Any]()
+    if temporary or not Path(resolve(name)).is_dir():  # on the hub, wherever its files are now
+        named["original"] = None if temporary else _original(model_config, str(name))
+    with _room_for_experts(folder, model_config, Path(output)) as options:
+        model = _on_disk(folder, model_config, dtype, target, options)
+        chats = encode_split(model, processor, records, config)
+        _check_shares(chats)
+        given = {"model": str(folder), "config": config.to_dict(), "dtype": str(model.dtype)}
+        given["records"] = _digest(chats)  # which encodes each, before any work
+        settings = given | {"processes": process_count(), "weights": weights_digest(folder)}
+        with claimed_by_first(output):
+            work = WorkFolder(Path(output), settings, resume=resume, spill=Path(spill) if spill else None)
+            return _convert(model, processor, config, chats, target, work, named)
+
+
+def _convert(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    config: ConversionConfig,
+    chats: Chats,
+    device: torch.device,
+    work: WorkFolder,
+    named: dict[str, Any],
+) -> StreamedConversion:
+    """Convert, from where `work` stopped; `named` are fields of the result's config to be set."""
+    with kept(work.folder, "resume with --resume"):
+        found = run(model, config, chats, device=device, work=work, sink=_shards(model, work))
+        found = replace(found, mla=replace(found.mla, **named))
+        start = time.perf_counter()
+        if work.main:
+            with work.writing("the rest of the model"):
+                _write_rest(model, processor, found.mla, work)
+                write_findings(found.findings, work.result)
+        work.seconds["writing"] = work.seconds.get("writing", 0.0) + time.perf_counter() - start
+    work.finish()
     return StreamedConversion(
         mla=found.mla,
-        summary=conversion_summary(model_config, found.mla, model.dtype),
+        summary=conversion_summary(model.config, found.mla, model.dtype),
         seconds=dict(work.seconds),
         peak_bytes=peak_resident_bytes(),
     )
@@ -114,13 +131,32 @@ def _shards(model: PreTrainedModel, work: WorkFolder) -> Sink:
     return lambda index, made: work.write(names[index], _layer_tensors(model, prefixes[index], made))
 
 
-def _on_disk(folder: Path, config: Any, dtype: str, device: torch.device) -> PreTrainedModel:
+@contextlib.contextmanager
+def _room_for_experts(folder: Path, config: Any, output: Path) -> Iterator[dict[str, str]]:
+    """Within the context, the option that says where transformers writes weights anew which it holds in
+    another shape than the checkpoint; nothing where there are none.
+    """
+    with reading(f"the model in {folder}"):
+        rewritten = reshaped_names(empty_model(config))
+    if not rewritten:
+        yield {}
+        return
+    path = check_output(output)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f"{path.name}.experts.", dir=path.parent) as room:
+        yield {"offload_folder": room}
+
+
+def _on_disk(
+    folder: Path, config: Any, dtype: str, device: torch.device, options: dict[str, str]
+) -> PreTrainedModel:
     """The model, whose weights are read as they are needed."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The following device_map keys")  # of parameters
         with reading(f"the model in {folder}"):
-            model = load(folder, dtype=dtype, device_map=disk_map(config, device))
+            model = load(folder, dtype=dtype, device_map=disk_map(config, device), **options)
             check_shapes(model)
+    check_attention(model)
     return model
 
 
@@ -139,12 +175,7 @@ def _layer_tensors(
 ) -> dict[str, torch.Tensor]:
     """What a shard holds: a layer's converted attention, and all else in the layer as it was."""
     attention = prefix + "self_attn."
-    kept = [
-        name
-        for name in stored_names(model)
-        if name.startswith(prefix)
-        and (name.startswith(attention + "o_proj.") or not name.startswith(attention))
-    ]
+    kept = kept_names(model, (name for name in stored_names(model) if name.startswith(prefix)))
     return {attention + key: value for key, value in made.items()} | read_weights(model, kept)
 
 

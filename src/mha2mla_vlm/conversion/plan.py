@@ -16,10 +16,12 @@ from mha2mla_vlm.conversion.allocation import budget_units, dims_in_unit, least_
 from mha2mla_vlm.conversion.config import AUTO, ConversionConfig
 from mha2mla_vlm.conversion.weights import converted_config
 from mha2mla_vlm.errors import InputError
+from mha2mla_vlm.model.attention import MLAAttention
 from mha2mla_vlm.model.cache.latent import bytes_per_token
 from mha2mla_vlm.model.card import by_layer
 from mha2mla_vlm.model.families import get_family
 from mha2mla_vlm.model.modeling import decoder_layers
+from mha2mla_vlm.model.normed import NORMS, PROJECTIONS
 from mha2mla_vlm.model.origin import shared_name
 from mha2mla_vlm.utils.compat import is_plain_tensor
 from mha2mla_vlm.utils.progress import console
@@ -32,8 +34,11 @@ def check_model(model: PreTrainedModel) -> None:
         raise InputError(
             f"the model lies on {', '.join(map(str, devices))}; load it on one device to convert it"
         )
+    check_attention(model)
     for layer in decoder_layers(model):
         for name, child in layer.self_attn.named_children():
+            if name in NORMS:
+                continue
             modules = child.values() if isinstance(child, nn.ModuleDict) else [child]
             wrong = [m for m in modules if any(True for _ in m.parameters()) and not _is_linear(m)]
             if wrong:
@@ -41,6 +46,31 @@ def check_model(model: PreTrainedModel) -> None:
                     f"layer {layer.self_attn.layer_idx}: {name} ({type(wrong[0]).__name__}) is not a plain "
                     "linear layer; merge adapters first (merge_and_unload), load quantised models in bfloat16"
                 )
+
+
+def check_attention(model: PreTrainedModel) -> None:
+    """Raise `InputError` unless attention of an original model is causal, of four projections and of the
+    norms that its family has: what else a module does would be lost without a word.
+    """
+    norms = get_family(model.config.model_type).norms
+    for index, layer in enumerate(decoder_layers(model)):
+        attention = layer.self_attn
+        if isinstance(attention, MLAAttention):
+            continue
+        children = dict(attention.named_children())
+        own = [name for name, _ in attention.named_parameters(recurse=False)]
+        unknown = [name for name in (*children, *own) if name not in (*PROJECTIONS, *norms)]
+        missing = [name for name in PROJECTIONS if name not in children]
+        found = [name for name in norms if name in children]
+        of_heads = all(tuple(children[name].weight.shape) == (attention.head_dim,) for name in found)
+        if unknown or missing or len(found) not in (0, len(norms)) or not of_heads:
+            raise InputError(
+                f"layer {index}: attention ({type(attention).__name__}) has {', '.join((*children, *own))}; "
+                f"supported is {', '.join(PROJECTIONS)}"
+                + (f", with or without {' and '.join(norms)} over a head" if norms else "")
+            )
+        if not getattr(attention, "is_causal", True):
+            raise InputError(f"layer {index}: attention is not causal; supported is causal attention")
 
 
 def _is_linear(module: nn.Module) -> bool:

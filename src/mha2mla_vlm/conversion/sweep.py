@@ -14,8 +14,11 @@ from mha2mla_vlm.config import AttentionSizes, LayerSpec, MLAConfig
 from mha2mla_vlm.conversion.config import ConversionConfig
 from mha2mla_vlm.conversion.weights import partial_layer, rotated_at_read, table_scale
 from mha2mla_vlm.conversion.work import Work
+from mha2mla_vlm.errors import InputError
 from mha2mla_vlm.model.attention import MLAAttention
 from mha2mla_vlm.model.families import get_family
+from mha2mla_vlm.model.modeling import decoder_layers
+from mha2mla_vlm.model.normed import is_normed
 from mha2mla_vlm.utils.distributed import own_share
 from mha2mla_vlm.utils.progress import Phases
 
@@ -36,7 +39,8 @@ def methods(config: ConversionConfig) -> Methods:
 class Sweep:
     """A sweep over the layers of `model`, which may lie on disk, for a conversion as `config` and `mla` say.
 
-    What it finds stays in `work`; `phases` show how far it is.
+    What it finds stays in `work`; `phases` show how far it is. Raises `InputError` for rotated keys of 8 bits
+    where queries are normed.
     """
 
     def __init__(
@@ -54,6 +58,12 @@ class Sweep:
         self.by_mode = {mode: methods(config.of(mode)) for mode in config.modes}
         self.phases, self.work, self.states = phases, work, work.states
         self.sizes = AttentionSizes.of(model.config)
+        normed = any(is_normed(layer.self_attn) for layer in decoder_layers(model))
+        if normed and config.bits_by_channel and "write" in config.modes:
+            raise InputError(  # steps of keys would have to be in the queries, behind their norm
+                f"latent_bits mixed with rotate_at {config.rotate_at} does not go with normed queries and keys; "
+                "give --rotate-at read"
+            )
 
     def chats(self, batches: Sequence[BatchFeature], streams: Sequence[str]) -> list[Chat]:
         """This process's share of chats, brought before the first layer, where they begin `streams`."""
@@ -74,5 +84,5 @@ class Sweep:
 
     def whole(self, partial: MLAAttention, spec: LayerSpec) -> dict[str, torch.Tensor]:
         """Parameters of a layer after partial RoPE, as they are factorised."""
-        weights = partial.state_dict()
+        weights = partial.new_weights()
         return rotated_at_read(weights) if spec.at_read else weights

@@ -6,7 +6,7 @@ O = G * (N + D), r latent dims.
 
 import copy
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +22,8 @@ from mha2mla_vlm.algorithms.token_stats import TokenStats
 from mha2mla_vlm.calibration.statistics import LayerStats
 from mha2mla_vlm.config import SHARED, LayerSpec, MLAConfig
 from mha2mla_vlm.model.attention import MLAAttention
-from mha2mla_vlm.model.modeling import layer_prefixes, mla_classes
+from mha2mla_vlm.model.modeling import decoder_layers, layer_prefixes, mla_classes, text_model
+from mha2mla_vlm.model.normed import is_normed, kept_children
 from mha2mla_vlm.utils.compat import attention_name, set_attention_name
 
 logger = logging.getLogger(__name__)
@@ -31,7 +32,7 @@ REPLACED = ("k_proj.weight", "v_proj.weight")  # of `projections.Replaced`
 
 def table_scale(model: PreTrainedModel) -> float:
     """What the rotary tables multiply logits by (longer-context variants of RoPE)."""
-    return float(getattr(model.model.language_model.rotary_emb, "attention_scaling", 1.0)) ** 2
+    return float(getattr(text_model(model).rotary_emb, "attention_scaling", 1.0)) ** 2
 
 
 def partial_rope_weights(
@@ -40,8 +41,11 @@ def partial_rope_weights(
     """Parameters of `MLAAttention` for one layer: rows of q, k and v regrouped, dropped keys folded.
 
     `scale` is `table_scale`; logits of pairs that are not rotated any more get it through the query,
-    unless a fold, fitted to logits that have it, brings it.
+    unless a fold, fitted to logits that have it, brings it. Where keys are normed it is all in what makes
+    latents of them: the rows that are regrouped are those of an identity.
     """
+    if is_normed(attention):
+        return _normed_weights(attention, selection, scale)
     pairs = selection.pairs.to(attention.k_proj.weight.device)
     rope, others = split_dims(pairs, attention.head_dim)
     kv_heads, rope_dim = rope.shape
@@ -65,6 +69,23 @@ def partial_rope_weights(
             both = [torch.cat([kh[rows], vh]) for kh, vh, rows in zip(k, v, others, strict=True)]
             weights[f"kv_a_proj.shared.{kind}"] = torch.cat(both)
     return weights
+
+
+def _normed_weights(attention: Any, selection: RopeSelection, scale: float) -> dict[str, torch.Tensor]:
+    """`partial_rope_weights` where keys are normed: `T` over `normed.latent_inputs`, `[.., 2 G D]`."""
+    like, head_dim = attention.k_proj.weight, attention.head_dim
+    pairs = selection.pairs.to(like.device)
+    rope, others = split_dims(pairs, head_dim)
+    plain = torch.eye(2 * len(pairs) * head_dim, dtype=like.dtype, device=like.device)
+    keys, values = plain.unflatten(0, (len(pairs), 2, head_dim)).unbind(1)
+    turned = torch.cat([head[rows] for head, rows in zip(keys, rope, strict=True)])
+    keys = keys * scale if selection.fold is None else fold_keys(keys, selection.fold.to(pairs.device))
+    both = [torch.cat([kh[rows], vh]) for kh, vh, rows in zip(keys, values, others, strict=True)]
+    return {
+        "rope_pairs": selection.pairs,
+        "k_rope_proj.weight": turned,
+        "kv_a_proj.shared.weight": torch.cat(both),
+    }
 
 
 def rotated_at_read(whole: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -107,11 +128,9 @@ def keys_in_steps(
 def factored_weights(
     whole: dict[str, torch.Tensor], factors: Mapping[str, Factors]
 ) -> dict[str, torch.Tensor]:
-    """Parameters of one layer with factors by modality, from those after partial RoPE; without `o_proj`,
-    which stays.
-    """
+    """Parameters of one layer with factors by modality, from those after partial RoPE."""
     source, bias = whole["kv_a_proj.shared.weight"], whole.get("kv_a_proj.shared.bias")
-    made = {k: v for k, v in whole.items() if not k.startswith(("kv_a_proj.", "o_proj."))}
+    made = {k: v for k, v in whole.items() if not k.startswith("kv_a_proj.")}
     for modality, factor in factors.items():
         made[f"kv_a_proj.{modality}.weight"] = factor.down.to(source.dtype)
         if factor.offset is not None:
@@ -183,7 +202,7 @@ def converted_layer(source: nn.Module, weights: dict[str, torch.Tensor], spec: L
     module = MLAAttention(source, spec)
     missing, unexpected = module.load_state_dict(weights, strict=False, assign=True)
     assert not unexpected, unexpected
-    assert all(key.startswith(("o_proj.", *REPLACED)) for key in missing), missing
+    assert not set(missing) & module.new_weights().keys() - set(REPLACED), missing
     return module.eval()
 
 
@@ -196,21 +215,26 @@ def converted_config(config: Any, mla: MLAConfig) -> Any:
     return made
 
 
+def kept_names(model: PreTrainedModel, names: Iterable[str]) -> list[str]:
+    """Of `names` in a model's state, those that conversion leaves as they are: all beside attention, and of
+    that `normed.kept_children`.
+    """
+    prefixes = [prefix + "self_attn." for prefix in layer_prefixes(model)]
+    pairs = zip(prefixes, decoder_layers(model), strict=True)
+    kept = tuple(f"{a}{child}." for a, layer in pairs for child in kept_children(layer.self_attn))
+    return [name for name in names if name.startswith(kept) or not name.startswith(tuple(prefixes))]
+
+
 def rebuild(
     model: PreTrainedModel, mla: MLAConfig, weights: Sequence[dict[str, torch.Tensor]]
 ) -> PreTrainedModel:
     """A converted model with `weights` in its attention layers and copies of all else in `model`."""
     config = converted_config(model.config, mla)
     prefixes = [prefix + "self_attn." for prefix in layer_prefixes(model)]
-    replaced = tuple(prefixes)
-    kept = tuple(prefix + "o_proj." for prefix in prefixes)
-    state = {
-        key: value.clone()
-        for key, value in model.state_dict().items()
-        if key.startswith(kept) or not key.startswith(replaced)
-    }
+    state = {prefix + key: torch.zeros(1) for prefix in prefixes for key in REPLACED}
+    known = model.state_dict()
+    state |= {key: known[key].clone() for key in kept_names(model, known)}
     for prefix, made in zip(prefixes, weights, strict=True):
-        state |= {prefix + key: torch.zeros(1) for key in REPLACED}
         state |= {prefix + key: value for key, value in made.items()}
     model_class = mla_classes(model.config.model_type)[1]
     made_model = model_class.from_pretrained(None, config=config, state_dict=state, dtype=model.dtype)

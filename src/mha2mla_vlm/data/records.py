@@ -1,6 +1,7 @@
 """Chat records, checked, and turned into model inputs with answer-only labels."""
 
 import io
+import itertools
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -159,8 +160,9 @@ def _special(processor: ProcessorMixin, text: str) -> dict[str, bool]:
 def _process(processor: ProcessorMixin, texts: list[str], images: list[list[Image.Image]]) -> BatchFeature:
     kwargs: dict[str, Any] = _special(processor, texts[0])
     if any(images):
-        # a chat without images must not reach the processor as an empty list
-        kwargs["images"] = images if all(images) else [image for chat in images for image in chat]
+        # a chat without images is an empty list to processors that keep images apart by chat, else left out
+        by_chat = "pixel_attention_mask" in processor.image_processor.model_input_names
+        kwargs["images"] = images if by_chat else [chat for chat in images if chat]
     return processor(text=texts, **kwargs, padding=True, return_tensors="pt")
 
 
@@ -170,21 +172,46 @@ def encode_with_labels(
     """`encode` plus `labels [B, T]`: the ids of the answers (and what closes them), else `IGNORE_INDEX`.
 
     The answers are found by rendering each chat up to and through every answer, in the text before the
-    processor repeats the image placeholders; tokens other than placeholders then match one to one.
+    processor puts many placeholders, and marks between them, where one was; the tokens between placeholders
+    are then found again (`_places`).
     """
     batch = encode(processor, records)
-    visual = torch.tensor(list(visual_token_ids))
+    visual = set(visual_token_ids)
     labels = torch.full_like(batch["input_ids"], IGNORE_INDEX)
     for row, record in enumerate(records):
         ids, is_answer = _answer_tokens(processor, record)
-        plain = ~torch.isin(ids, visual)
-        place = ~torch.isin(batch["input_ids"][row], visual) & batch["attention_mask"][row].bool()
-        if int(place.sum()) != int(plain.sum()):
+        real = batch["attention_mask"][row].bool().nonzero()[:, 0]
+        places = _places([None if i in visual else i for i in ids], batch["input_ids"][row, real].tolist())
+        if places is None:
             raise InputError(f"{record.source}: the processor changed the text of the chat; cannot label it")
-        kept = place.nonzero()[:, 0][is_answer[plain]]
+        answers = [
+            p for p, wanted in zip(places, is_answer.tolist(), strict=True) if wanted and p is not None
+        ]
+        kept = real[answers]
         labels[row, kept] = batch["input_ids"][row, kept]
     batch["labels"] = labels
     return batch
+
+
+def _places(pattern: list[int | None], ids: list[int]) -> list[int | None] | None:
+    """Where in `ids` each token of `pattern` is, if what stands there for one or more None may be any tokens,
+    at least one; None where they are not alike. The text before the first None is at the begin, that behind
+    the last at the end, and each between two as early as it can be.
+    """
+    places, at = list[int | None](), 0
+    for is_text, group in itertools.groupby(pattern, lambda token: token is not None):
+        tokens = list(group)
+        if not is_text:
+            places, at = places + [None] * len(tokens), at + 1  # one token at least
+            continue
+        last = len(places) + len(tokens) == len(pattern)
+        begins = [len(ids) - len(tokens)] if last else range(at, len(ids)) if places else [0]
+        begin = next((b for b in begins if at <= b and ids[b : b + len(tokens)] == tokens), None)
+        if begin is None:
+            return None
+        at = begin + len(tokens)
+        places += range(begin, at)
+    return places if at <= len(ids) and (pattern[-1:] == [None] or at == len(ids)) else None
 
 
 class EncodedRecords(Sequence[BatchFeature]):
@@ -210,7 +237,7 @@ class EncodedRecords(Sequence[BatchFeature]):
         return encode_with_labels(self.processor, [self.records[index]], self.visual_token_ids)
 
 
-def _answer_tokens(processor: ProcessorMixin, record: Record) -> tuple[torch.Tensor, torch.Tensor]:
+def _answer_tokens(processor: ProcessorMixin, record: Record) -> tuple[list[int], torch.Tensor]:
     """Ids of a chat before placeholders are repeated, and which of them lie within an answer."""
     text = _render(processor, record.messages)
     encoded = processor.tokenizer(text, return_offsets_mapping=True, **_special(processor, text))
@@ -224,11 +251,13 @@ def _answer_tokens(processor: ProcessorMixin, record: Record) -> tuple[torch.Ten
                 f"{record.source}: the chat template rewrites earlier turns; cannot label answers"
             )
         is_answer |= (offsets[:, 0] >= len(start)) & (offsets[:, 1] <= len(through))
-    return torch.tensor(encoded["input_ids"]), is_answer
+    return encoded["input_ids"], is_answer
 
 
 def chat_length(processor: ProcessorMixin, record: Record) -> int:
-    """Tokens of a whole chat, without preparing its pixels; raises `InputError` if it cannot be read."""
+    """Tokens of a whole chat, without preparing its pixels where the processor can tell; raises `InputError`
+    if it cannot be read.
+    """
     images = record.load_images()
     try:
         text = _render(processor, record.messages)
@@ -248,4 +277,6 @@ def chat_length(processor: ProcessorMixin, record: Record) -> int:
         visual = image_token_counts(processor, sizes)
     except ValueError as error:  # of a shape that it does not take
         raise InputError(f"{record.source}: the processor refuses an image: {error}") from error
+    if visual is None:
+        return encode(processor, [record])["input_ids"].shape[1]
     return plain + sum(visual) - len(images)

@@ -19,6 +19,7 @@ from mha2mla_vlm.model.cache.packed import cached
 from mha2mla_vlm.model.chunked import attend_chunks
 from mha2mla_vlm.model.kernels import DecodeBackend, attend_latents
 from mha2mla_vlm.model.modality import Kind, Run, TokenModality
+from mha2mla_vlm.model.normed import head_order, is_normed, kept_children, latent_inputs, normed_queries
 from mha2mla_vlm.model.positions import TokenPositions
 from mha2mla_vlm.model.projections import ByModality, Replaced
 from mha2mla_vlm.model.rebuilt import Angles, Rebuilt
@@ -40,7 +41,8 @@ class MLAAttention(nn.Module):
 
     `source` is the attention module that it replaces, original or converted; it gives sizes and biases,
     and its `o_proj` is kept. A `spec` without rank leaves keys and values unfactorised: `kv_a_proj` then
-    computes them and `kv_b_proj` is the identity.
+    computes them and `kv_b_proj` is the identity. Where queries and keys are normed, all of `source` is kept,
+    and latents are made of its normed keys and its values (`model.normed`).
 
     Two paths give the same result. The expanded one builds keys and values of all tokens from their
     latents and calls the model's attention backend. The absorbed one moves the up projections to
@@ -64,12 +66,15 @@ class MLAAttention(nn.Module):
         self.decode_backend: DecodeBackend = "auto"
         self.absorb_limit = absorb_limit(self.heads, self.kv_heads, self.nope_dim, self.head_dim)
         hidden, outputs = source.q_proj.in_features, spec.outputs(AttentionSizes.of_text(self.config))
-        bias = _key_bias(source)
+        self.is_normed, bias = is_normed(source), _key_bias(source)
         down_bias = bias if rank is None else spec.bits is not None  # what integers count from
         new: dict[str, Any] = {"device": source.q_proj.weight.device, "dtype": source.q_proj.weight.dtype}
-        self.q_proj = nn.Linear(
-            hidden, self.heads * self.head_dim, bias=source.q_proj.bias is not None, **new
-        )
+        if self.is_normed:
+            hidden = 2 * self.kv_heads * self.head_dim  # of what latents are made
+        else:
+            self.q_proj = nn.Linear(
+                hidden, self.heads * self.head_dim, bias=source.q_proj.bias is not None, **new
+            )
         if not self.at_read:
             self.k_rope_proj = nn.Linear(hidden, self.kv_heads * rope_dim, bias=bias, **new)
         self.kv_a_proj = ByModality(
@@ -81,8 +86,10 @@ class MLAAttention(nn.Module):
                 for m in modalities
             }
         )
-        self.o_proj = source.o_proj
-        self.k_proj, self.v_proj = Replaced(new["device"]), Replaced(new["device"])
+        for name in kept_children(source):
+            self.add_module(name, getattr(source, name))
+        if not self.is_normed:
+            self.k_proj, self.v_proj = Replaced(new["device"]), Replaced(new["device"])
         pairs = torch.empty(self.kv_heads, rope_dim // 2, dtype=torch.long, device=new["device"])
         self.register_buffer("rope_pairs", pairs)
         self.reset_buffers()
@@ -92,8 +99,13 @@ class MLAAttention(nn.Module):
         if not keep(self.rope_pairs):
             self.rope_pairs.copy_(torch.arange(self.rope_dim // 2))
         for module in (self.k_proj, self.v_proj):
-            if not keep(module.weight):
+            if isinstance(module, Replaced) and not keep(module.weight):
                 module.weight.zero_()
+
+    def new_weights(self) -> dict[str, torch.Tensor]:
+        """All parameters and buffers but those that are the source's."""
+        kept = tuple(f"{name}." for name in kept_children(self))
+        return {name: value for name, value in self.state_dict().items() if not name.startswith(kept)}
 
     def forward(
         self,
@@ -115,8 +127,9 @@ class MLAAttention(nn.Module):
         angles = Angles(cos, sin, self.rope_pairs)
         columns = angles.columns(0, new)
         q_rope, q_nope = self._queries(hidden_states, *columns)
-        k_rope = self._rotated_keys(hidden_states, *columns)
-        latent = self._down(hidden_states, token_modality)[:, None]
+        written = latent_inputs(self, hidden_states)
+        k_rope = self._rotated_keys(written, *columns)
+        latent = self._down(written, token_modality)[:, None]
         filled = None
         if cache is not None:
             latent, k_rope = cached(cache, self.layer_idx, latent, k_rope, self.bits)
@@ -160,14 +173,12 @@ class MLAAttention(nn.Module):
             mask = mask[..., :total]
         return self._attend(queries, keys, values, mask, **kwargs)
 
-    def _rotated_keys(
-        self, hidden_states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
-    ) -> torch.Tensor:
+    def _rotated_keys(self, written: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         """Rotated key parts of the new tokens that are cached beside latents, `[B, G, T, R or 0]`."""
-        batch, new, _ = hidden_states.shape
+        batch, new, _ = written.shape
         if self.at_read:
-            return hidden_states.new_empty(batch, self.kv_heads, new, 0)
-        keys = self.k_rope_proj(hidden_states).view(batch, new, self.kv_heads, self.rope_dim)
+            return written.new_empty(batch, self.kv_heads, new, 0)
+        keys = self.k_rope_proj(written).view(batch, new, self.kv_heads, self.rope_dim)
         keys = rotate(keys.transpose(1, 2), cos, sin)
         return keys if self.bits is None else rounded_keys(keys)
 
@@ -177,15 +188,21 @@ class MLAAttention(nn.Module):
         """Rotated and other query parts, `[B, H, T, R]` and `[B, H, T, N]`."""
         batch, new, _ = hidden_states.shape
         groups = (self.kv_heads, self.num_key_value_groups)
-        queries = self.q_proj(hidden_states).view(batch, new, *groups, self.head_dim).permute(0, 2, 3, 1, 4)
+        queries = normed_queries(self, hidden_states).view(batch, new, *groups, self.head_dim)
+        queries = queries.permute(0, 2, 3, 1, 4)
+        if self.is_normed:  # else the rows of `q_proj` are in this order
+            order = head_order(self.rope_pairs, self.head_dim)[:, None, None].expand(
+                batch, *queries.shape[1:]
+            )
+            queries = queries.gather(-1, order)
         rope, nope = queries.split([self.rope_dim, self.nope_dim], dim=-1)
         rope = rotate(rope, cos[:, :, None], sin[:, :, None])
         return rope.flatten(1, 2), nope.flatten(1, 2)
 
-    def _down(self, hidden_states: torch.Tensor, modality: TokenModality | None) -> torch.Tensor:
+    def _down(self, written: torch.Tensor, modality: TokenModality | None) -> torch.Tensor:
         """Latents of the new tokens, `[B, T, r]`."""
-        tokens = None if modality is None else (modality.new or modality).part(0, hidden_states.shape[1])
-        latent = self.kv_a_proj(hidden_states, tokens)
+        tokens = None if modality is None else (modality.new or modality).part(0, written.shape[1])
+        latent = self.kv_a_proj(written, tokens)
         return latent if self.bits is None else rounded(latent, self.bits)
 
     def _expand(
@@ -259,7 +276,9 @@ def _length(stored: Piece | Pieces) -> int:
 
 
 def _key_bias(source: Any) -> bool:
-    """Whether keys have a bias in an attention module, original or converted."""
+    """Whether what makes latents has a bias in an attention module, original or converted."""
+    if is_normed(source):
+        return False  # that of its projections comes before the norm
     if isinstance(source, MLAAttention) and source.at_read:
         return any(up.bias is not None for up in source.kv_b_proj.values())
     keys = source.k_rope_proj if isinstance(source, MLAAttention) else source.k_proj

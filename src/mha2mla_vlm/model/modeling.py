@@ -57,9 +57,14 @@ __all__ = "{names}".split(", ")
 '''
 
 
+def text_model(model: PreTrainedModel) -> Any:
+    """The language model without head, of an original or a converted model, whatever its family calls it."""
+    return model.model.get_decoder()
+
+
 def decoder_layers(model: PreTrainedModel) -> torch.nn.ModuleList:
     """The language model's layers, of an original or a converted model."""
-    return model.model.language_model.layers
+    return text_model(model).layers
 
 
 def latent_attentions(layers: Iterable[Any]) -> list[MLAAttention]:
@@ -103,7 +108,6 @@ class MLACheckpoint(_Model):
     """
 
     findings: dict[str, Any] | None = None
-    text_model: Any
 
     def _prepare_config(self, config: Any) -> None:
         """Check `mla`, and name the classes that load the folder with `trust_remote_code=True`."""
@@ -121,7 +125,7 @@ class MLACheckpoint(_Model):
     def initialize_weights(self) -> None:
         """As transformers does, and the buffers of attention that no checkpoint gave."""
         super().initialize_weights()
-        for attention in latent_attentions(self.text_model.layers):
+        for attention in latent_attentions(self.get_decoder().layers):
             attention.reset_buffers(keep=is_loaded)
 
     def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
@@ -147,7 +151,7 @@ class MLACheckpoint(_Model):
             info["mismatched_keys"] = ()
         if found := loading_errors(info):
             raise InputError(f"the weights do not match the config: {found}; convert the model again")
-        for attention in latent_attentions(model.text_model.layers):
+        for attention in latent_attentions(model.get_decoder().layers):
             check_pairs(attention.rope_pairs, attention.head_dim, attention.layer_idx)
         return (model, info) if output_loading_info else model
 
@@ -166,21 +170,16 @@ class MLAInnerMixin(MLACheckpoint):
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
         self._prepare_config(config)
-        layers = self.text_model.layers
+        layers = self.get_decoder().layers
         for index, layer in enumerate(layers):
             spec = self.mla_config.layer(index)
             if spec is not None:
                 layer.self_attn = MLAAttention(layer.self_attn, spec)
         self.reads_positions = any(attention.at_read for attention in latent_attentions(layers))
         if self.reads_positions:
-            self.text_model.rotary_emb = RecordingRotary(self.text_model.rotary_emb)
-        without_attention_plan(self.text_model)
+            self.get_decoder().rotary_emb = RecordingRotary(self.get_decoder().rotary_emb)
+        without_attention_plan(self.get_decoder())
         self.post_init()  # once more, for what it gathers from the parts
-
-    @property
-    def text_model(self) -> Any:
-        """The language model."""
-        return self.language_model
 
     def with_modality(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Arguments of `forward`, plus the modality and positions of all tokens, for all layers."""
@@ -190,12 +189,12 @@ class MLAInnerMixin(MLACheckpoint):
         if inputs["use_cache"] and cache is None:
             cache = LatentCache()
         if cache is not None:
-            layers = self.text_model.layers
+            layers = self.get_decoder().layers
             hold_latents(cache, [isinstance(layer.self_attn, MLAAttention) for layer in layers])
         if self.mla_config.modalities != SHARED:
             inputs["token_modality"] = track_modality(cache, self._modality(inputs, cache))
         if self.reads_positions:
-            inputs["token_positions"] = TokenPositions(self.text_model.rotary_emb)
+            inputs["token_positions"] = TokenPositions(self.get_decoder().rotary_emb)
         return inputs | {CACHE: cache}
 
     def _modality(self, inputs: dict[str, Any], cache: Cache | None) -> TokenModality | torch.Tensor:
@@ -237,11 +236,6 @@ class MLAMixin(GenerationCompat, MLACheckpoint):
         if checkpointing:
             self.config.gradient_checkpointing = True
         self.post_init()
-
-    @property
-    def text_model(self) -> Any:
-        """The language model."""
-        return self.model.language_model
 
     def cache_for_generation(self, implementation: str | None, options: dict[str, Any]) -> Cache | None:
         """A `LatentCache` by default and a quantised one of ours unless another `backend` is asked for; all

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 
 from mha2mla_vlm.errors import InputError
-from mha2mla_vlm.model.modeling import decoder_layers, mla_classes
+from mha2mla_vlm.model.modeling import decoder_layers, mla_classes, text_model
 from mha2mla_vlm.utils.compat import hook_at_rest, offloaded_shape, offloaded_value, tied_names
 
 
@@ -29,15 +29,16 @@ def disk_map(config: Any, device: torch.device) -> dict[str, str]:
     cannot read tied weights, so that these stay too.
     """
     whole, near = empty_model(config), str(device)
-    text = whole.model.language_model
+    text = text_model(whole)
     ends = near if tied_names(whole) else "disk"
     devices = {name: ends for name, child in whole.named_children() if child is not whole.model}
     devices |= {f"model.{name}": near for name, _ in whole.model.named_parameters(recurse=False)}
     devices |= {f"model.{name}": "disk" for name, child in whole.model.named_children() if child is not text}
+    (place,) = (name for name, child in whole.model.named_children() if child is text)
     for name, child in text.named_children():
         small = child is text.norm or not any(True for _ in child.parameters())
         kept = ends if child is whole.get_input_embeddings() else "disk"
-        devices[f"model.language_model.{name}"] = near if small else kept
+        devices[f"model.{place}.{name}"] = near if small else kept
     return devices
 
 
@@ -64,7 +65,7 @@ def front_modules(model: PreTrainedModel) -> Iterator[nn.Module]:
 
 def end_modules(model: PreTrainedModel) -> tuple[nn.Module, nn.Module]:
     """What follows the last decoder layer: the norm and the head."""
-    return model.model.language_model.norm, model.lm_head
+    return text_model(model).norm, model.lm_head
 
 
 def stored_names(model: PreTrainedModel) -> list[str]:

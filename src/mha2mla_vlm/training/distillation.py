@@ -15,9 +15,10 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from mha2mla_vlm.data.records import IGNORE_INDEX
-from mha2mla_vlm.model.modeling import decoder_layers
+from mha2mla_vlm.model.families.base import TEXT_MODELS
+from mha2mla_vlm.model.modeling import decoder_layers, text_model
 
-_AFTER = ("lm_head.", "model.language_model.norm.")  # parameters behind the language model's layers
+_AFTER = ("lm_head.", *(f"model.{name}.norm." for name in TEXT_MODELS))  # behind the language model's layers
 
 
 def answer_columns(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -74,8 +75,9 @@ def share_frozen(teacher: PreTrainedModel, student: PreTrainedModel) -> int:
 
 def same_inputs(teacher: PreTrainedModel, student: PreTrainedModel) -> bool:
     """Whether both language models get the same embeddings: frozen and equal parameters before them."""
+    layers = tuple(f"model.{name}.layers." for name in TEXT_MODELS)
     before = [
-        {n: p for n, p in model.named_parameters() if ".layers." not in n.rpartition("language_model")[2]}
+        {n: p for n, p in model.named_parameters() if not n.startswith(layers)}
         for model in (teacher, student)
     ]
     names = [{n for n in found if not n.startswith(_AFTER)} for found in before]
@@ -92,7 +94,7 @@ def language_inputs(model: PreTrainedModel) -> Iterator[dict[str, Any]]:
     def keep(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         given.update({k: v for k, v in kwargs.items() if k != "token_modality"})
 
-    with model.model.language_model.register_forward_pre_hook(keep, with_kwargs=True):
+    with text_model(model).register_forward_pre_hook(keep, with_kwargs=True):
         yield given
 
 

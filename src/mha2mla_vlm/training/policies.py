@@ -4,17 +4,19 @@ The published names v2 to v6 are aliases (arXiv 2601.11464, its code).
 """
 
 from mha2mla_vlm.errors import InputError, shown
+from mha2mla_vlm.model.families.base import TEXT_MODELS
 
-_LAYER = r"language_model\.layers\.\d+\."
+_TEXT = rf"(?:{'|'.join(TEXT_MODELS)})\."
+_LAYER = _TEXT + r"layers\.\d+\."
 ROLES = {
     "query": _LAYER + r"self_attn\.q_proj\.",
     "rope-key": _LAYER + r"self_attn\.k_rope_proj\.",
     "down": _LAYER + r"self_attn\.kv_a_proj\.",
     "up": _LAYER + r"self_attn\.kv_b_proj\.",
-    "original-key-value": _LAYER + r"self_attn\.[kv]_proj\.",  # of a model that is not converted
+    "original-key-value": _LAYER + r"self_attn\.[kv]_proj\.",  # not converted, or with normed keys
     "output": _LAYER + r"self_attn\.o_proj\.",
     "mlp": _LAYER + r"mlp\.",
-    "norms": r"language_model\.(layers\.\d+\.\w+layernorm|norm)\.",
+    "norms": _TEXT + r"(layers\.\d+\.(\w+layernorm|self_attn\.[qk]_norm)|norm)\.",
 }
 _KEYS_VALUES = ("rope-key", "down", "up", "original-key-value")
 _ATTENTION = ("query", *_KEYS_VALUES, "output")

@@ -8,6 +8,7 @@ torch 2.9 to 2.15 where nothing else is said. `serving/vllm/compat.py` does the 
 
 import contextlib
 import inspect
+import re
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,8 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import Cache, DynamicCache, LlamaForCausalLM, PreTrainedModel, StaticCache
 from transformers.cache_utils import DynamicLayer
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
 from transformers.models.llama.modeling_llama import eager_attention_forward
@@ -201,9 +204,27 @@ def tied_names(model: Any) -> set[str]:
     return set(getattr(model, "all_tied_weights_keys", ()))
 
 
-def image_token_counts(processor: Any, sizes: list[tuple[int, int]]) -> list[int]:
-    """Placeholders that images of these heights and widths take, without preparing their pixels."""
-    return processor._get_num_multimodal_tokens(image_sizes=sizes)["num_image_tokens"]
+def reshaped_names(model: Any) -> list[str]:
+    """Names of the parameters that a class holds in another shape than its checkpoints do (experts).
+
+    Where weights stay on disk, `from_pretrained` writes these anew to an `offload_folder`, which it asks for
+    only once it has begun.
+    """
+    made = [x for x in get_model_conversion_mapping(model) if isinstance(x, WeightConverter)]
+    patterns = [re.compile(pattern) for each in made for pattern in each.target_patterns]
+    return [name for name, _ in model.named_parameters() if any(p.search(name) for p in patterns)]
+
+
+def image_token_counts(processor: Any, sizes: list[tuple[int, int]]) -> list[int] | None:
+    """Placeholders that images of these heights and widths take in one chat, without preparing their pixels.
+
+    None where the processor cannot tell: SmolVLM's has no such method, and LLaVA-OneVision's (which alone has
+    a `vision_aspect_ratio`) counts each image as if it were alone in its chat.
+    """
+    count = getattr(processor, "_get_num_multimodal_tokens", None)
+    if count is None or (len(sizes) > 1 and hasattr(processor, "vision_aspect_ratio")):
+        return None
+    return count(image_sizes=sizes)["num_image_tokens"]
 
 
 def enable_checkpointing(model: Any) -> None:

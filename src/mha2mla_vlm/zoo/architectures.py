@@ -1,6 +1,6 @@
 """What each zoo model is before training: its config, tokenizer, processor and chat template.
 
-Real classes of the three families at a size of four million parameters. One visual token stands
+Real classes of four families at a size of four million parameters. One visual token stands
 for 12 x 12 pixels of a page whose digits are 24 pixels wide.
 """
 
@@ -34,6 +34,10 @@ from transformers import (
     Qwen2Tokenizer,
     Qwen2VLImageProcessor,
     Qwen2VLVideoProcessor,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLProcessor,
+    Qwen3VLVideoProcessor,
 )
 
 from mha2mla_vlm.zoo.digits import CELL
@@ -155,6 +159,19 @@ def _clip(image_size: int) -> CLIPVisionConfig:
 
 
 def _qwen2_5_vl() -> tuple[PreTrainedModel, ProcessorMixin]:
+    processor = _qwen_processor(Qwen2_5_VLProcessor, Qwen2VLVideoProcessor)
+    model = Qwen2_5_VLForConditionalGeneration(_qwen2_5_vl_config(processor.tokenizer))
+    return _with_generation(model, processor.tokenizer), processor
+
+
+def _qwen3_vl() -> tuple[PreTrainedModel, ProcessorMixin]:
+    processor = _qwen_processor(Qwen3VLProcessor, Qwen3VLVideoProcessor)
+    model = Qwen3VLForConditionalGeneration(_qwen3_vl_config(processor.tokenizer))
+    return _with_generation(model, processor.tokenizer), processor
+
+
+def _qwen_processor(kind: Any, video_kind: Any) -> Any:
+    """The processor of a Qwen family, of its classes; all have the same special tokens and chats."""
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     special += ["<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"]
     backend = train_tokenizer(special).model
@@ -180,28 +197,50 @@ def _qwen2_5_vl() -> tuple[PreTrainedModel, ProcessorMixin]:
         "min_pixels": CELL * CELL,
         "max_pixels": (8 * CELL) ** 2,
     }
-    processor = Qwen2_5_VLProcessor(
+    return kind(
         image_processor=Qwen2VLImageProcessor(**sizes),
-        video_processor=Qwen2VLVideoProcessor(**sizes),
+        video_processor=video_kind(**sizes),
         tokenizer=tokenizer,
         chat_template=template.jinja(),
     )
-    model = Qwen2_5_VLForConditionalGeneration(_qwen2_5_vl_config(tokenizer))
-    return _with_generation(model, tokenizer), processor
 
 
-def _qwen2_5_vl_config(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLConfig:
-    names = ("image_pad", "video_pad", "vision_start", "vision_end")
-    image, video, start, end = (tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in names)
+def _qwen_tokens(tokenizer: Any) -> dict[str, int]:
+    """Ids of the visual tokens, by field of the config."""
+    fields = {"image": "image_pad", "video": "video_pad"}
+    fields |= {name: name for name in ("vision_start", "vision_end")}
+    ids = {name: tokenizer.convert_tokens_to_ids(f"<|{token}|>") for name, token in fields.items()}
+    return {f"{name}_token_id": found for name, found in ids.items()}
+
+
+def _qwen_text(tokenizer: Any, **more: Any) -> dict[str, Any]:
     # A small theta: at 1e6 the width pairs would hardly turn over a page of eight tokens.
-    text = _text(kv_heads=2, rope_theta=100.0, mrope_section=[8, 12, 12])
-    text |= {
-        "bos_token_id": None,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
+    text = _text(kv_heads=2, rope_theta=100.0, mrope_section=[8, 12, 12], **more)
+    text |= {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id}
+    return text | {"pad_token_id": tokenizer.pad_token_id}
+
+
+def _qwen3_vl_config(tokenizer: Any) -> Qwen3VLConfig:
+    return Qwen3VLConfig(
+        text_config=_qwen_text(tokenizer, mrope_interleaved=True) | {"head_dim": HEAD_DIM},
+        vision_config={
+            "depth": VISION_LAYERS,
+            "hidden_size": VISION_HIDDEN,
+            "intermediate_size": VISION_MLP,
+            "num_heads": VISION_HEADS,
+            "out_hidden_size": HIDDEN,
+            "patch_size": PATCH // 2,
+            "num_position_embeddings": 16 * 16,
+            "deepstack_visual_indexes": [0, 2],
+            "initializer_range": 0.04,
+        },
+        **_qwen_tokens(tokenizer),
+    )
+
+
+def _qwen2_5_vl_config(tokenizer: Any) -> Qwen2_5_VLConfig:
     return Qwen2_5_VLConfig(
-        text_config=text,
+        text_config=_qwen_text(tokenizer),
         vision_config={
             "depth": VISION_LAYERS,
             "hidden_size": VISION_HIDDEN,
@@ -213,10 +252,7 @@ def _qwen2_5_vl_config(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLConfig:
             "fullatt_block_indexes": [1, 3],
             "initializer_range": 0.04,
         },
-        image_token_id=image,
-        video_token_id=video,
-        vision_start_token_id=start,
-        vision_end_token_id=end,
+        **_qwen_tokens(tokenizer),
     )
 
 
@@ -322,6 +358,7 @@ def _with_generation(model: PreTrainedModel, tokenizer: Any) -> PreTrainedModel:
 
 _BUILDERS: dict[str, Callable[[], tuple[PreTrainedModel, ProcessorMixin]]] = {
     "qwen2_5_vl": _qwen2_5_vl,
+    "qwen3_vl": _qwen3_vl,
     "llava_next": _llava_next,
     "llava": _llava,
 }

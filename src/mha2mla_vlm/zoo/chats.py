@@ -15,9 +15,9 @@ from mha2mla_vlm.zoo.digits import CELL, Split, draw_page, scans_by_digit
 KINDS = ("place", "count", "largest", "read")
 MAX_SIDE = 4
 Cell = tuple[int, int]  # row, column
-PAGE_MULTIPLE = {"qwen2_5_vl": 24, "llava_next": 48, "llava": 96}  # pixels; see `draw_page`
+PAGE_MULTIPLE = {"qwen2_5_vl": 24, "qwen3_vl": 24, "llava_next": 48, "llava": 96}  # pixels; see `draw_page`
 # about, for each digit of a page, and for each page
-VISUAL_TOKENS = {"qwen2_5_vl": (4, 0), "llava_next": (0, 70), "llava": (0, 64)}
+VISUAL_TOKENS = {"qwen2_5_vl": (4, 0), "qwen3_vl": (4, 0), "llava_next": (0, 70), "llava": (0, 64)}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,12 +3,37 @@
 from typing import Any
 
 from mha2mla_vlm.errors import InputError, shown
-from mha2mla_vlm.model.families import llava, llava_next, qwen2_5_vl
+from mha2mla_vlm.model.families import (
+    idefics3,
+    internvl,
+    llava,
+    llava_next,
+    llava_onevision,
+    mistral3,
+    qwen2_5_vl,
+    qwen2_vl,
+    qwen3_vl,
+    qwen3_vl_moe,
+    smolvlm,
+    video_llama_3,
+)
 from mha2mla_vlm.model.families.base import Family
 
-FAMILIES: dict[str, Family] = {
-    family.model_type: family for family in (qwen2_5_vl.FAMILY, llava_next.FAMILY, llava.FAMILY)
-}
+_MODULES = (
+    qwen3_vl,
+    qwen3_vl_moe,
+    qwen2_5_vl,
+    qwen2_vl,
+    internvl,
+    llava_onevision,
+    llava_next,
+    llava,
+    video_llama_3,
+    mistral3,
+    idefics3,
+    smolvlm,
+)
+FAMILIES: dict[str, Family] = {module.FAMILY.model_type: module.FAMILY for module in _MODULES}
 
 
 def get_family(model_type: Any) -> Family:

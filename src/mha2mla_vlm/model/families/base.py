@@ -3,22 +3,26 @@
 from dataclasses import dataclass
 from typing import Any
 
+TEXT_MODELS = ("language_model", "text_model")  # what families call the language model
+
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
     """One vision-language architecture of transformers.
 
     `visual_tokens` are the config fields that hold the ids of tokens that count as visual: the
-    placeholders that visual features replace, and the marks around them.
+    placeholders that visual features replace, and the marks around them. `norms` are what attention may hold
+    besides projections: norms of each head's queries and keys (QK-norm).
     """
 
     model_type: str  # `config.model_type` of the original model
     model_class: str  # class in `transformers`
     config_class: str  # class in `transformers`
     processor_class: str  # class in `transformers`
-    text_model_types: tuple[str, ...]  # language models whose attention is plain q, k, v, o with RoPE
+    text_model_types: tuple[str, ...]  # language models whose attention is q, k, v, o with RoPE
     visual_tokens: tuple[str, ...]
     licence: str  # what users of converted weights should know
+    norms: tuple[str, ...] = ()
 
     @property
     def inner_class(self) -> str:

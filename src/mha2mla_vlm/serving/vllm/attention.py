@@ -190,6 +190,10 @@ def _check(spec: LayerSpec, stock: Any, config: VllmConfig) -> None:
             "this checkpoint has only partial RoPE, its keys and values are not factorised, so there is no "
             "small cache to serve; convert it with `mha2mla convert CHECKPOINT --d-kv`, or serve the original"
         )
+    if hasattr(stock, "k_norm"):
+        raise InputError(
+            "queries and keys of this model are normed, which is not served with vLLM; use generate"
+        )
     wanted = config.cache_config.cache_dtype
     if wanted not in ("auto", str(config.model_config.dtype).removeprefix("torch.")):
         raise InputError(f"kv_cache_dtype {wanted!r}: latents are cached in the model's dtype; leave it out")

@@ -1,0 +1,64 @@
+"""Attention whose queries and keys are normed head by head before RoPE (QK-norm).
+
+A normed key is not linear in the hidden state, so a latent is made of the outputs: with `y` the normed keys
+and the values of a token, its latent is `kv_a_proj(y)` and what it caches rotated is `k_rope_proj(y)`. The
+module's own projections and norms stay as they are in a converted layer, and everything behind the latent is
+as it is without norms. Functions over attention modules, original or converted.
+
+Shapes: B batch, T tokens, H query heads, G KV heads, D head dim, R rope dims.
+"""
+
+from typing import Any
+
+import torch
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+NORMS = ("q_norm", "k_norm")
+
+
+def is_normed(attention: Any) -> bool:
+    """Whether queries and keys are normed."""
+    return all(hasattr(attention, name) for name in NORMS)
+
+
+def kept_children(attention: Any) -> tuple[str, ...]:
+    """Children of an attention module that stay as they are when it is converted."""
+    return (*PROJECTIONS, *NORMS) if is_normed(attention) else ("o_proj",)
+
+
+def normed_queries(attention: Any, hidden: torch.Tensor) -> torch.Tensor:
+    """Queries `[B, T, H, D]` before RoPE, of `hidden [B, T, hidden]`; normed if the module does that."""
+    queries: torch.Tensor = attention.q_proj(hidden).unflatten(-1, (-1, attention.head_dim))
+    return attention.q_norm(queries) if is_normed(attention) else queries
+
+
+def keys_and_values(attention: Any, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys before RoPE and values `[B, T, G, D]` of an original module, or of a converted one with norms."""
+    keys, values = (
+        projection(hidden).unflatten(-1, (-1, attention.head_dim))
+        for projection in (attention.k_proj, attention.v_proj)
+    )
+    return (attention.k_norm(keys) if is_normed(attention) else keys), values
+
+
+def latent_inputs(attention: Any, hidden: torch.Tensor) -> torch.Tensor:
+    """What latents are made of: `hidden` itself or, with norms, y `[B, T, 2 G D]`, which is per KV head its D
+    numbers of keys and D of values.
+    """
+    if not is_normed(attention):
+        return hidden
+    return torch.cat(keys_and_values(attention, hidden), dim=-1).flatten(-2)
+
+
+def head_order(pairs: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """Dims of each KV head in the order of a converted layer's: those of its rotated `pairs [G, R/2]`, then
+    the others, `[G, D]`.
+
+    It has one shape whatever the pairs are, so that it can be compiled.
+    """
+    half = head_dim // 2
+    places = torch.arange(pairs.shape[1], device=pairs.device).expand_as(pairs)
+    last = torch.full((len(pairs), half), half, device=pairs.device)
+    order = last.scatter(1, pairs, places).argsort(dim=-1, stable=True)
+    parts = order.split([pairs.shape[1], half - pairs.shape[1]], dim=-1)
+    return torch.cat([dims for part in parts for dims in (part, part + half)], dim=-1)
