@@ -14,6 +14,7 @@ of a head in their order, n blocks of W tokens, K nodes, J terms.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 
@@ -53,48 +54,91 @@ class _Extent:
     middle: torch.Tensor
     half: torch.Tensor
 
-    def of(self, some: Sequence[int]) -> "_Extent":
-        return _Extent(self.tokens[some], self.middle[..., some], self.half[..., some])
+    @classmethod
+    def of(cls, rotation: Rotation, runs: Sequence[Run], width: int) -> Self:
+        """Those of the blocks of runs, in their order."""
+        spans = [(a, min(a + width, stop) - 1) for start, stop, _ in runs for a in range(start, stop, width)]
+        places = torch.tensor(spans, device=rotation.positions.device)
+        tokens = torch.minimum(places[:, :1] + torch.arange(width, device=places.device), places[:, 1:])
+        where = rotation.positions[..., tokens].float()
+        low, high = where.amin(-1), where.amax(-1)
+        return cls(tokens, (low + high) / 2, (high - low) / 2)
+
+    def some(self, blocks: Sequence[int]) -> Self:
+        """Some of the blocks."""
+        return type(self)(self.tokens[blocks], self.middle[..., blocks], self.half[..., blocks])
 
 
 def plan_blocks(
-    rotation: Rotation, pairs: torch.Tensor, runs: Sequence[Run], rows: int, tolerance: float
+    rotation: Rotation,
+    pairs: torch.Tensor,
+    runs: Sequence[Run],
+    rows: int,
+    tolerance: float,
+    widths: Sequence[int] | None = None,
 ) -> tuple[Blocks, ...] | None:
     """The blocks of all tokens, for `rows` queries (H * T) and the kept `pairs [G, C]`.
 
     `tolerance` is the largest error of a turn by interpolation. None where no pair is worth it, and where
-    modalities are mixed. Waits for the device once.
+    modalities are mixed. Waits for the device once. A kernel that takes block by block gives the `widths`
+    that it can have: each run gets the better one, and no blocks that need fewer nodes are put with others.
     """
     if any(kind == Kind.MIXED for _, _, kind in runs):
         return None
-    width = WIDTHS[rows > len(pairs)]
-    spans = [(a, min(a + width, stop), kind) for start, stop, kind in runs for a in range(start, stop, width)]
-    places = torch.tensor([[a, b - 1] for a, b, _ in spans], device=pairs.device)
-    tokens = torch.minimum(places[:, :1] + torch.arange(width, device=pairs.device), places[:, 1:])
-    where = rotation.positions[..., tokens].float()
-    low, high = where.amin(-1), where.amax(-1)
-    extent = _Extent(tokens, (low + high) / 2, (high - low) / 2)
     angles, axes = (x[pairs] for x in rotation.frequencies)
-    chosen, nodes = _choose(extent.half.amax(1), angles, axes, rows, width, tolerance)
-    if min(chosen) == pairs.shape[1]:
-        return None
-    groups: dict[tuple[Kind, int], list[int]] = {}
-    for block, (_, _, kind) in enumerate(spans):
-        groups.setdefault((kind, chosen[block]), []).append(block)
-    few = max(1, CHUNK // width)
+    by_width = []
+    for width in widths or (WIDTHS[rows > len(pairs)],):
+        extent = _Extent.of(rotation, runs, width)
+        by_width.append((extent, *_choose(extent.half.amax(1), angles, axes, rows, width, tolerance)))
     made = []
-    for (kind, rebuilt), blocks in groups.items():
+    for (place, kind, rebuilt, counts), blocks in _groups(runs, by_width, exact=widths is not None).items():
+        extent, _, nodes, _ = by_width[place]
+        few = len(blocks) if widths else max(1, CHUNK // extent.tokens.shape[1])
         for some in (blocks[i : i + few] for i in range(0, len(blocks), few)):
-            counts = [max(nodes[axis][block] for block in some) for axis in range(len(nodes))]
-            made.append(_blocks(rotation, extent.of(some), kind, pairs, axes, rebuilt, counts))
+            most = counts or [max(nodes[axis][block] for block in some) for axis in range(len(nodes))]
+            made.append(_blocks(rotation, extent.some(some), kind, pairs, axes, rebuilt, most))
+    return tuple(made) if any(some.terms for some in made) else None
+
+
+_Choice = tuple[_Extent, list[int], list[list[int]], list[float]]  # blocks, and what `_choose` says of each
+_Group = tuple[int, Kind, int, tuple[int, ...]]  # place of a width, modality, pairs to be made, nodes by axis
+
+
+def _groups(runs: Sequence[Run], by_width: Sequence[_Choice], *, exact: bool) -> dict[_Group, list[int]]:
+    """The blocks of the better width of each run that are worked on together; nodes only where `exact`."""
+    groups: dict[_Group, list[int]] = {}
+    firsts = [0] * len(by_width)
+    for start, stop, kind in runs:
+        spans = []
+        for place, (extent, _, _, costs) in enumerate(by_width):
+            count = -(-(stop - start) // extent.tokens.shape[1])
+            blocks = range(firsts[place], firsts[place] + count)
+            spans.append((sum(costs[i] for i in blocks) * extent.tokens.shape[1], place, blocks))
+            firsts[place] += count
+        _, place, blocks = min(spans, key=lambda span: span[0])
+        _, chosen, nodes, _ = by_width[place]
+        for i in blocks:
+            counts = tuple(axis[i] for axis in nodes) if exact else ()
+            groups.setdefault((place, kind, chosen[i], counts), []).append(i)
+    return groups
+
+
+def made_blocks(runs: Sequence[Run], pairs: torch.Tensor, width: int) -> tuple[Blocks, ...]:
+    """Blocks of all tokens, of which all pairs are made of latents."""
+    made = []
+    for start, stop, kind in runs:
+        tokens = torch.arange(start, start + -(-(stop - start) // width) * width).clamp(max=stop - 1)
+        rebuilt, axes = pairs.shape[1], pairs[:, :0]
+        made.append(Blocks(kind, tokens.to(pairs.device).unflatten(0, (-1, width)), rebuilt, (), axes))
     return tuple(made)
 
 
 def _choose(
     half: torch.Tensor, angles: torch.Tensor, axes: torch.Tensor, rows: int, width: int, tolerance: float
-) -> tuple[list[int], list[list[int]]]:
-    """How many pairs of each block to make of latents, and how many nodes the others then need by axis,
-    for the least products of `r` numbers: of `half [A, n]` and the `angles, axes [G, C]` of kept pairs.
+) -> tuple[list[int], list[list[int]], list[float]]:
+    """How many pairs of each block to make of latents, how many nodes the others then need by axis, and the
+    products of `r` numbers for a token, which are least: of `half [A, n]` and the `angles, axes [G, C]` of
+    kept pairs.
     """
     kv_heads, pairs = angles.shape
     step = max(1, pairs // CHOICES)
@@ -109,10 +153,10 @@ def _choose(
     terms = (1 + (nodes - 1).sum(0)) * (absorbed > 0)
     cost = 2.0 * kv_heads * made[:, None] + terms * rows * (1 + 2 * absorbed / width)
     cost = cost.masked_fill((nodes > MOST_NODES).any(0), torch.inf)
-    best = cost.argmin(0)
+    least, best = cost.min(0)
     kept = nodes[:, best, torch.arange(len(best), device=best.device)]
     first, *others = torch.cat([made[best][None], kept]).tolist()
-    return first, others
+    return first, others, least.tolist()
 
 
 def _blocks(
