@@ -4,7 +4,6 @@ Shapes: B batch, S cached tokens, H query heads, G KV heads, D head dim, R rope 
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -98,7 +97,8 @@ def time_attention(
         for (q_rope, q_nope), module, layer in zip(split, modules, own, strict=True):
             angles = None
             if turns is not None and module.at_read:
-                angles = replace(Angles.of(turns, module.rope_pairs), rotation=turns if interpolate else None)
+                given = Angles.of(turns, module.rope_pairs)
+                angles = given if interpolate else Angles(given.cos, given.sin, given.pairs)
             known = (latent.token_modality, None, None, angles)
             module.attend_absorbed(layer.stored(), q_rope, q_nope, *known)
 

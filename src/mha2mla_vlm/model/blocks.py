@@ -14,7 +14,6 @@ of a head in their order, n blocks of W tokens, K nodes, J terms.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self
 
 import torch
 
@@ -54,19 +53,18 @@ class _Extent:
     middle: torch.Tensor
     half: torch.Tensor
 
-    @classmethod
-    def of(cls, rotation: Rotation, runs: Sequence[Run], width: int) -> Self:
-        """Those of the blocks of runs, in their order."""
-        spans = [(a, min(a + width, stop) - 1) for start, stop, _ in runs for a in range(start, stop, width)]
-        places = torch.tensor(spans, device=rotation.positions.device)
-        tokens = torch.minimum(places[:, :1] + torch.arange(width, device=places.device), places[:, 1:])
-        where = rotation.positions[..., tokens].float()
-        low, high = where.amin(-1), where.amax(-1)
-        return cls(tokens, (low + high) / 2, (high - low) / 2)
+    def of(self, some: Sequence[int]) -> "_Extent":
+        return _Extent(self.tokens[some], self.middle[..., some], self.half[..., some])
 
-    def some(self, blocks: Sequence[int]) -> Self:
-        """Some of the blocks."""
-        return type(self)(self.tokens[blocks], self.middle[..., blocks], self.half[..., blocks])
+
+def _extent(rotation: Rotation, spans: Sequence[tuple[int, int, Kind]], width: int) -> _Extent:
+    """That of blocks from one token to before another."""
+    device = rotation.positions.device
+    places = torch.tensor([[a, b - 1] for a, b, _ in spans], device=device)
+    tokens = torch.minimum(places[:, :1] + torch.arange(width, device=device), places[:, 1:])
+    where = rotation.positions[..., tokens].float()
+    low, high = where.amin(-1), where.amax(-1)
+    return _Extent(tokens, (low + high) / 2, (high - low) / 2)
 
 
 def plan_blocks(
@@ -75,52 +73,35 @@ def plan_blocks(
     runs: Sequence[Run],
     rows: int,
     tolerance: float,
-    widths: Sequence[int] | None = None,
+    width: int | None = None,
 ) -> tuple[Blocks, ...] | None:
     """The blocks of all tokens, for `rows` queries (H * T) and the kept `pairs [G, C]`.
 
     `tolerance` is the largest error of a turn by interpolation. None where no pair is worth it, and where
-    modalities are mixed. Waits for the device once. A kernel that takes block by block gives the `widths`
-    that it can have: each run gets the better one, and no blocks that need fewer nodes are put with others.
+    modalities are mixed. Waits for the device once. A kernel that works block by block gives their `width`:
+    then only blocks that need the same are put together, and however many.
     """
     if any(kind == Kind.MIXED for _, _, kind in runs):
         return None
+    own = width or WIDTHS[rows > len(pairs)]
+    spans = [(a, min(a + own, stop), kind) for start, stop, kind in runs for a in range(start, stop, own)]
+    extent = _extent(rotation, spans, own)
+    sizes = torch.tensor([b - a for a, b, _ in spans], device=pairs.device)
     angles, axes = (x[pairs] for x in rotation.frequencies)
-    by_width = []
-    for width in widths or (WIDTHS[rows > len(pairs)],):
-        extent = _Extent.of(rotation, runs, width)
-        by_width.append((extent, *_choose(extent.half.amax(1), angles, axes, rows, width, tolerance)))
+    chosen, nodes = _choose(extent.half.amax(1), angles, axes, rows, sizes, tolerance)
+    if min(chosen) == pairs.shape[1]:
+        return None
+    groups: dict[tuple[Kind, int, tuple[int, ...]], list[int]] = {}
+    for block, (_, _, kind) in enumerate(spans):
+        exact = tuple(axis[block] for axis in nodes) if width else ()
+        groups.setdefault((kind, chosen[block], exact), []).append(block)
+    few = len(spans) if width else max(1, CHUNK // own)
     made = []
-    for (place, kind, rebuilt, counts), blocks in _groups(runs, by_width, exact=widths is not None).items():
-        extent, _, nodes, _ = by_width[place]
-        few = len(blocks) if widths else max(1, CHUNK // extent.tokens.shape[1])
+    for (kind, rebuilt, _), blocks in groups.items():
         for some in (blocks[i : i + few] for i in range(0, len(blocks), few)):
-            most = counts or [max(nodes[axis][block] for block in some) for axis in range(len(nodes))]
-            made.append(_blocks(rotation, extent.some(some), kind, pairs, axes, rebuilt, most))
-    return tuple(made) if any(some.terms for some in made) else None
-
-
-_Choice = tuple[_Extent, list[int], list[list[int]], list[float]]  # blocks, and what `_choose` says of each
-_Group = tuple[int, Kind, int, tuple[int, ...]]  # place of a width, modality, pairs to be made, nodes by axis
-
-
-def _groups(runs: Sequence[Run], by_width: Sequence[_Choice], *, exact: bool) -> dict[_Group, list[int]]:
-    """The blocks of the better width of each run that are worked on together; nodes only where `exact`."""
-    groups: dict[_Group, list[int]] = {}
-    firsts = [0] * len(by_width)
-    for start, stop, kind in runs:
-        spans = []
-        for place, (extent, _, _, costs) in enumerate(by_width):
-            count = -(-(stop - start) // extent.tokens.shape[1])
-            blocks = range(firsts[place], firsts[place] + count)
-            spans.append((sum(costs[i] for i in blocks) * extent.tokens.shape[1], place, blocks))
-            firsts[place] += count
-        _, place, blocks = min(spans, key=lambda span: span[0])
-        _, chosen, nodes, _ = by_width[place]
-        for i in blocks:
-            counts = tuple(axis[i] for axis in nodes) if exact else ()
-            groups.setdefault((place, kind, chosen[i], counts), []).append(i)
-    return groups
+            counts = [max(axis[block] for block in some) for axis in nodes]
+            made.append(_blocks(rotation, extent.of(some), kind, pairs, axes, rebuilt, counts))
+    return tuple(made)
 
 
 def made_blocks(runs: Sequence[Run], pairs: torch.Tensor, width: int) -> tuple[Blocks, ...]:
@@ -134,11 +115,16 @@ def made_blocks(runs: Sequence[Run], pairs: torch.Tensor, width: int) -> tuple[B
 
 
 def _choose(
-    half: torch.Tensor, angles: torch.Tensor, axes: torch.Tensor, rows: int, width: int, tolerance: float
-) -> tuple[list[int], list[list[int]], list[float]]:
-    """How many pairs of each block to make of latents, how many nodes the others then need by axis, and the
-    products of `r` numbers for a token, which are least: of `half [A, n]` and the `angles, axes [G, C]` of
-    kept pairs.
+    half: torch.Tensor,
+    angles: torch.Tensor,
+    axes: torch.Tensor,
+    rows: int,
+    sizes: torch.Tensor,
+    tolerance: float,
+) -> tuple[list[int], list[list[int]]]:
+    """How many pairs of each block to make of latents, and how many nodes the others then need by axis,
+    for the least products of `r` numbers: of `half [A, n]`, tokens `sizes [n]`, and the `angles, axes [G, C]`
+    of kept pairs.
     """
     kv_heads, pairs = angles.shape
     step = max(1, pairs // CHOICES)
@@ -151,12 +137,12 @@ def _choose(
     nodes = torch.bucketize(fastest[:, :, None] * half[:, None], bounds) + 1  # [A, choices, n]
     absorbed = (pairs - made)[:, None]
     terms = (1 + (nodes - 1).sum(0)) * (absorbed > 0)
-    cost = 2.0 * kv_heads * made[:, None] + terms * rows * (1 + 2 * absorbed / width)
+    cost = 2.0 * kv_heads * made[:, None] + terms * rows * (1 + 2 * absorbed / sizes)
     cost = cost.masked_fill((nodes > MOST_NODES).any(0), torch.inf)
-    least, best = cost.min(0)
+    best = cost.argmin(0)
     kept = nodes[:, best, torch.arange(len(best), device=best.device)]
     first, *others = torch.cat([made[best][None], kept]).tolist()
-    return first, others, least.tolist()
+    return first, others
 
 
 def _blocks(

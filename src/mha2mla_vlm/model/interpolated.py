@@ -25,17 +25,17 @@ def attend_rotated(
     return attend_scored(queries, scores, latent, stored.runs, visual, mask)
 
 
-def planned(queries: Queries, stored: Rebuilt, widths: Sequence[int] | None = None) -> tuple[Blocks, ...] | None:
+def planned(queries: Queries, stored: Rebuilt, width: int | None = None) -> tuple[Blocks, ...] | None:
     """The plan of the step's tokens, made by the first layer that needs it; see `plan_blocks`."""
     angles, rotation = stored.angles, stored.angles.rotation
     if rotation is None or stored.length <= BLOCK or torch.compiler.is_compiling():
         return None
     _, kv_heads, rows, _ = queries.rope.shape
-    key = plan_key(queries, stored, widths)
+    key = plan_key(queries, stored, width)
     if key not in rotation.plans:
-        tolerance = max(torch.finfo(queries.rope.dtype).eps / 8, 1e-5)
+        tolerance = max(torch.finfo(stored.ups[0].weight.dtype).eps / 8, 1e-5)
         given = (rotation, angles.pairs, stored.runs, kv_heads * rows, tolerance)
-        rotation.plans[key] = plan_blocks(*given) if widths is None else plan_blocks(*given, widths)
+        rotation.plans[key] = plan_blocks(*given, width)
     plan: tuple[Blocks, ...] | None = rotation.plans[key]
     return plan
 
@@ -44,7 +44,7 @@ def plan_key(queries: Queries, stored: Rebuilt, *more: Hashable) -> Hashable:
     """What a plan depends on, among the layers of a step."""
     _, kv_heads, rows, rope_dim = queries.rope.shape
     # where all pairs are kept, they are the same in all layers
-    pairs = None if rope_dim == stored.angles.cos.shape[-1] else id(stored.angles.pairs)
+    pairs = None if rope_dim == stored.angles.dims else id(stored.angles.pairs)
     return (tuple(stored.runs), kv_heads * rows, pairs, *more)
 
 

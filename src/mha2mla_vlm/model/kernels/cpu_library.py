@@ -22,7 +22,7 @@ FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-fopenmp")
 
 @functools.cache
 def load_library(name: str) -> ctypes.CDLL | None:
-    """The library of `name.cpp`, built if it has to be; None, with the reason in the log, where it cannot be."""
+    """The library of `name.cpp`, built if it has to be; None, with the reason in the log, if it cannot be."""
     compiler = next(filter(None, map(shutil.which, ("g++", "c++"))), None)
     if compiler is None or platform.system() != "Linux":
         logger.info("no CPU kernel %s: it needs Linux and a C++ compiler", name)

@@ -15,7 +15,7 @@
 extern "C" {
 
 struct Up {
-  const void *rope, *bias;  // [G, R, r], rows dense, and [G, R] or null
+  const float *rope, *bias;  // [G, R, r], rows dense, and [G, R] or null
   long group, bias_group;   // numbers from one KV head to the next
 };
 
@@ -29,7 +29,7 @@ struct Blocks {  // the first `made` pairs are made of latents, the others are s
 };
 
 struct Call {
-  int batch, groups, row_group, new_tokens, rope, rank, kinds, threads, plans, half;  // half: bfloat16
+  int batch, groups, row_group, new_tokens, rope, rank, kinds, threads, plans, half;  // half: latents in bfloat16
   long total;
   const float* q_rope;         // [B, Q, R], scaled
   const float* q_latent[2];    // [B, Q, r], or null
@@ -77,58 +77,74 @@ struct Sizes {
   }
 };
 
-// Rows that meet latents: the terms of the rows of each KV head, `[G, J, M * T]`, and what is added to them.
-struct Absorbed {
-  const float *rows = nullptr, *constants = nullptr;
-  long row = 0;
-  int terms = 0;
+// Rows that meet latents, in float32 or as pairs.
+struct Rows {
+  const float* numbers;
+  long row;
+  const int32_t* pairs;
+  const float* worth;
 };
 
-// The up projections in float32: rows `[K, G, R]`, the same as panels `[K, G, panels of r, R]`, biases `[K, G, R]`.
+// The terms of the rows of each KV head, `[G, J, M * T]`, and what is added to them.
+struct Absorbed {
+  Rows rows;
+  const float* constants;
+  int terms;
+};
+
+// The up projections, as rows `[K, G, R]`, and as panels `[K, G, panels of r, R]`.
 struct Weights {
-  float *rows, *panels, *bias;
+  float *rows, *panels;
+  int32_t* pairs;
+  float* worth;
 };
 
 // What a thread works in; kept from call to call, and enlarged when a call needs more.
 struct Scratch {
-  float *latent, *turned_latent, *absorbed, *constants, *turned, *scores, *other, *terms, *keys, *seen, *token;
-  float* memory = nullptr;
+  float *latent, *tokens, *absorbed, *constants, *turned, *scores, *other, *terms, *keys, *seen, *token, *worth, *row_worth;
+  int32_t *pairs, *row_pairs;  // of `tokens` and `absorbed`
+  char* memory = nullptr;
   long room = 0;
 
   void fit(const Call& c, const Sizes& z) {
-    const long sizes[] = {
-        long(TILE) * z.rank, long(TILE) * z.rank,      long(z.terms) * z.rows * z.row,
-        long(z.terms) * z.rows, long(z.terms) * c.row_group * c.rope, long(z.rows) * TILE,
-        long(z.rows) * TILE,  long(z.terms) * c.row_group * TILE, 2L * z.made * TILE, long(c.new_tokens) * TILE,
-        z.rank};
-    float** parts[] = {&latent, &turned_latent, &absorbed, &constants, &turned, &scores, &other, &terms, &keys, &seen,
-                       &token};
+    const long rows = long(z.terms + 1) * z.rows, group = long(z.terms) * c.row_group, tile = long(TILE) * z.rank;
+    const std::pair<void*, long> parts[] = {
+        {&latent, tile},           {&tokens, tile},   {&absorbed, rows * z.row}, {&constants, rows},
+        {&turned, group * c.rope}, {&scores, long(z.rows) * TILE}, {&other, long(z.rows) * TILE},
+        {&terms, group * TILE},    {&keys, 2L * z.made * TILE},    {&seen, long(c.new_tokens) * TILE},
+        {&token, z.rank},          {&worth, TILE},    {&row_worth, rows},
+        {&pairs, tile / 2},        {&row_pairs, rows * (z.rank / 2)}};
     long wanted = 0;
-    for (long size : sizes) wanted += up_to(size, 16) + 16;
+    for (const auto& part : parts) wanted += up_to(part.second, 16) + 16;
     if (wanted > room) {
       std::free(memory);
-      memory = buffer<float>(wanted);
+      memory = (char*)buffer<float>(wanted);
       room = wanted;
     }
-    long at = 0;
-    for (int i = 0; i < 11; at += up_to(sizes[i], 16) + 16, ++i) *parts[i] = memory + at;
+    char* at = memory;
+    for (const auto& part : parts) {
+      *(char**)part.first = at;
+      at += (up_to(part.second, 16) + 16) * 4;
+    }
   }
 };
 
 thread_local Scratch scratch;
 
+bool in_pairs(const Call& c) { return HAS_PAIRS && c.half; }
+
 // The rows of one KV head.
-void widen_up(const Call& c, const Sizes& z, int k, int g, Weights w) {
+void lay_out_up(const Call& c, const Sizes& z, int k, int g, Weights w) {
   const long head = (long(k) * c.groups + g) * c.rope;
-  float *rows = w.rows + head * z.row, *panels = w.panels + head * z.rank;
+  float* panels = w.panels + head * z.rank;
   for (int i = 0; i < c.rope; ++i) {
-    float* row = rows + i * long(z.row);
+    float* row = w.rows + (head + i) * z.row;
     std::memset(row, 0, z.row * 4);
-    widen(c.up[k].rope, g * c.up[k].group + long(i) * c.rank, c.half, c.rank, row);
+    std::memcpy(row, c.up[k].rope + g * c.up[k].group + long(i) * c.rank, c.rank * 4L);
     for (int at = 0; at < z.rank; at += PANEL)
       std::memcpy(panels + (long(at) * c.rope + long(i) * PANEL), row + at, PANEL * 4);
+    if (in_pairs(c)) w.worth[head + i] = pair_row(row, z.rank, w.pairs + (head + i) * (z.rank / 2));
   }
-  if (c.up[k].bias) widen(c.up[k].bias, g * c.up[k].bias_group, c.half, c.rope, w.bias + head);
 }
 
 // Queries of one KV head turned back to the nodes of a block: turned[j][row] of the pairs that are not made.
@@ -144,9 +160,9 @@ void turn(const Call& c, const Sizes& z, const Item& item, int b, int g, float* 
       const float* a = c.q_rope + (long(b) * z.rows + g * c.row_group + i) * c.rope + p.made;
       const float *b = a + z.half, *cos = p.cos + place(j), *sin = p.sin + place(j);
       float *to_a = turned + (long(j) * c.row_group + i) * 2 * some, *to_b = to_a + some;
-      const int axis = p.axis[j];
+      const int32_t axis = p.axis[j];
       for (int n = 0; n < some; ++n) {
-        const float own = j == 0 || axes[n] == axis ? 1.f : 0.f;
+        const float own = axes[n] == axis ? 1.f : 0.f;
         const float x = j ? (cos[n] - first_cos[n]) * own : cos[n], y = j ? (sin[n] - first_sin[n]) * own : sin[n];
         to_a[n] = a[n] * x + b[n] * y, to_b[n] = b[n] * x - a[n] * y;
       }
@@ -166,7 +182,7 @@ void absorb_terms(const Call& c, const Sizes& z, const Blocks& p, int k, int g, 
   const float* panels = w.panels + (long(k) * c.groups + g) * c.rope * z.rank;
   const int rows = (last - j) * c.row_group;
   for (int side = 0; side < 2; ++side)
-    product({rows, scratch.turned + long(j) * c.row_group * 2 * some + side * some + low, 2L * some,
+    product(Product{rows, scratch.turned + long(j) * c.row_group * 2 * some + side * some + low, 2L * some,
              panels + (side * z.half + p.made + low) * long(PANEL), long(c.rope) * PANEL, high - low, z.rank / PANEL,
              absorbed + long(j) * c.row_group * z.row, z.row});
 }
@@ -177,17 +193,19 @@ Absorbed absorb(const Call& c, const Sizes& z, const Item& item, int b, int k, W
   Scratch& s = scratch;
   const float* nope = c.q_latent[k] ? c.q_latent[k] + long(b) * z.rows * c.rank : nullptr;
   const float* constant = c.text_constant && k == TEXT ? c.text_constant + long(b) * z.rows : nullptr;
-  if (!p.terms) return {nope, constant, c.rank, nope ? 1 : 0};
+  if (!p.terms) return {{nope, c.rank, nullptr, nullptr}, constant, nope ? 1 : 0};
   const int some = z.half - p.made;
   std::memset(s.absorbed, 0, long(p.terms) * z.rows * z.row * 4);
   for (int g = 0; g < c.groups; ++g) {
     float* absorbed = s.absorbed + long(g) * p.terms * c.row_group * z.row;
     turn(c, z, item, b, g, s.turned);
-    for (int j = 0, last; j < p.terms; j = last) {
-      for (last = j + 1; j && last < p.terms && p.axis[last] == p.axis[j];) ++last;
+    const int32_t* axes = p.axes + long(g) * some;
+    const bool one = std::all_of(axes, axes + some, [](int32_t axis) { return axis == 0; });
+    for (int j = 0, last; j < p.terms; j = last) {  // together where they are of the same pairs
+      for (last = j + 1; (j || one) && last < p.terms && p.axis[last] == p.axis[j];) ++last;
       absorb_terms(c, z, p, k, g, j, last, w, absorbed);
     }
-    const float* bias = c.up[k].bias ? w.bias + (long(k) * c.groups + g) * c.rope + p.made : nullptr;
+    const float* bias = c.up[k].bias ? c.up[k].bias + g * c.up[k].bias_group + p.made : nullptr;
     for (int i = 0; i < p.terms * c.row_group; ++i) {
       const int row = g * c.row_group + i;  // of the first term
       float sum = constant && i < c.row_group ? constant[row] : 0.f;
@@ -197,7 +215,21 @@ Absorbed absorb(const Call& c, const Sizes& z, const Item& item, int b, int k, W
       for (int n = 0; nope && i < c.row_group && n < c.rank; ++n) absorbed[i * long(z.row) + n] += nope[long(row) * c.rank + n];
     }
   }
-  return {s.absorbed, s.constants, z.row, p.terms};
+  return {{s.absorbed, z.row, nullptr, nullptr}, s.constants, p.terms};
+}
+
+// The same rows as pairs, one of two modalities.
+void pair_rows(const Call& c, const Sizes& z, int k, Absorbed& absorbed) {
+  if (!in_pairs(c) || !absorbed.terms) return;
+  Scratch& s = scratch;
+  const long first = long(k) * z.rows, count = long(absorbed.terms) * z.rows;
+  for (long i = 0; i < count; ++i) {
+    const float* row = absorbed.rows.numbers + i * absorbed.rows.row;
+    std::memcpy(s.token, row, c.rank * 4L);
+    std::memset(s.token + c.rank, 0, (z.rank - c.rank) * 4L);
+    s.row_worth[first + i] = pair_row(s.token, z.rank, s.row_pairs + (first + i) * (z.rank / 2));
+  }
+  absorbed.rows = {nullptr, 0, s.row_pairs + first * (z.rank / 2), s.row_worth + first};
 }
 
 // A tile's latents as panels of latent dims `[panels of r][TILE]` and of tokens `[panels of TILE][r]`.
@@ -215,8 +247,26 @@ void load_tile(const Call& c, const Sizes& z, int b, long token, int count) {
   for (int t = 0; t < TILE; t += LANES)
     for (int at = 0; at < z.rank; at += LANES) {
       const float* from = s.latent + long(at / PANEL) * PANEL * TILE + long(t) * PANEL + at % PANEL;
-      turn_square(from, PANEL, s.turned_latent + (long(t / PANEL) * z.rank + at) * PANEL + t % PANEL, PANEL);
+      turn_square(from, PANEL, s.tokens + (long(t / PANEL) * z.rank + at) * PANEL + t % PANEL, PANEL);
     }
+  for (int q = 0; in_pairs(c) && q < PANELS; ++q)
+    pair_panel(s.tokens + long(q) * z.rank * PANEL, z.rank, s.pairs + long(q) * (z.rank / 2) * PANEL, s.worth + q * PANEL);
+}
+
+// Add to out[row][token] what some rows give with the tile's tokens.
+void meet(const Call& c, const Sizes& z, int rows, Rows a, float* out, long out_row, long out_panel) {
+  const Scratch& s = scratch;
+  if (a.pairs)
+    product(PairProduct{rows, a.pairs, a.worth, z.rank / 2, s.pairs, s.worth, long(z.rank / 2) * PANEL, z.rank / 2, PANELS, out,
+                        out_row, out_panel});
+  else
+    product(Product{rows, a.numbers, a.row, s.tokens, long(z.rank) * PANEL, c.rank, PANELS, out, out_row, out_panel});
+}
+
+// The rows from `start` on.
+Rows from_row(const Sizes& z, Rows a, long start) {
+  if (a.pairs) return {nullptr, 0, a.pairs + start * (z.rank / 2), a.worth + start};
+  return {a.numbers + start * a.row, a.row, nullptr, nullptr};
 }
 
 // Add the scores of the pairs that are made, of the rows of one KV head.
@@ -225,14 +275,14 @@ void score_made(const Call& c, const Sizes& z, const Blocks& p, int b, int k, in
   const int made = p.made;
   const long head = (long(k) * c.groups + g) * c.rope, panel = 2L * made * PANEL;
   for (int side = 0; side < 2; ++side) {
-    const float* bias = c.up[k].bias ? w.bias + head + side * z.half : nullptr;
+    const float* bias = c.up[k].bias ? c.up[k].bias + g * c.up[k].bias_group + side * z.half : nullptr;
     for (int q = 0; q < PANELS; ++q)
       for (int n = 0; n < made; ++n) {
         float* at = s.keys + q * panel + (side * long(made) + n) * PANEL;
         std::fill(at, at + PANEL, bias ? bias[n] : 0.f);
       }
-    product({made, w.rows + (head + side * z.half) * z.row, z.row, s.turned_latent, long(z.rank) * PANEL, c.rank,
-             PANELS, s.keys + side * long(made) * PANEL, PANEL, panel});
+    const Rows up{w.rows, z.row, in_pairs(c) ? w.pairs : nullptr, w.worth};
+    meet(c, z, made, from_row(z, up, head + side * z.half), s.keys + side * long(made) * PANEL, PANEL, panel);
   }
   for (int n = 0; n < made; ++n) {
     const long at = b * c.table_batch + c.pairs[long(g) * z.half + n] * c.table_pair + token;
@@ -244,7 +294,7 @@ void score_made(const Call& c, const Sizes& z, const Blocks& p, int b, int k, in
   }
   const float* query = c.q_rope + (long(b) * z.rows + g * c.row_group) * c.rope;
   for (int side = 0; side < 2; ++side)
-    product({c.row_group, query + side * z.half, c.rope, s.keys + side * long(made) * PANEL, panel, made, PANELS, to, TILE});
+    product(Product{c.row_group, query + side * z.half, c.rope, s.keys + side * long(made) * PANEL, panel, made, PANELS, to, TILE});
 }
 
 // Scores of a tile of tokens of one modality, to[row][token].
@@ -260,9 +310,7 @@ void score(const Call& c, const Sizes& z, const Item& item, int b, int k, long t
       const float constant = absorbed.constants ? absorbed.constants[long(g) * std::max(1, terms) * some + i] : 0.f;
       std::fill(out + i * TILE, out + (i + 1) * TILE, constant);
     }
-    if (terms)
-      product({terms * some, absorbed.rows + long(g) * terms * some * absorbed.row, absorbed.row, s.turned_latent,
-               long(z.rank) * PANEL, c.rank, PANELS, out, TILE});
+    if (terms) meet(c, z, terms * some, from_row(z, absorbed.rows, long(g) * terms * some), out, TILE, PANEL);
     for (int i = 0; terms > 1 && i < some; ++i)
       for (int t = 0; t < TILE; t += LANES) {
         Vec sum = load(out + i * TILE + t);
@@ -328,7 +376,10 @@ void attend(const Call& c, const Sizes& z, const Item& item, int b, Weights w, P
   Scratch& s = scratch;
   const int kind = c.kinds == 1 ? TEXT : item.blocks->kind, first = kind > MIXED, last = kind >= MIXED;
   Absorbed absorbed[2];
-  for (int k = first; k <= last; ++k) absorbed[k] = absorb(c, z, item, b, k, w);
+  for (int k = first; k <= last; ++k) {
+    absorbed[k] = absorb(c, z, item, b, k, w);
+    pair_rows(c, z, first == last ? 0 : k, absorbed[k]);
+  }
   for (long token = item.start; token < item.stop; token += TILE) {
     const int count = int(std::min<long>(TILE, item.stop - token));
     load_tile(c, z, b, token, count);
@@ -349,7 +400,7 @@ void attend(const Call& c, const Sizes& z, const Item& item, int b, Weights w, P
           store(weights + i, load(s.scores + i) * (k ? share : 1.f - share));
         }
       }
-      product({z.rows, weights, TILE, s.latent, long(TILE) * PANEL, count, z.rank / PANEL,
+      product(Product{z.rows, weights, TILE, s.latent, long(TILE) * PANEL, count, z.rank / PANEL,
                part.sums + long(k) * z.rows * z.row, z.row});
     }
   }
@@ -412,7 +463,8 @@ extern "C" void mha2mla_decode_rotated(const Call* call) {
   const int parts = std::max(1, std::min<int>(int(items.size()), (PARTS * c.threads + c.batch - 1) / c.batch));
   const std::vector<int> cuts = cut(c, z, items, parts);
   const long sums = long(c.kinds) * z.rows * z.row, lanes = up_to(z.rows, 16), part_size = sums + 3 * lanes;
-  const long heads = long(c.kinds) * c.groups * c.rope, wanted = heads * (z.row + z.rank + 1) + 16 + c.batch * parts * part_size;
+  const long heads = long(c.kinds) * c.groups * c.rope, up_size = heads * (z.row + z.rank + z.rank / 2 + 1),
+             wanted = up_to(up_size, 16) + c.batch * parts * part_size;
   thread_local static float* memory = nullptr;
   thread_local static long room = 0;
   if (wanted > room) {
@@ -421,8 +473,10 @@ extern "C" void mha2mla_decode_rotated(const Call* call) {
     room = wanted;
   }
   float* own = memory;
-  const Weights w{own, own + heads * z.row, own + heads * (z.row + z.rank)};
-  float* found = own + up_to(heads * (z.row + z.rank + 1), 16);
+  float* panels = own + heads * z.row;
+  int32_t* pairs = (int32_t*)(panels + heads * z.rank);
+  const Weights w{own, panels, pairs, (float*)(pairs + heads * (z.rank / 2))};
+  float* found = own + up_to(up_size, 16);
   std::vector<Part> all;
   for (long i = 0; i < long(c.batch) * parts; ++i) {
     float *at = found + i * part_size, *tail = at + sums;
@@ -433,7 +487,7 @@ extern "C" void mha2mla_decode_rotated(const Call* call) {
     scratch.fit(c, z);
 #pragma omp for collapse(2)
     for (int k = 0; k < c.kinds; ++k)
-      for (int g = 0; g < c.groups; ++g) widen_up(c, z, k, g, w);
+      for (int g = 0; g < c.groups; ++g) lay_out_up(c, z, k, g, w);
 #pragma omp for collapse(2) schedule(dynamic)
     for (int b = 0; b < c.batch; ++b)
       for (int p = 0; p < parts; ++p) {

@@ -16,11 +16,12 @@ from mha2mla_vlm.model.cache.latent import Pieces
 from mha2mla_vlm.model.interpolated import plan_key, planned
 from mha2mla_vlm.model.kernels.cpu_library import load_library
 from mha2mla_vlm.model.modality import Kind
+from mha2mla_vlm.model.positions import Tables
 from mha2mla_vlm.model.rebuilt import Rebuilt
 from mha2mla_vlm.utils.compat import is_plain_tensor
 
 TILE = 64  # tokens, as in cpu_rotated.cpp
-WIDTHS = (128, 256)  # of blocks, of which the plan takes the better one
+WIDTH = 256  # tokens of a block
 DTYPES = (torch.float32, torch.bfloat16)
 
 _long, _int, _pointer = ctypes.c_long, ctypes.c_int, ctypes.c_void_p
@@ -99,8 +100,10 @@ def decode(
     filled: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention over latents, as `cpu_decode.decode`; the up projections of values are PyTorch's."""
-    queries = absorb(q_rope, q_nope, ups, scaling)
-    return expand(attend(queries, stored, visual, mask, filled), ups, q_rope.shape[2])
+    exact = [up.float() for up in ups]  # products in bfloat16 are slow where they are no instructions
+    queries = absorb(q_rope.float(), q_nope.float(), exact, scaling)
+    sums = attend(queries, stored, visual, mask, filled, exact)
+    return expand(sums, exact, q_rope.shape[2]).to(q_rope.dtype)
 
 
 def attend(
@@ -109,15 +112,16 @@ def attend(
     visual: torch.Tensor | None,
     mask: torch.Tensor | None = None,
     filled: torch.Tensor | None = None,
+    ups: Sequence[Up] | None = None,
 ) -> Sums:
     """`interpolated.attend_rotated` over tokens whose modality is `visual [B, S]` where their runs are mixed.
 
     `mask` is a `dense_mask` of bool; `filled` is how many of the S tokens there are, if it hides the others:
-    they are not read.
+    they are not read. `ups` are those of `stored` in float32, if they are there.
     """
     call_library = library()
     assert call_library is not None, "can_run says so"
-    ups, latent = stored.ups, stored.latents()
+    ups, latent = ups or [up.float() for up in stored.ups], stored.latents()
     latent = latent if latent.stride(-1) == 1 else latent.contiguous()
     batch, kv_heads, rows, rope = queries.rope.shape
     numbers = [None if x is None else x.float().contiguous() for x in (queries.rope, *queries.latent)]
@@ -180,23 +184,37 @@ def _plan(queries: Queries, stored: Rebuilt) -> _Plan:
     """The plan of the step's tokens, made by the first layer that needs it."""
     angles = stored.angles
     plans = {} if angles.rotation is None else angles.rotation.plans
-    blocks = planned(queries, stored, WIDTHS)
+    blocks = planned(queries, stored, WIDTH)
     key = plan_key(queries, stored, "laid out")
     if key not in plans:
-        plans[key] = _laid_out(blocks or made_blocks(stored.runs, angles.pairs, WIDTHS[-1]), stored)
+        plans[key] = _laid_out(blocks or made_blocks(stored.runs, angles.pairs, WIDTH), stored)
     plan: _Plan = plans[key]
     return plan
 
 
-def _laid_out(blocks: Sequence[Blocks], stored: Rebuilt) -> _Plan:
-    angles, kept = stored.angles, []
+def _tables(blocks: Sequence[Blocks], stored: Rebuilt) -> Tables:
+    """Tables `[B, P, S and a tile]` of pairs that are made of latents, of the tokens of which some are."""
+    angles, rotation = stored.angles, stored.angles.rotation
     made = angles.pairs[:, : max(some.rebuilt for some in blocks)]
-    count = int(made.max()) + 1 if made.numel() else 1
+    count = int(made.max()) + 1 if made.numel() else 0
+    spans = [some.tokens.flatten() for some in blocks if some.rebuilt]
+    if rotation is None or not spans:
+        found, tokens = (angles.cos, angles.sin) if spans else (), slice(None, stored.length)
+    else:
+        tokens = torch.cat(spans)
+        found = rotation.at(rotation.positions[..., tokens].float())
     tables = []
-    for table in (angles.cos, angles.sin):
-        by_pair = torch.zeros(len(table), count, table.shape[1] + TILE)  # read up to whole tiles
-        by_pair[..., :-TILE] = table[..., :count].transpose(1, 2)
+    for table in found:
+        by_pair = torch.zeros(len(table), count, stored.length + TILE)  # read up to whole tiles
+        by_pair[..., tokens] = table[..., :count].transpose(1, 2).float()
         tables.append(by_pair)
+    return (tables[0], tables[1]) if tables else (torch.zeros(1, 1, 1),) * 2
+
+
+def _laid_out(blocks: Sequence[Blocks], stored: Rebuilt) -> _Plan:
+    angles = stored.angles
+    kept: list[torch.Tensor] = []
+    cos, sin = _tables(blocks, stored)
 
     def keep(x: torch.Tensor | None, dtype: torch.dtype) -> int | None:
         if x is None:
@@ -204,21 +222,20 @@ def _laid_out(blocks: Sequence[Blocks], stored: Rebuilt) -> _Plan:
         kept.append(x.to(dtype).contiguous())
         return kept[-1].data_ptr()
 
-    rows = []
-    for some in blocks:
-        cos, sin = (None, None) if some.nodes is None else some.nodes
-        axis, node = torch.tensor(some.terms or [(0, 0)], dtype=torch.int32).unbind(1)
-        count, width = some.tokens.shape
-        rows.append(
-            _Blocks(
-                kind=some.kind, made=some.rebuilt, terms=len(some.terms), count=count, width=width,
-                nodes=0 if cos is None else cos.shape[2],
-                start=keep(some.tokens[:, 0], torch.int32), stop=keep(some.tokens[:, -1] + 1, torch.int32),
-                cos=keep(cos, torch.float32), sin=keep(sin, torch.float32),
-                basis=keep(some.basis, torch.float32), axis=keep(axis, torch.int32),
-                node=keep(node, torch.int32), axes=keep(some.axes, torch.int32),
-            )  # fmt: skip
+    laid = (_Blocks * len(blocks))()
+    for some, to in zip(blocks, laid, strict=True):
+        to.kind, to.made, to.terms, (to.count, to.width) = (
+            some.kind,
+            some.rebuilt,
+            len(some.terms),
+            some.tokens.shape,
         )
+        to.start, to.stop = keep(some.tokens[:, 0], torch.int32), keep(some.tokens[:, -1] + 1, torch.int32)
+        to.axes = keep(some.axes, torch.int32)
+        if some.nodes is not None:
+            to.nodes = some.nodes[0].shape[2]
+            to.cos, to.sin = (keep(table, torch.float32) for table in some.nodes)
+            to.basis = keep(some.basis, torch.float32)
+            to.axis, to.node = (keep(x, torch.int32) for x in torch.tensor(some.terms).unbind(1))
     pairs = angles.pairs.int().contiguous()
-    laid = (_Blocks * len(rows))(*rows)
-    return _Plan(blocks=laid, cos=tables[0], sin=tables[1], pairs=pairs, tensors=tuple(kept))
+    return _Plan(blocks=laid, cos=cos, sin=sin, pairs=pairs, tensors=tuple(kept))

@@ -1,19 +1,25 @@
-// Products in float32 that every processor can do fast: written in vectors of the compiler's own.
+// Products that every processor can do fast: written in vectors of the compiler's own.
 //
 // All are one product, of rows whose numbers are broadcast and of panels of lanes:
 //     out[i][lane] += sum over k of a[i][k] * x[k][lane]
 // A panel is two vectors wide and lies dense, `[k][PANEL]`; so many rows are summed at a time as there are
-// registers for.
+// registers for. Numbers are float32, or, where they come from bfloat16 and the processor multiplies pairs of 16 bits
+// (x86-64 from AVX2 on), integers with a scale for each row and lane, twice as many at a time. Their rounding
+// is a tenth of bfloat16's, and their sums stay within 32 bits: rows and lanes are scaled to a length whose square does.
 
 #pragma once
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <new>
 #include <utility>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
 
 namespace {
 
@@ -27,13 +33,16 @@ constexpr int LANES = 4, ROWS = 12;
 constexpr int LANES = 4, ROWS = 6;
 #endif
 constexpr int PANEL = 2 * LANES;
+constexpr float SHIFT = 12582912;  // 1.5 * 2^23: a sum with it is rounded to a whole number, its last bits
 
 typedef float Vec __attribute__((vector_size(LANES * 4)));
 typedef float Loose __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 typedef int32_t Int __attribute__((vector_size(LANES * 4)));
+typedef int32_t LooseInt __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 
 inline Vec load(const float* at) { return *(const Loose*)at; }
 inline void store(float* at, Vec x) { *(Loose*)at = x; }
+inline Int load(const int32_t* at) { return *(const LooseInt*)at; }
 inline Vec highest(Vec a, Vec b) { return a > b ? a : b; }
 
 inline long up_to(long x, long step) { return (x + step - 1) / step * step; }
@@ -45,6 +54,18 @@ T* buffer(long count) {
   return (T*)p;
 }
 
+// a0 * b0 + a1 * b1 of the pairs of 16 bits in each lane
+#if defined(__AVX512BW__)
+constexpr bool HAS_PAIRS = true;
+inline Int multiply_pairs(Int a, Int b) { return (Int)_mm512_madd_epi16((__m512i)a, (__m512i)b); }
+#elif defined(__AVX2__) && !defined(__AVX512F__)
+constexpr bool HAS_PAIRS = true;
+inline Int multiply_pairs(Int a, Int b) { return (Int)_mm256_madd_epi16((__m256i)a, (__m256i)b); }
+#else
+constexpr bool HAS_PAIRS = false;
+inline Int multiply_pairs(Int a, Int) { return a; }
+#endif
+
 struct Product {
   int rows;
   const float* a;
@@ -55,6 +76,40 @@ struct Product {
   float* out;  // rows `out_row` apart, panels `out_panel` apart
   long out_row, out_panel = PANEL;
 };
+
+struct PairProduct {  // the same of pairs, `depth` of them
+  int rows;
+  const int32_t* a;
+  const float* a_scale;
+  long a_row;
+  const int32_t* x;
+  const float* x_scale;  // of all lanes
+  long x_panel;
+  int depth, panels;
+  float* out;
+  long out_row, out_panel = PANEL;
+};
+
+template <int N>
+void sum_pairs(const PairProduct& p, long row, int panel) {
+  Int sum[N][2] = {};
+  const int32_t *a = p.a + row * p.a_row, *x = p.x + panel * p.x_panel;
+  const long a_row = p.a_row;
+  for (int k = 0; k < p.depth; ++k, x += PANEL) {
+    const Int first = load(x), second = load(x + LANES);
+#pragma GCC unroll 16
+    for (int i = 0; i < N; ++i) {
+      const Int number = Int{} + a[i * a_row + k];
+      sum[i][0] += multiply_pairs(number, first), sum[i][1] += multiply_pairs(number, second);
+    }
+  }
+  for (int i = 0; i < N; ++i)
+    for (int v = 0; v < 2; ++v) {
+      float* out = p.out + panel * p.out_panel + (row + i) * p.out_row + v * LANES;
+      const Vec scale = p.a_scale[row + i] * load(p.x_scale + panel * PANEL + v * LANES);
+      store(out, load(out) + __builtin_convertvector(sum[i][v], Vec) * scale);
+    }
+}
 
 template <int N>
 void sum_rows(const float* a, long a_row, const float* x, int depth, float* out, long out_row) {
@@ -73,22 +128,81 @@ void sum_rows(const float* a, long a_row, const float* x, int depth, float* out,
     for (int v = 0; v < 2; ++v) store(out + i * out_row + v * LANES, sum[i][v]);
 }
 
-using SumRows = void (*)(const float*, long, const float*, int, float*, long);
+template <int N>
+void sum_rows(const Product& p, long row, int panel) {
+  sum_rows<N>(p.a + row * p.a_row, p.a_row, p.x + panel * p.x_panel, p.depth,
+              p.out + panel * p.out_panel + row * p.out_row, p.out_row);
+}
 
+template <typename P>
+using Sum = void (*)(const P&, long, int);
 template <int... N>
-constexpr std::array<SumRows, sizeof...(N)> all_sums(std::integer_sequence<int, N...>) {
+constexpr std::array<Sum<Product>, ROWS> sums_of(const Product*, std::integer_sequence<int, N...>) {
   return {sum_rows<N + 1>...};
 }
-constexpr auto SUMS = all_sums(std::make_integer_sequence<int, ROWS>());
+template <int... N>
+constexpr std::array<Sum<PairProduct>, ROWS> sums_of(const PairProduct*, std::integer_sequence<int, N...>) {
+  return {sum_pairs<N + 1>...};
+}
 
-inline void product(const Product& p) {
+template <typename P>
+void product(const P& p) {
+  constexpr auto SUMS = sums_of((const P*)nullptr, std::make_integer_sequence<int, ROWS>());
   const int tiles = (p.rows + ROWS - 1) / ROWS;
-  for (int panel = 0; panel < p.panels; ++panel)
-    for (int t = 0; t < tiles; ++t) {
+  for (int t = 0; t < tiles; ++t)
+    for (int panel = 0; panel < p.panels; ++panel) {
       const long start = long(p.rows) * t / tiles, stop = long(p.rows) * (t + 1) / tiles;
-      SUMS[stop - start - 1](p.a + start * p.a_row, p.a_row, p.x + panel * p.x_panel, p.depth,
-                             p.out + panel * p.out_panel + start * p.out_row, p.out_row);
+      SUMS[stop - start - 1](p, start, panel);
     }
+}
+
+constexpr float LENGTH = 45000, LARGEST = 32000;  // of integers whose products' sums fit 32 bits
+
+// What one of the integers is worth, of numbers with this sum of squares and this largest; NaN stays.
+inline float worth_of(float squares, float most) {
+  return squares > 0 ? std::max(std::sqrt(squares) / LENGTH, most / LARGEST) : squares;
+}
+
+// A row of whole vectors as pairs of integers; returns what one of them is worth.
+inline float pair_row(const float* row, int count, int32_t* to) {
+  Vec squares = {}, most = {};
+  for (int k = 0; k < count; k += LANES) {
+    const Vec x = load(row + k);
+    squares += x * x, most = highest(highest(most, x), -x);
+  }
+  float sum = 0, top = 0;
+  for (int i = 0; i < LANES; ++i) sum += squares[i], top = std::max(top, most[i]);
+  const float worth = worth_of(sum, top), scale = worth > 0 ? 1 / worth : 0.f;
+  int16_t* numbers = (int16_t*)to;
+  for (int k = 0; k < count; ++k) {
+    const float shifted = row[k] * scale + SHIFT;
+    int32_t bits;
+    std::memcpy(&bits, &shifted, 4);
+    numbers[k] = int16_t(bits);
+  }
+  return worth;
+}
+
+// The same of the lanes of a panel.
+inline void pair_panel(const float* panel, int count, int32_t* to, float* worth) {
+  for (int v = 0; v < PANEL; v += LANES) {
+    Vec squares = {}, most = {};
+    for (int k = 0; k < count; ++k) {
+      const Vec x = load(panel + long(k) * PANEL + v);
+      squares += x * x, most = highest(highest(most, x), -x);
+    }
+    alignas(64) float scale[LANES];
+    for (int i = 0; i < LANES; ++i) {
+      worth[v + i] = worth_of(squares[i], most[i]);
+      scale[i] = worth[v + i] > 0 ? 1 / worth[v + i] : 0.f;
+    }
+    const Vec scales = load(scale);
+    for (int k = 0; k < count; k += 2) {
+      const Int first = (Int)(load(panel + long(k) * PANEL + v) * scales + SHIFT) & 0xffff;
+      const Int second = (Int)(load(panel + long(k + 1) * PANEL + v) * scales + SHIFT) << 16;
+      *(LooseInt*)(to + long(k / 2) * PANEL + v) = first | second;
+    }
+  }
 }
 
 // Lanes i and i + step change places between two vectors, where i has not the bit of the step.
@@ -121,8 +235,7 @@ inline void turn_square(const float* from, long from_row, float* to, long to_row
 // e^x for x <= 0, to float32's precision; the constants are those of Cephes' expf
 inline Vec exp_of(Vec x) {
   x = highest(x, Vec{} - 87.f);
-  const float shift = 12582912.f;  // 1.5 * 2^23, after which no fraction fits
-  const Vec n = (x * 1.44269504f + shift) - shift;
+  const Vec n = (x * 1.44269504f + SHIFT) - SHIFT;
   const Vec r = x - n * 0.693359375f + n * 2.12194440e-4f;
   Vec y = Vec{} + 1.9875691500e-4f;
   for (float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f}) y = y * r + c;
