@@ -98,7 +98,8 @@ struct Weights {
 
 // What a thread works in; kept from call to call, and enlarged when a call needs more.
 struct Scratch {
-  float *latent, *tokens, *absorbed, *constants, *turned, *scores, *other, *terms, *keys, *seen, *token, *worth, *row_worth;
+  float *latent, *tokens, *absorbed, *constants, *turned, *scores, *other, *terms, *keys, *seen, *token;
+  float *worth, *row_worth;  // what the integers of a pair are worth, of each token and row
   int32_t *pairs, *row_pairs;  // of `tokens` and `absorbed`
   char* memory = nullptr;
   long room = 0;
@@ -209,7 +210,8 @@ Absorbed absorb(const Call& c, const Sizes& z, const Item& item, int b, int k, W
       const float* turned = s.turned + long(i) * 2 * some;
       for (int n = 0; bias && n < some; ++n) sum += turned[n] * bias[n] + turned[some + n] * bias[z.half + n];
       s.constants[long(g) * p.terms * c.row_group + i] = sum;
-      for (int n = 0; nope && i < c.row_group && n < c.rank; ++n) absorbed[i * long(z.row) + n] += nope[long(row) * c.rank + n];
+      for (int n = 0; nope && i < c.row_group && n < c.rank; ++n)
+        absorbed[i * long(z.row) + n] += nope[long(row) * c.rank + n];
     }
   }
   return {{s.absorbed, z.row, nullptr, nullptr}, s.constants, p.terms};

@@ -31,15 +31,16 @@ void load_tile(const Call& c, const Sizes& z, int b, long token, int count) {
       turn_square(from, PANEL, s.tokens + (long(t / PANEL) * z.rank + at) * PANEL + t % PANEL, PANEL);
     }
   for (int q = 0; in_pairs(c) && q < PANELS; ++q)
-    pair_panel(s.tokens + long(q) * z.rank * PANEL, z.rank, s.pairs + long(q) * (z.rank / 2) * PANEL, s.worth + q * PANEL);
+    pair_panel(s.tokens + long(q) * z.rank * PANEL, z.rank, s.pairs + long(q) * (z.rank / 2) * PANEL,
+               s.worth + q * PANEL);
 }
 
 // Add to out[row][token] what some rows give with the tile's tokens.
 void meet(const Call& c, const Sizes& z, int rows, Rows a, float* out, long out_row, long out_panel) {
   const Scratch& s = scratch;
   if (a.pairs)
-    product(PairProduct{rows, a.pairs, a.worth, z.rank / 2, s.pairs, s.worth, long(z.rank / 2) * PANEL, z.rank / 2, PANELS, out,
-                        out_row, out_panel});
+    product(PairProduct{rows, a.pairs, a.worth, z.rank / 2, s.pairs, s.worth, long(z.rank / 2) * PANEL, z.rank / 2,
+                        PANELS, out, out_row, out_panel});
   else
     product(Product{rows, a.numbers, a.row, s.tokens, long(z.rank) * PANEL, c.rank, PANELS, out, out_row, out_panel});
 }
@@ -75,7 +76,8 @@ void score_made(const Call& c, const Sizes& z, const Blocks& p, int b, int k, in
   }
   const float* query = c.q_rope + (long(b) * z.rows + g * c.row_group) * c.rope;
   for (int side = 0; side < 2; ++side)
-    product(Product{c.row_group, query + side * z.half, c.rope, s.keys + side * long(made) * PANEL, panel, made, PANELS, to, TILE});
+    product(Product{c.row_group, query + side * z.half, c.rope, s.keys + side * long(made) * PANEL, panel, made,
+                    PANELS, to, TILE});
 }
 
 // Fetch a KV head's share of the tile that comes next into the cache.
@@ -105,7 +107,8 @@ void score(const Call& c, const Sizes& z, const Item& item, int b, int k, long t
     for (int i = 0; terms > 1 && i < some; ++i)
       for (int t = 0; t < TILE; t += LANES) {
         Vec sum = load(out + i * TILE + t);
-        const float* basis = p.basis + (long(b) * p.count + item.block) * p.terms * p.width + (token - p.start[item.block]) + t;
+        const long place = (long(b) * p.count + item.block) * p.terms * p.width;
+        const float* basis = p.basis + place + (token - p.start[item.block]) + t;
         for (int j = 1; j < terms; ++j) sum += load(basis + long(j) * p.width) * load(out + (j * some + i) * TILE + t);
         store(scores + i * TILE + t, sum);
       }
