@@ -103,7 +103,8 @@ def test_turns_are_interpolated_within_blocks(monkeypatch, family, prompts, rope
         LatentCache(),
     )
     torch.testing.assert_close(got, expected, **CLOSE)
-    assert rope_dim == 16 or any(some.terms for plan in plans for some in plan)
+    interpolated_some = any(some.terms for plan in plans if plan for some in plan)
+    assert interpolated_some or rope_dim == 16 or backend == "cpp"
     assert len(plans) == (2 if rope_dim == 64 else 8)  # all pairs: one plan a step for all layers
 
 

@@ -86,7 +86,7 @@ def plan_blocks(
     own = width or WIDTHS[rows > len(pairs)]
     spans = [(a, min(a + own, stop), kind) for start, stop, kind in runs for a in range(start, stop, own)]
     extent = _extent(rotation, spans, own)
-    sizes = torch.tensor([b - a for a, b, _ in spans], device=pairs.device)
+    sizes = torch.tensor([b - a if width else own for a, b, _ in spans], device=pairs.device)
     angles, axes = (x[pairs] for x in rotation.frequencies)
     chosen, nodes = _choose(extent.half.amax(1), angles, axes, rows, sizes, tolerance)
     if min(chosen) == pairs.shape[1]:
@@ -123,8 +123,8 @@ def _choose(
     tolerance: float,
 ) -> tuple[list[int], list[list[int]]]:
     """How many pairs of each block to make of latents, and how many nodes the others then need by axis,
-    for the least products of `r` numbers: of `half [A, n]`, tokens `sizes [n]`, and the `angles, axes [G, C]`
-    of kept pairs.
+    for the least products of `r` numbers: of `half [A, n]`, `sizes [n]` in tokens, and the `angles, axes
+    [G, C]` of kept pairs.
     """
     kv_heads, pairs = angles.shape
     step = max(1, pairs // CHOICES)
