@@ -37,7 +37,12 @@ SHAPES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
     ),
     "llava-next-8b": (
         LlavaNextConfig,
-        {"hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 8},
+        {
+            "hidden_size": 4096,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 5e5},
+        },
     ),
     "llava-1.5-7b": (
         LlavaConfig,

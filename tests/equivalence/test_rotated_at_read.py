@@ -36,6 +36,7 @@ from mha2mla_vlm.model import blocks, interpolated, rebuilt
 from mha2mla_vlm.model.cache.latent import LatentCache, bytes_per_token, cache_bytes
 from mha2mla_vlm.model.checkpoint import save
 from mha2mla_vlm.model.families import get_family
+from mha2mla_vlm.model.kernels import cpu_rotated
 from mha2mla_vlm.model.modeling import decoder_layers
 from mha2mla_vlm.utils.compat import cache_argument
 
@@ -85,22 +86,27 @@ def test_keys_are_rebuilt_in_blocks(monkeypatch, family, limit):
     assert cache_bytes(cache) == total * bytes_per_token(model.config, itemsize=4)
 
 
-@pytest.mark.parametrize("rope_dim", [64, 16])
+@pytest.mark.parametrize(("rope_dim", "backend"), [(64, "torch"), (16, "torch"), (64, "cpp")])
 @pytest.mark.parametrize("prompts", [["two images"], ["text", "text"]], ids=str)
-def test_turns_are_interpolated_within_blocks(monkeypatch, family, prompts, rope_dim):
+def test_turns_are_interpolated_within_blocks(monkeypatch, family, prompts, rope_dim, backend):
     monkeypatch.setattr(interpolated, "BLOCK", 0)
     monkeypatch.setattr(blocks, "WIDTHS", (8, 16))
+    monkeypatch.setattr(cpu_rotated, "WIDTH", cpu_rotated.TILE)
     plans, make = [], blocks.plan_blocks
     monkeypatch.setattr(interpolated, "plan_blocks", lambda *x: plans.append(make(*x)) or plans[-1])
     model, processor = random_mla(family, rotate_at="read", rope_dim=rope_dim)
     inputs = prompt_inputs(family, processor, prompts)
     expected, total = whole_logits(model, inputs), inputs["input_ids"].shape[1]
     got = piecewise_logits(
-        set_attention(model, absorb_limit=2), inputs, [total - 2, total - 1], LatentCache()
+        set_attention(model, absorb_limit=2, decode_backend=backend),
+        inputs,
+        [total - 2, total - 1],
+        LatentCache(),
     )
     torch.testing.assert_close(got, expected, **CLOSE)
     if not get_family(family).model_type.startswith("qwen3_vl"):  # whose fast pairs are of all axes
-        assert rope_dim == 16 or any(some.terms for plan in plans for some in plan)
+        interpolated_some = any(some.terms for plan in plans if plan for some in plan)
+        assert interpolated_some or rope_dim == 16 or backend == "cpp"
     assert len(plans) == (2 if rope_dim == 64 else 8)  # all pairs: one plan a step for all layers
 
 

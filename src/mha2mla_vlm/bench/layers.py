@@ -4,8 +4,8 @@ Shapes: B batch, S cached tokens, H query heads, G KV heads, D head dim, R rope 
 """
 
 import itertools
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from mha2mla_vlm.model.positions import Rotation, TokenPositions
 from mha2mla_vlm.model.rebuilt import Angles
 from mha2mla_vlm.utils.compat import attention_name, cache_argument, set_attention_name
 
+OURS, LATER = "ours", "ours, later layers"
 Rows = dict[str, Timing]
 Shape = tuple[int, ...]
 
@@ -83,11 +84,13 @@ def time_attention(
     seconds: float,
     *,
     interpolate: bool = True,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> Rows:
     """Attention only, from queries to the heads' outputs, over converted layers: each dense way, and ours.
 
-    Ours includes what the up projections cost, which the original has behind it. Without `interpolate`,
-    all keys that are rotated at read are made of latents.
+    Ours includes what the up projections cost, which the original has behind it. Where keys are rotated at
+    read, `ours, later layers` is without what the first layer of a step makes for all. Without
+    `interpolate`, all those keys are made of latents.
     """
     modules = latent_attentions(decoder_layers(converted))
     first = modules[0]
@@ -105,17 +108,20 @@ def time_attention(
 
     places = positions_of(converted, dense.get_seq_length(), batch, like.device)
 
-    def ours() -> None:
-        turns = _rotation(converted, places, like)
+    def through(turns: Rotation | None) -> None:
         for (q_rope, q_nope), module, layer in zip(split, modules, own, strict=True):
             angles = None
             if turns is not None and module.at_read:
-                angles = replace(Angles.of(turns, module.rope_pairs), rotation=turns if interpolate else None)
+                given = Angles.of(turns, module.rope_pairs)
+                angles = given if interpolate else Angles(given.cos, given.sin, given.pairs)
             known = (latent.token_modality, None, None, angles)
             module.attend_absorbed(stored_tokens(layer, module.bits, like.dtype), q_rope, q_nope, *known)
 
     ways = {name: originally(way) for name, way in dense_ways(like.device).items()}
-    return time_in_turn({**ways, "ours": ours}, device=like.device, seconds=seconds)
+    ways[OURS] = lambda: through(_rotation(converted, places, like))
+    if (kept := _rotation(converted, places, like)) is not None:
+        ways[LATER] = lambda: through(kept)
+    return time_in_turn(ways, device=like.device, seconds=seconds, clock=clock)
 
 
 def _rotation(converted: PreTrainedModel, places: torch.Tensor, like: torch.Tensor) -> Rotation | None:
@@ -212,4 +218,4 @@ def positions(model: PreTrainedModel, places: torch.Tensor) -> torch.Tensor:
 
 def best_dense(times: Rows) -> str:
     """The fastest of the original's ways."""
-    return min((name for name in times if name != "ours"), key=lambda name: times[name].median)
+    return min((name for name in times if name not in (OURS, LATER)), key=lambda name: times[name].median)

@@ -13,6 +13,8 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 
 from mha2mla_vlm.bench.context import modality_of
 from mha2mla_vlm.bench.layers import (
+    LATER,
+    OURS,
     best_dense,
     positions,
     random_caches,
@@ -118,7 +120,9 @@ def compared(name: str, times: dict[str, Timing], layers: int) -> dict[str, Any]
         f"{name}_ratio": times[best].median / times["ours"].median,
         f"{name}_baseline": best,
         f"{name}_seconds": _spread(times["ours"], layers),
-        f"{name}_seconds_original": {n: _spread(t, layers) for n, t in times.items() if n != "ours"},
+        f"{name}_seconds_original": {
+            n: _spread(t, layers) for n, t in times.items() if n not in (OURS, LATER)
+        },
     }
 
 

@@ -32,14 +32,20 @@ class Timing:
 
 
 def time_in_turn(
-    functions: Mapping[str, Callable[[], Any]], *, device: torch.device, seconds: float = 1.0
+    functions: Mapping[str, Callable[[], Any]],
+    *,
+    device: torch.device,
+    seconds: float = 1.0,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Timing]:
     """Time each function round by round for about `seconds` altogether, five rounds at least.
 
-    What is four times slower than the fastest is called twice and left out of the rounds.
+    What is four times slower than the fastest is called twice and left out of the rounds. On a busy machine
+    `clock` may be `time.thread_time`, for one thread.
     """
     taken = {
-        name: [_seconds(function, device) for _ in range(WARM_UP)] for name, function in functions.items()
+        name: [_seconds(function, device, clock) for _ in range(WARM_UP)]
+        for name, function in functions.items()
     }
     fastest = min(min(values) for values in taken.values())
     in_turn = {name: f for name, f in functions.items() if min(taken[name]) < HOPELESS * fastest}
@@ -50,16 +56,16 @@ def time_in_turn(
         if done >= least and time.perf_counter() > stop:
             break
         for name, function in in_turn.items():
-            taken[name].append(_seconds(function, device))
+            taken[name].append(_seconds(function, device, clock))
     return {name: Timing.of(values) for name, values in taken.items()}
 
 
-def _seconds(function: Callable[[], Any], device: torch.device) -> float:
+def _seconds(function: Callable[[], Any], device: torch.device, clock: Callable[[], float]) -> float:
     wait(device)
-    start = time.perf_counter()
+    start = clock()
     function()
     wait(device)
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def wait(device: torch.device) -> None:

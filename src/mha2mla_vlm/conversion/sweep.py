@@ -61,7 +61,7 @@ class Sweep:
         normed = any(is_normed(layer.self_attn) for layer in decoder_layers(model))
         if normed and config.bits_by_channel and "write" in config.modes:
             raise InputError(  # steps of keys would have to be in the queries, behind their norm
-                f"latent_bits mixed with rotate_at {config.rotate_at} does not go with normed queries and keys; "
+                f"latent_bits mixed with rotate_at {config.rotate_at} does not go with normed keys; "
                 "give --rotate-at read"
             )
 

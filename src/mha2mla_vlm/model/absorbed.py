@@ -9,7 +9,7 @@ dims, D head dim, r latent dims; Q = H * T rows, ordered by KV head, head in its
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -33,6 +33,12 @@ class Up:
     kv_heads: int
     nope_dim: int
     rope_dim: int = 0
+
+    def float(self) -> "Up":
+        """The same in float32."""
+        return replace(
+            self, weight=self.weight.float(), bias=None if self.bias is None else self.bias.float()
+        )
 
     @property
     def rows(self) -> torch.Tensor:

@@ -57,44 +57,74 @@ class _Extent:
         return _Extent(self.tokens[some], self.middle[..., some], self.half[..., some])
 
 
+def _extent(rotation: Rotation, spans: Sequence[tuple[int, int, Kind]], width: int) -> _Extent:
+    """That of blocks from one token to before another."""
+    device = rotation.positions.device
+    places = torch.tensor([[a, b - 1] for a, b, _ in spans], device=device)
+    tokens = torch.minimum(places[:, :1] + torch.arange(width, device=device), places[:, 1:])
+    where = rotation.positions[..., tokens].float()
+    low, high = where.amin(-1), where.amax(-1)
+    return _Extent(tokens, (low + high) / 2, (high - low) / 2)
+
+
 def plan_blocks(
-    rotation: Rotation, pairs: torch.Tensor, runs: Sequence[Run], rows: int, tolerance: float
+    rotation: Rotation,
+    pairs: torch.Tensor,
+    runs: Sequence[Run],
+    rows: int,
+    tolerance: float,
+    width: int | None = None,
 ) -> tuple[Blocks, ...] | None:
     """The blocks of all tokens, for `rows` queries (H * T) and the kept `pairs [G, C]`.
 
     `tolerance` is the largest error of a turn by interpolation. None where no pair is worth it, and where
-    modalities are mixed. Waits for the device once.
+    modalities are mixed. Waits for the device once. A kernel that works block by block gives their `width`:
+    then only blocks that need the same are put together, and however many.
     """
     if any(kind == Kind.MIXED for _, _, kind in runs):
         return None
-    width = WIDTHS[rows > len(pairs)]
-    spans = [(a, min(a + width, stop), kind) for start, stop, kind in runs for a in range(start, stop, width)]
-    places = torch.tensor([[a, b - 1] for a, b, _ in spans], device=pairs.device)
-    tokens = torch.minimum(places[:, :1] + torch.arange(width, device=pairs.device), places[:, 1:])
-    where = rotation.positions[..., tokens].float()
-    low, high = where.amin(-1), where.amax(-1)
-    extent = _Extent(tokens, (low + high) / 2, (high - low) / 2)
+    own = width or WIDTHS[rows > len(pairs)]
+    spans = [(a, min(a + own, stop), kind) for start, stop, kind in runs for a in range(start, stop, own)]
+    extent = _extent(rotation, spans, own)
+    sizes = torch.tensor([b - a if width else own for a, b, _ in spans], device=pairs.device)
     angles, axes = (x[pairs] for x in rotation.frequencies)
-    chosen, nodes = _choose(extent.half.amax(1), angles, axes, rows, width, tolerance)
+    chosen, nodes = _choose(extent.half.amax(1), angles, axes, rows, sizes, tolerance)
     if min(chosen) == pairs.shape[1]:
         return None
-    groups: dict[tuple[Kind, int], list[int]] = {}
+    groups: dict[tuple[Kind, int, tuple[int, ...]], list[int]] = {}
     for block, (_, _, kind) in enumerate(spans):
-        groups.setdefault((kind, chosen[block]), []).append(block)
-    few = max(1, CHUNK // width)
+        exact = tuple(axis[block] for axis in nodes) if width else ()
+        groups.setdefault((kind, chosen[block], exact), []).append(block)
+    few = len(spans) if width else max(1, CHUNK // own)
     made = []
-    for (kind, rebuilt), blocks in groups.items():
+    for (kind, rebuilt, _), blocks in groups.items():
         for some in (blocks[i : i + few] for i in range(0, len(blocks), few)):
-            counts = [max(nodes[axis][block] for block in some) for axis in range(len(nodes))]
+            counts = [max(axis[block] for block in some) for axis in nodes]
             made.append(_blocks(rotation, extent.of(some), kind, pairs, axes, rebuilt, counts))
     return tuple(made)
 
 
+def made_blocks(runs: Sequence[Run], pairs: torch.Tensor, width: int) -> tuple[Blocks, ...]:
+    """Blocks of all tokens, of which all pairs are made of latents."""
+    made = []
+    for start, stop, kind in runs:
+        tokens = torch.arange(start, start + -(-(stop - start) // width) * width).clamp(max=stop - 1)
+        rebuilt, axes = pairs.shape[1], pairs[:, :0]
+        made.append(Blocks(kind, tokens.to(pairs.device).unflatten(0, (-1, width)), rebuilt, (), axes))
+    return tuple(made)
+
+
 def _choose(
-    half: torch.Tensor, angles: torch.Tensor, axes: torch.Tensor, rows: int, width: int, tolerance: float
+    half: torch.Tensor,
+    angles: torch.Tensor,
+    axes: torch.Tensor,
+    rows: int,
+    sizes: torch.Tensor,
+    tolerance: float,
 ) -> tuple[list[int], list[list[int]]]:
     """How many pairs of each block to make of latents, and how many nodes the others then need by axis,
-    for the least products of `r` numbers: of `half [A, n]` and the `angles, axes [G, C]` of kept pairs.
+    for the least products of `r` numbers: of `half [A, n]`, `sizes [n]` in tokens, and the `angles, axes
+    [G, C]` of kept pairs.
     """
     kv_heads, pairs = angles.shape
     step = max(1, pairs // CHOICES)
@@ -107,7 +137,7 @@ def _choose(
     nodes = torch.bucketize(fastest[:, :, None] * half[:, None], bounds) + 1  # [A, choices, n]
     absorbed = (pairs - made)[:, None]
     terms = (1 + (nodes - 1).sum(0)) * (absorbed > 0)
-    cost = 2.0 * kv_heads * made[:, None] + terms * rows * (1 + 2 * absorbed / width)
+    cost = 2.0 * kv_heads * made[:, None] + terms * rows * (1 + 2 * absorbed / sizes)
     cost = cost.masked_fill((nodes > MOST_NODES).any(0), torch.inf)
     best = cost.argmin(0)
     kept = nodes[:, best, torch.arange(len(best), device=best.device)]

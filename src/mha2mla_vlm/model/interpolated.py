@@ -3,7 +3,7 @@
 Shapes: those of `blocks.py`; M = H / G, Q = H * T rows, r latent dims, D head dim.
 """
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import torch
 
@@ -17,7 +17,7 @@ def attend_rotated(
     queries: Queries, stored: Rebuilt, visual: torch.Tensor | None, mask: torch.Tensor | None
 ) -> Sums:
     """Attention over all tokens, as `absorbed.attend_pieces` over pieces whose keys are made, if faster."""
-    plan = _plan(queries, stored)
+    plan = planned(queries, stored)
     if plan is None:
         return attend_pieces(queries, stored, stored.runs, visual, mask)
     latent = stored.latents()
@@ -25,21 +25,27 @@ def attend_rotated(
     return attend_scored(queries, scores, latent, stored.runs, visual, mask)
 
 
-def _plan(queries: Queries, stored: Rebuilt) -> tuple[Blocks, ...] | None:
-    """That of the step's tokens, made by the first layer that needs it."""
+def planned(queries: Queries, stored: Rebuilt, width: int | None = None) -> tuple[Blocks, ...] | None:
+    """The plan of the step's tokens, made by the first layer that needs it; see `plan_blocks`."""
     angles, rotation = stored.angles, stored.angles.rotation
     if rotation is None or stored.length <= BLOCK or torch.compiler.is_compiling():
         return None
-    _, kv_heads, rows, rope_dim = queries.rope.shape
-    # where all pairs are kept, they are the same in all layers
-    pairs = None if rope_dim == angles.cos.shape[-1] else id(angles.pairs)
-    key = (tuple(stored.runs), kv_heads * rows, pairs)
+    _, kv_heads, rows, _ = queries.rope.shape
+    key = plan_key(queries, stored, width)
     if key not in rotation.plans:
-        tolerance = max(torch.finfo(queries.rope.dtype).eps / 8, 1e-5)
+        tolerance = max(torch.finfo(stored.ups[0].weight.dtype).eps / 8, 1e-5)
         given = (rotation, angles.pairs, stored.runs, kv_heads * rows, tolerance)
-        rotation.plans[key] = plan_blocks(*given)
+        rotation.plans[key] = plan_blocks(*given, width)
     plan: tuple[Blocks, ...] | None = rotation.plans[key]
     return plan
+
+
+def plan_key(queries: Queries, stored: Rebuilt, *more: Hashable) -> Hashable:
+    """What a plan depends on, among the layers of a step."""
+    _, kv_heads, rows, rope_dim = queries.rope.shape
+    # where all pairs are kept, they are the same in all layers
+    pairs = None if rope_dim == stored.angles.dims else id(stored.angles.pairs)
+    return (tuple(stored.runs), kv_heads * rows, pairs, *more)
 
 
 def rotated_scores(

@@ -37,9 +37,22 @@ class Rotation:
     """Rotary tables `cos, sin [B, S, D]` of tokens at `positions [A, B, S]`, and of places between them."""
 
     def __init__(self, rotary: nn.Module, positions: torch.Tensor, like: torch.Tensor, config: Any) -> None:
-        self.rotary, self.positions, self.config = rotary, positions, config
-        self.cos, self.sin = self._tables(like, positions.long())
+        self.rotary, self.positions, self.config, self._like = rotary, positions, config, like
         self.plans: dict[Hashable, Any] = {}  # of blocks, for all layers that need the same
+
+    @property
+    def cos(self) -> torch.Tensor:
+        """Cosines of all tokens, `[B, S, D]`."""
+        return self._whole[0]
+
+    @property
+    def sin(self) -> torch.Tensor:
+        """Sines of all tokens, `[B, S, D]`."""
+        return self._whole[1]
+
+    @cached_property
+    def _whole(self) -> Tables:
+        return self._tables(self._like, self.positions.long())
 
     def at(self, places: torch.Tensor) -> Tables:
         """Tables `[B, n, D]`, in float32, of `places [A, B, n]` up to the last token, whole or between."""

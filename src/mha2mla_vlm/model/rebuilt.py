@@ -8,7 +8,6 @@ Shapes: B batch, S all tokens, n tokens of a block, G KV heads, R rope dims, D h
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Self
 
 import torch
 
@@ -34,9 +33,14 @@ class Angles:
     rotation: Rotation | None = None
 
     @classmethod
-    def of(cls, rotation: Rotation, pairs: torch.Tensor) -> Self:
-        """Those of all tokens of a step."""
-        return cls(rotation.cos, rotation.sin, pairs, rotation)
+    def of(cls, rotation: Rotation, pairs: torch.Tensor) -> "Angles":
+        """Those of all tokens of a step, whose tables are made if they are asked for."""
+        return _AnglesOfStep(rotation, pairs)
+
+    @property
+    def dims(self) -> int:
+        """D."""
+        return self.cos.shape[-1]
 
     def columns(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Those of the kept pairs `[B, G, n, R/2]`, of some tokens."""
@@ -48,6 +52,28 @@ class Angles:
         some = self.pairs[:, :count]
         cos, sin = (table[:, tokens][..., some].transpose(1, 2) for table in (self.cos, self.sin))
         return cos, sin
+
+
+class _AnglesOfStep(Angles):
+    def __init__(self, rotation: Rotation, pairs: torch.Tensor) -> None:
+        self.__dict__.update(pairs=pairs, rotation=rotation)
+
+    @property
+    def cos(self) -> torch.Tensor:
+        return self._known.cos
+
+    @property
+    def sin(self) -> torch.Tensor:
+        return self._known.sin
+
+    @property
+    def dims(self) -> int:
+        return 2 * len(self._known.frequencies[0])
+
+    @property
+    def _known(self) -> Rotation:
+        assert self.rotation is not None, "given"
+        return self.rotation
 
 
 def rebuilt_keys(

@@ -62,7 +62,7 @@ def find_kernel(
 
     `auto` is Triton on a GPU, the C++ kernel on a CPU, and PyTorch where those cannot run, as where there
     are gradients. Both kernels have the arguments of `cpu_decode.decode`. Raises `InputError` for an
-    unknown backend. Where keys are rotated at read there is the Triton kernel, and PyTorch.
+    unknown backend. Where keys are rotated at read there are a Triton and a C++ kernel of their own.
     """
     if backend not in BACKENDS:
         raise InputError(f"decode_backend is {backend!r}; use one of {', '.join(BACKENDS)}")
@@ -71,7 +71,7 @@ def find_kernel(
         return None
     on_gpu = q_rope.is_cuda
     if isinstance(stored, Rebuilt):
-        return _find_rotated(backend, q_rope, q_nope, ups, stored)
+        return _find_rotated(backend, q_rope, q_nope, ups, stored, mask)
     if backend == "triton" or (backend == "auto" and on_gpu and HAS_TRITON):
         from mha2mla_vlm.model.kernels import triton_decode
 
@@ -84,11 +84,20 @@ def find_kernel(
 
 
 def _find_rotated(
-    backend: DecodeBackend, q_rope: torch.Tensor, q_nope: torch.Tensor, ups: Sequence[Up], stored: Rebuilt
+    backend: DecodeBackend,
+    q_rope: torch.Tensor,
+    q_nope: torch.Tensor,
+    ups: Sequence[Up],
+    stored: Rebuilt,
+    mask: torch.Tensor | None,
 ) -> Decode | None:
     """The same for keys that are rotated at read."""
     if backend == "triton" or (backend == "auto" and q_rope.is_cuda and HAS_TRITON):
         from mha2mla_vlm.model.kernels import triton_rotated
 
         return triton_rotated.decode if triton_rotated.can_run(q_rope, q_nope, ups, stored) else None
+    if backend == "cpp" or (backend == "auto" and not q_rope.is_cuda):
+        from mha2mla_vlm.model.kernels import cpu_rotated
+
+        return cpu_rotated.decode if cpu_rotated.can_run(q_rope, q_nope, ups, stored, mask) else None
     return None

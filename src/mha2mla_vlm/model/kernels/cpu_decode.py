@@ -1,21 +1,11 @@
-"""The CPU kernel of `cpu_decode.cpp`: built with the machine's C++ compiler when it is first needed.
+"""The CPU kernel of `cpu_decode.cpp`, which `cpu_library` builds.
 
 It needs Linux on x86-64 with AVX-512 BF16 (AMD from Zen 4 on, Intel from Sapphire Rapids on) and g++.
-The library is kept in the user's cache folder (`XDG_CACHE_HOME`), under a name that its
-source, compiler and processor decide.
 """
 
 import ctypes
-import functools
-import hashlib
-import logging
-import os
 import platform
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Self
 
 import torch
@@ -25,14 +15,11 @@ from mha2mla_vlm.model.cache.latent import Pieces
 from mha2mla_vlm.model.cache.pages import Paged
 from mha2mla_vlm.model.cache.quantization import Quantized
 from mha2mla_vlm.model.cache.quantized import QuantizedTokens
+from mha2mla_vlm.model.kernels.cpu_library import load_library, processor
 from mha2mla_vlm.utils.compat import is_plain_tensor
 
-logger = logging.getLogger(__name__)
-SOURCE = Path(__file__).with_suffix(".cpp")
-HEADERS = tuple(sorted(SOURCE.parent.glob("cpu_*.h")))
 TILE = 64  # tokens, as in cpu_product.h
 RANGES = torch.float16
-FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-fopenmp")
 
 _long, _int, _pointer = ctypes.c_long, ctypes.c_int, ctypes.c_void_p
 
@@ -206,68 +193,8 @@ def _up_of(up: Up) -> _Up:
     return _Up(key, key + up.nope_dim * rank * size, each * rank, *bias)
 
 
-@functools.cache
 def library() -> ctypes.CDLL | None:
     """The kernel, built if it has to be; None, with the reason in the log, where it cannot be."""
-    compiler = next(filter(None, map(shutil.which, ("g++", "c++"))), None)
-    if compiler is None or not _has_instructions():
-        logger.info("no CPU kernel: it needs a C++ compiler and a processor with AVX-512 BF16")
+    if platform.machine() != "x86_64" or "avx512_bf16" not in processor():
         return None
-    path = _folder() / f"cpu_decode-{_fingerprint(compiler)}.so"
-    try:
-        if not path.exists():
-            logger.info("building the CPU kernel, once: %s", path)
-            _build(compiler, path)
-        return ctypes.CDLL(str(path))
-    except (OSError, subprocess.CalledProcessError) as error:
-        reason = getattr(error, "stderr", None) or error
-        logger.warning("no CPU kernel, decoding is slower: %s", reason)
-        return None
-
-
-def _has_instructions() -> bool:
-    if platform.system() != "Linux" or platform.machine() != "x86_64":
-        return False
-    return "avx512_bf16" in _processor()
-
-
-def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line for line in lines if line.startswith("flags")), "")
-
-
-def _fingerprint(compiler: str) -> str:
-    version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
-    parts = (
-        SOURCE.read_bytes(),
-        *(header.read_bytes() for header in HEADERS),
-        version,
-        _processor().encode(),
-        " ".join(FLAGS).encode(),
-    )
-    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
-
-
-def _folder() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(base) / "mha2mla_vlm"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        folder = Path(tempfile.mkdtemp(prefix="mha2mla_vlm-"))
-    return folder
-
-
-def _build(compiler: str, path: Path) -> None:
-    """Compile to a temporary file beside `path`, then rename it.
-
-    OpenMP is not linked: its functions are those that PyTorch has loaded, so that both share threads.
-    """
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        compiled, linked = Path(folder, "kernel.o"), Path(folder, "kernel.so")
-        for command in (
-            [compiler, *FLAGS, "-c", str(SOURCE), "-o", str(compiled)],
-            [compiler, "-shared", str(compiled), "-o", str(linked)],
-        ):
-            subprocess.run(command, capture_output=True, check=True, text=True)
-        linked.rename(path)
+    return load_library("cpu_decode")

@@ -1,0 +1,257 @@
+// Products that every processor can do fast: written in vectors of the compiler's own.
+//
+// All are one product, of rows whose numbers are broadcast and of panels of lanes:
+//     out[i][lane] += sum over k of a[i][k] * x[k][lane]
+// A panel is two vectors wide and lies dense, `[k][PANEL]`; so many rows are summed at a time as there are
+// registers for. Numbers are float32, or, where they come from bfloat16 and the processor multiplies pairs of 16 bits
+// (x86-64 from AVX2 on), integers with a scale for each row and lane, twice as many at a time. Their rounding
+// is a tenth of bfloat16's, and their sums stay within 32 bits: rows and lanes are scaled to a length whose square does.
+
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+#include <utility>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16, ROWS = 12;
+#elif defined(__AVX__)
+constexpr int LANES = 8, ROWS = 6;
+#elif defined(__aarch64__)
+constexpr int LANES = 4, ROWS = 12;
+#else
+constexpr int LANES = 4, ROWS = 6;
+#endif
+constexpr int PANEL = 2 * LANES;
+constexpr float SHIFT = 12582912;  // 1.5 * 2^23: a sum with it is rounded to a whole number, its last bits
+
+typedef float Vec __attribute__((vector_size(LANES * 4)));
+typedef float Loose __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+typedef int32_t Int __attribute__((vector_size(LANES * 4)));
+typedef int32_t LooseInt __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+
+inline Vec load(const float* at) { return *(const Loose*)at; }
+inline void store(float* at, Vec x) { *(Loose*)at = x; }
+inline Int load(const int32_t* at) { return *(const LooseInt*)at; }
+inline Vec highest(Vec a, Vec b) { return a > b ? a : b; }
+
+inline long up_to(long x, long step) { return (x + step - 1) / step * step; }
+
+template <typename T>
+T* buffer(long count) {
+  void* p = std::aligned_alloc(64, up_to(count * long(sizeof(T)) + 64, 64));
+  if (!p) throw std::bad_alloc();
+  return (T*)p;
+}
+
+// a0 * b0 + a1 * b1 of the pairs of 16 bits in each lane
+#if defined(__AVX512BW__)
+constexpr bool HAS_PAIRS = true;
+inline Int multiply_pairs(Int a, Int b) { return (Int)_mm512_madd_epi16((__m512i)a, (__m512i)b); }
+#elif defined(__AVX2__) && !defined(__AVX512F__)
+constexpr bool HAS_PAIRS = true;
+inline Int multiply_pairs(Int a, Int b) { return (Int)_mm256_madd_epi16((__m256i)a, (__m256i)b); }
+#else
+constexpr bool HAS_PAIRS = false;
+inline Int multiply_pairs(Int a, Int) { return a; }
+#endif
+
+struct Product {
+  int rows;
+  const float* a;
+  long a_row;
+  const float* x;  // [panels][depth][PANEL], panels `x_panel` apart
+  long x_panel;
+  int depth, panels;
+  float* out;  // rows `out_row` apart, panels `out_panel` apart
+  long out_row, out_panel = PANEL;
+};
+
+struct PairProduct {  // the same of pairs, `depth` of them
+  int rows;
+  const int32_t* a;
+  const float* a_scale;
+  long a_row;
+  const int32_t* x;
+  const float* x_scale;  // of all lanes
+  long x_panel;
+  int depth, panels;
+  float* out;
+  long out_row, out_panel = PANEL;
+};
+
+template <int N>
+void sum_pairs(const PairProduct& p, long row, int panel) {
+  Int sum[N][2] = {};
+  const int32_t *a = p.a + row * p.a_row, *x = p.x + panel * p.x_panel;
+  const long a_row = p.a_row;
+  for (int k = 0; k < p.depth; ++k, x += PANEL) {
+    const Int first = load(x), second = load(x + LANES);
+#pragma GCC unroll 16
+    for (int i = 0; i < N; ++i) {
+      const Int number = Int{} + a[i * a_row + k];
+      sum[i][0] += multiply_pairs(number, first), sum[i][1] += multiply_pairs(number, second);
+    }
+  }
+  for (int i = 0; i < N; ++i)
+    for (int v = 0; v < 2; ++v) {
+      float* out = p.out + panel * p.out_panel + (row + i) * p.out_row + v * LANES;
+      const Vec scale = p.a_scale[row + i] * load(p.x_scale + panel * PANEL + v * LANES);
+      store(out, load(out) + __builtin_convertvector(sum[i][v], Vec) * scale);
+    }
+}
+
+template <int N>
+void sum_rows(const float* a, long a_row, const float* x, int depth, float* out, long out_row) {
+  Vec sum[N][2];
+  for (int i = 0; i < N; ++i)
+    for (int v = 0; v < 2; ++v) sum[i][v] = load(out + i * out_row + v * LANES);
+  for (int k = 0; k < depth; ++k, x += PANEL) {
+    const Vec first = load(x), second = load(x + LANES);
+#pragma GCC unroll 16
+    for (int i = 0; i < N; ++i) {
+      const float number = a[i * a_row + k];
+      sum[i][0] += number * first, sum[i][1] += number * second;
+    }
+  }
+  for (int i = 0; i < N; ++i)
+    for (int v = 0; v < 2; ++v) store(out + i * out_row + v * LANES, sum[i][v]);
+}
+
+template <int N>
+void sum_rows(const Product& p, long row, int panel) {
+  sum_rows<N>(p.a + row * p.a_row, p.a_row, p.x + panel * p.x_panel, p.depth,
+              p.out + panel * p.out_panel + row * p.out_row, p.out_row);
+}
+
+template <typename P>
+using Sum = void (*)(const P&, long, int);
+template <int... N>
+constexpr std::array<Sum<Product>, ROWS> sums_of(const Product*, std::integer_sequence<int, N...>) {
+  return {sum_rows<N + 1>...};
+}
+template <int... N>
+constexpr std::array<Sum<PairProduct>, ROWS> sums_of(const PairProduct*, std::integer_sequence<int, N...>) {
+  return {sum_pairs<N + 1>...};
+}
+
+template <typename P>
+void product(const P& p) {
+  constexpr auto SUMS = sums_of((const P*)nullptr, std::make_integer_sequence<int, ROWS>());
+  const int tiles = (p.rows + ROWS - 1) / ROWS;
+  for (int t = 0; t < tiles; ++t)
+    for (int panel = 0; panel < p.panels; ++panel) {
+      const long start = long(p.rows) * t / tiles, stop = long(p.rows) * (t + 1) / tiles;
+      SUMS[stop - start - 1](p, start, panel);
+    }
+}
+
+constexpr float LENGTH = 45000, LARGEST = 32000;  // of integers whose products' sums fit 32 bits
+
+// What one of the integers is worth, of numbers with this sum of squares and this largest; NaN stays.
+inline float worth_of(float squares, float most) {
+  return squares > 0 ? std::max(std::sqrt(squares) / LENGTH, most / LARGEST) : squares;
+}
+
+// A row of whole vectors as pairs of integers; returns what one of them is worth.
+inline float pair_row(const float* row, int count, int32_t* to) {
+  Vec squares = {}, most = {};
+  for (int k = 0; k < count; k += LANES) {
+    const Vec x = load(row + k);
+    squares += x * x, most = highest(highest(most, x), -x);
+  }
+  float sum = 0, top = 0;
+  for (int i = 0; i < LANES; ++i) sum += squares[i], top = std::max(top, most[i]);
+  const float worth = worth_of(sum, top), scale = worth > 0 ? 1 / worth : 0.f;
+  int16_t* numbers = (int16_t*)to;
+  for (int k = 0; k < count; ++k) {
+    const float shifted = row[k] * scale + SHIFT;
+    int32_t bits;
+    std::memcpy(&bits, &shifted, 4);
+    numbers[k] = int16_t(bits);
+  }
+  return worth;
+}
+
+// The same of the lanes of a panel.
+inline void pair_panel(const float* panel, int count, int32_t* to, float* worth) {
+  for (int v = 0; v < PANEL; v += LANES) {
+    Vec squares = {}, most = {};
+    for (int k = 0; k < count; ++k) {
+      const Vec x = load(panel + long(k) * PANEL + v);
+      squares += x * x, most = highest(highest(most, x), -x);
+    }
+    alignas(64) float scale[LANES];
+    for (int i = 0; i < LANES; ++i) {
+      worth[v + i] = worth_of(squares[i], most[i]);
+      scale[i] = worth[v + i] > 0 ? 1 / worth[v + i] : 0.f;
+    }
+    const Vec scales = load(scale);
+    for (int k = 0; k < count; k += 2) {
+      const Int first = (Int)(load(panel + long(k) * PANEL + v) * scales + SHIFT) & 0xffff;
+      const Int second = (Int)(load(panel + long(k + 1) * PANEL + v) * scales + SHIFT) << 16;
+      *(LooseInt*)(to + long(k / 2) * PANEL + v) = first | second;
+    }
+  }
+}
+
+// Lanes i and i + step change places between two vectors, where i has not the bit of the step.
+template <int STEP, int... I>
+inline void exchange(Vec& a, Vec& b, std::integer_sequence<int, I...>) {
+  const Vec low = __builtin_shuffle(a, b, Int{(I & STEP ? LANES + I - STEP : I)...});
+  b = __builtin_shuffle(a, b, Int{(I & STEP ? LANES + I : I + STEP)...});
+  a = low;
+}
+
+template <int STEP>
+inline void exchange_all(Vec* x) {
+#pragma GCC unroll 16
+  for (int i = 0; i < LANES; ++i)
+    if (!(i & STEP)) exchange<STEP>(x[i], x[i + STEP], std::make_integer_sequence<int, LANES>());
+}
+
+// to[k][t] = from[t][k] for a square of lanes
+inline void turn_square(const float* from, long from_row, float* to, long to_row) {
+  Vec x[LANES];
+#pragma GCC unroll 16
+  for (int i = 0; i < LANES; ++i) x[i] = load(from + i * from_row);
+  exchange_all<1>(x), exchange_all<2>(x);
+  if constexpr (LANES > 4) exchange_all<4>(x);
+  if constexpr (LANES > 8) exchange_all<8>(x);
+#pragma GCC unroll 16
+  for (int i = 0; i < LANES; ++i) store(to + i * to_row, x[i]);
+}
+
+// e^x for x <= 0, to float32's precision; the constants are those of Cephes' expf
+inline Vec exp_of(Vec x) {
+  x = highest(x, Vec{} - 87.f);
+  const Vec n = (x * 1.44269504f + SHIFT) - SHIFT;
+  const Vec r = x - n * 0.693359375f + n * 2.12194440e-4f;
+  Vec y = Vec{} + 1.9875691500e-4f;
+  for (float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f}) y = y * r + c;
+  y = y * r * r + r + 1.f;
+  return y * (Vec)((__builtin_convertvector(n, Int) + 127) << 23);
+}
+
+// Numbers as float32, from float32 or bfloat16
+inline void widen(const void* from, long at, bool half, int count, float* to) {
+  if (!half) {
+    std::memcpy(to, (const float*)from + at, count * 4L);
+    return;
+  }
+  const uint16_t* codes = (const uint16_t*)from + at;
+  uint32_t* bits = (uint32_t*)to;
+  for (int i = 0; i < count; ++i) bits[i] = uint32_t(codes[i]) << 16;
+}
+
+}  // namespace
