@@ -13,7 +13,7 @@ from transformers import Cache, QuantizedCache
 
 from mha2mla_vlm.config import CHANNEL_BITS, LatentBits
 from mha2mla_vlm.model.cache.latent import Pieces
-from mha2mla_vlm.model.cache.quantization import pack_codes, unpack_codes
+from mha2mla_vlm.model.cache.quantization import pack_codes
 
 PIECE = 4096  # tokens that are unpacked at a time
 
@@ -29,14 +29,16 @@ def pack(latent: torch.Tensor, bits: LatentBits) -> torch.Tensor:
 
 def unpack(rows: torch.Tensor, bits: LatentBits, dtype: torch.dtype) -> torch.Tensor:
     """The latents `[.., r]` of rows of bytes `[.., b]`; exact in the dtype that they had."""
+    found = torch.empty(*rows.shape[:-1], bits.rank, dtype=dtype, device=rows.device)
     halves, *others = rows.split(bits.bytes, dim=-1)
-    found = []
+    first, *parts = found.split(bits.counts, dim=-1)
     if bits.sixteen:  # copied, for views of other sizes mind the strides of single rows too
-        dense = halves.clone(memory_format=torch.contiguous_format)
-        found.append(dense.view(torch.float16).to(dtype))
-    for part, each in zip(others, CHANNEL_BITS[1:], strict=True):
-        found.append(unpack_codes(part, each).to(dtype) - (2 ** (each - 1) - 0.5))
-    return torch.cat(found, dim=-1)
+        first.copy_(halves.clone(memory_format=torch.contiguous_format).view(torch.float16))
+    for part, codes, each in zip(parts, others, CHANNEL_BITS[1:], strict=True):
+        for number, channels in enumerate(part.split(max(codes.shape[-1], 1), dim=-1)):
+            channels.copy_(codes if each == 8 else (codes >> each * number) & (2**each - 1))
+        part.sub_(2 ** (each - 1) - 0.5)
+    return found
 
 
 def cached(

@@ -13,6 +13,7 @@ import torch
 from mha2mla_vlm.model.absorbed import Queries, Sums, Up, absorb, expand
 from mha2mla_vlm.model.blocks import Blocks, made_blocks
 from mha2mla_vlm.model.cache.latent import Pieces
+from mha2mla_vlm.model.cache.packed import PackedTokens
 from mha2mla_vlm.model.interpolated import plan_key, planned
 from mha2mla_vlm.model.kernels.cpu_library import load_library
 from mha2mla_vlm.model.modality import Kind
@@ -73,10 +74,12 @@ def can_run(
     stored: Rebuilt,
     mask: torch.Tensor | None,
 ) -> bool:
-    """Whether the kernel takes these tensors, and can be built here."""
-    if isinstance(stored.stored, Pieces) or torch.compiler.is_compiling():
+    """Whether the kernel takes these tensors, and can be built here; rows of bytes are unpacked for it."""
+    held = stored.stored
+    if (isinstance(held, Pieces) and not isinstance(held, PackedTokens)) or torch.compiler.is_compiling():
         return False
-    tensors = (q_rope, q_nope, stored.stored[0], *(up.weight for up in ups))
+    latent = held.rows.new_empty(0, dtype=held.dtype) if isinstance(held, PackedTokens) else held[0]
+    tensors = (q_rope, q_nope, latent, *(up.weight for up in ups))
     if not all(map(is_plain_tensor, tensors)) or not all(up.weight.is_contiguous() for up in ups):
         return False  # memory is read as it lies
     if any(x.device.type != "cpu" or x.dtype != q_rope.dtype or x.dtype not in DTYPES for x in tensors):
