@@ -30,6 +30,12 @@ CLOSE = {"atol": 1e-5, "rtol": 1e-4}  # softmax is in float32; a number that fal
 BATCH = ["image", "text", "two images"]
 
 
+@pytest.fixture(params=["llava", "qwen2_5_vl", NORMED])
+def family(request):
+    """One family with one axis of positions and one with three, and one with normed keys."""
+    return request.param
+
+
 @pytest.fixture(params=["write", "read"])
 def mode(request):
     return request.param

@@ -135,10 +135,9 @@ def test_one_factor_for_all_tokens(random_folder):
     check(random_folder("llava", ("shared",)), "llava")
 
 
-@pytest.mark.parametrize("rotate_at", [("write",) * 4, MIXED], ids=["write", "mixed"])
-def test_channels_of_different_bits(rotate_at, tmp_path):
+def test_channels_of_different_bits(tmp_path):
     """What is rounded may fall in another step where sums end otherwise, seldom and with little effect."""
-    model, processor = random_mla("qwen2_5_vl", rotate_at=list(rotate_at), bits=(4, 12, 8, 8))
+    model, processor = random_mla("qwen2_5_vl", rotate_at=list(MIXED), bits=(4, 12, 8, 8))
     folder = save(model, processor, tmp_path / "model")
     chats = requests("qwen2_5_vl")
     asked, right = prompts(processor, chats), expected(folder, chats)
