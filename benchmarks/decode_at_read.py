@@ -6,8 +6,9 @@
 Random weights and caches; contexts are text, images (32 by 32 tokens where RoPE is multimodal) and text.
 `read R` rotates R dims of a head when they are read, `write` has a quarter of the bytes in rotated keys that
 are cached. Ratios are against the fastest way that PyTorch has for the original, timed in turn in the same
-run; `made` is `read` with all keys made of latents, without interpolation. What a step makes once for all
-layers is counted as if 28 of them shared it. Results go to OUT.
+run; `made` is `read` with all keys made of latents, without interpolation. `by channel` has half the bytes in
+channels of 16, 8, 4 and 2 bits, half as many again; `as many in 16 bits` has their number. What a step makes
+once for all layers is counted as if 28 of them shared it. Results go to OUT.
 """
 
 import argparse
@@ -29,18 +30,24 @@ HEAD_DIM = 128
 LAYERS = 28  # that share what a step makes once: tables of RoPE and the plan
 
 
-def sizes(shape: str, budget: float) -> dict[str, dict[str, Any]]:
-    """Sizes of each mode at a share of the original's 2 * G * D numbers a token."""
+def sizes(shape: str, budget: float, layers: int) -> dict[str, dict[str, Any]]:
+    """Sizes of each mode at a share of the original's 2 * G * D numbers a token, by channel at half of it."""
     heads = SHAPES[shape][1]["num_key_value_heads"]
     numbers = round(2 * heads * HEAD_DIM * budget)
     rope = max(2, round(numbers / heads / 4) // 2 * 2)
     position = 2 * (3 if "qwen" in shape else 1) / 28  # numbers of two bytes, for one of some 28 layers
     at_read = {"rotate_at": "read", "kv_lora_rank": int(numbers - position)}
+    bits = [numbers // 8, numbers * 3 // 8, numbers // 2, numbers // 2]
+    by_channel = {"kv_lora_rank": sum(bits), "latent_bits": [bits] * layers, "kv_bias": True}
     return {
         "write": {"qk_rope_head_dim": rope, "kv_lora_rank": numbers - rope * heads},
         f"read {HEAD_DIM}": {**at_read, "qk_rope_head_dim": HEAD_DIM},
         f"read {HEAD_DIM // 4}": {**at_read, "qk_rope_head_dim": HEAD_DIM // 4},
-    }
+        f"read {HEAD_DIM}, as many in 16 bits": {
+            **at_read, "qk_rope_head_dim": HEAD_DIM, "kv_lora_rank": sum(bits),
+        },
+        f"read {HEAD_DIM}, by channel": {**at_read, "qk_rope_head_dim": HEAD_DIM, **by_channel},
+    }  # fmt: skip
 
 
 def measure(given: argparse.Namespace, shape: str) -> list[dict[str, Any]]:
@@ -52,7 +59,7 @@ def measure(given: argparse.Namespace, shape: str) -> list[dict[str, Any]]:
     for context in given.contexts:
         layers = int(given.most_gigabytes * 1e9 / (context * numbers * dtype.itemsize))
         layers = max(1, min(given.layers, layers))
-        for mode, mla in sizes(shape, given.budget).items():
+        for mode, mla in sizes(shape, given.budget, layers).items():
             if not mode.startswith(given.modes):
                 continue
             _, converted = models_of(shape, layers, mla, device, dtype)
