@@ -3,6 +3,7 @@
 Shapes: G KV heads, R rope dims kept, r latent dims.
 """
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,10 +15,14 @@ from mha2mla_vlm.conversion.plan import check_model, plan
 from mha2mla_vlm.conversion.profile import Profile
 from mha2mla_vlm.conversion.weights import rebuild
 from mha2mla_vlm.conversion.work import MemoryWork
+from mha2mla_vlm.data.breadth import lacks
 from mha2mla_vlm.data.random_chats import random_chats
 from mha2mla_vlm.data.records import EncodedRecords, Record
 from mha2mla_vlm.errors import InputError
 from mha2mla_vlm.model.families import get_family
+from mha2mla_vlm.utils.distributed import process_index
+
+logger = logging.getLogger(__name__)
 
 
 def convert(
@@ -80,6 +85,11 @@ def encode_split(
     if silent := [record.source for record in records if not record.answers()]:
         raise InputError(f"{silent[0]}: no assistant message; give chats with answers, which the loss is of")
     count = min(len(records) - 1, max(1, round(config.held_out * len(records))))
+    if not config.random_chats and process_index() == 0 and (found := lacks(records[:-count])):
+        logger.warning(
+            "calibration is narrow: %s; other chats may lose much, so add such chats, or --random-chats 32",
+            ", ".join(found),
+        )
     more = random_chats(processor.tokenizer, config.random_chats)
     parts = [*records[:-count], *more], records[-count:]
     return Chats(*(EncodedRecords(processor, part, visual) for part in parts))

@@ -1,0 +1,30 @@
+"""What calibration chats lack, in words: a converted model is good at what its chats are like."""
+
+import re
+from collections.abc import Sequence
+
+from mha2mla_vlm.data.records import Record, message_text
+
+FEW = 32  # chats
+SAME = 2  # questions, but for their numbers, that are still of one kind
+
+
+def lacks(records: Sequence[Record]) -> list[str]:
+    """What chats to calibrate on lack, a clause each; nothing where they are broad.
+
+    What each costs is in docs/method.md: KL on other chats ten to a thousand times as large.
+    """
+    shown = [len(record.images) for record in records]
+    asked = {
+        re.sub(r"\d+", "0", message_text(message)).strip()
+        for record in records
+        for message in record.messages
+        if message["role"] == "user"
+    }
+    found = {
+        f"only {len(records)} chats": len(records) < FEW,
+        "no images": not any(shown),
+        "no chat with several images": any(shown) and max(shown) < 2,
+        "only one kind of question": len(asked) <= SAME,
+    }
+    return [clause for clause, lacking in found.items() if lacking]

@@ -1,0 +1,50 @@
+"""What calibration chats are said to lack."""
+
+import logging
+
+import pytest
+from helpers import answered, original
+
+from mha2mla_vlm.conversion.config import ConversionConfig
+from mha2mla_vlm.conversion.pipeline import encode_split
+from mha2mla_vlm.data.breadth import FEW, lacks
+from mha2mla_vlm.data.records import Record
+from mha2mla_vlm.zoo.chats import zoo_records
+
+
+def chats(questions, images=()):
+    return [
+        Record(messages=[{"role": "user", "content": [{"type": "text", "text": text}]}], images=list(images))
+        for text in questions
+    ]
+
+
+def test_broad_chats_lack_nothing():
+    assert lacks(zoo_records("qwen2_5_vl", split="train", samples=64, seed=1)) == []
+
+
+@pytest.mark.parametrize(
+    ("records", "found"),
+    [
+        (
+            chats([f"Which digit is in row {i}?" for i in range(FEW)], ["a", "b"]),
+            ["only one kind of question"],
+        ),
+        (chats(["What", "is", "this?"] * FEW), ["no images"]),
+        (chats(["What", "is", "this?"] * FEW, ["a"]), ["no chat with several images"]),
+        (chats(["What", "is", "this?"], ["a", "b"]), ["only 3 chats"]),
+    ],
+    ids=["questions", "images", "several", "few"],
+)
+def test_what_narrow_chats_lack(records, found):
+    assert lacks(records) == found
+
+
+def test_a_conversion_says_so_unless_random_chats_are_added(caplog):
+    model, processor = original("llava")
+    with caplog.at_level(logging.WARNING):
+        encode_split(model, processor, answered("llava"), ConversionConfig(random_chats=4))
+        assert not caplog.messages
+        encode_split(model, processor, answered("llava"), ConversionConfig())
+    assert "calibration is narrow: only 5 chats" in caplog.messages[0]
+    assert "--random-chats" in caplog.messages[0]
