@@ -4,6 +4,7 @@ import logging
 
 import pytest
 from helpers import answered, original
+from PIL import Image
 
 from mha2mla_vlm.conversion.config import ConversionConfig
 from mha2mla_vlm.conversion.pipeline import encode_split
@@ -12,9 +13,13 @@ from mha2mla_vlm.data.records import Record
 from mha2mla_vlm.zoo.chats import zoo_records
 
 
-def chats(questions, images=()):
+def chats(questions, images=0):
+    shown = [{"type": "image"}] * images
     return [
-        Record(messages=[{"role": "user", "content": [{"type": "text", "text": text}]}], images=list(images))
+        Record(
+            messages=[{"role": "user", "content": [*shown, {"type": "text", "text": text}]}],
+            images=[Image.new("RGB", (28, 28))] * images,
+        )
         for text in questions
     ]
 
@@ -31,8 +36,8 @@ def test_broad_chats_lack_nothing():
             ["only one kind of question"],
         ),
         (chats(["What", "is", "this?"] * FEW), ["no images"]),
-        (chats(["What", "is", "this?"] * FEW, ["a"]), ["no chat with several images"]),
-        (chats(["What", "is", "this?"], ["a", "b"]), ["only 3 chats"]),
+        (chats(["What", "is", "this?"] * FEW, 1), ["no chat with several images"]),
+        (chats(["What", "is", "this?"], 2), ["only 3 chats"]),
     ],
     ids=["questions", "images", "several", "few"],
 )
