@@ -101,6 +101,11 @@ def test_rows_of_bytes_give_the_same_latents_again(dtype, bits, shape):
     assert rows.shape == (*shape, bits.row_bytes + 3)
     assert torch.equal(unpack(rows[..., : bits.row_bytes], bits, dtype), kept)
     assert torch.equal(rounded(kept, bits), kept)
+    assert (
+        unpack(pack(rounded(latent.sign() * torch.finfo(dtype).max, bits), bits), bits, dtype)
+        .isfinite()
+        .all()
+    )
     assert not bits.eight or not torch.equal(kept, latent)
 
 

@@ -7,8 +7,11 @@ import torch
 from helpers import prompt_inputs, random_mla, set_attention, shallow
 from test_interpolated import DIM, RUNS, TOKENS, rotation_of
 
+from mha2mla_vlm.algorithms.bits import rounded
+from mha2mla_vlm.config import LatentBits
 from mha2mla_vlm.model import interpolated
 from mha2mla_vlm.model.absorbed import Up, absorb, attend_pieces, dense_mask, expand
+from mha2mla_vlm.model.cache.packed import PackedTokens, pack
 from mha2mla_vlm.model.kernels import cpu_rotated, find_kernel
 from mha2mla_vlm.model.modality import Kind, TokenModality
 from mha2mla_vlm.model.rebuilt import Angles, Rebuilt
@@ -181,3 +184,23 @@ def test_a_model_decodes_with_it(monkeypatch, family):
 def test_head_dims_are_those_of_the_rotation():
     """So that layers which rotate all of them share a plan."""
     assert Angles.of(rotation_of("qwen2_5_vl"), torch.arange(64)[None]).dims == DIM
+
+
+@pytest.mark.parametrize("dtype", LOSS, ids=str)
+@pytest.mark.parametrize("bits", [(4, 9, 16, 8), (0, 37, 0, 0), (0, 1, 2, 4), (37, 0, 0, 0)], ids=str)
+def test_rows_of_bytes_are_read_as_they_are(bits, dtype):
+    """Bit-identical to the same latents as numbers."""
+    bits = LatentBits(*bits)
+    queries, ups, latent, angles = case("odd", batch=2, dtype=dtype)
+    ups = [replace(up, weight=up.weight[:, : bits.rank].contiguous()) for up in ups]
+    latent = rounded(latent[..., : bits.rank] * torch.logspace(-6, 5, bits.rank).to(dtype), bits)
+    visual = visual_of(2, 150, 5, 100)
+    runs = TokenModality.from_mask(visual).runs
+    rows = torch.nn.functional.pad(pack(latent, bits), (0, 3))[..., : bits.row_bytes]  # of wider rows
+    found = []
+    for held in ((latent, None), PackedTokens(rows, latent.new_empty(2, 3, 150, 0), bits, dtype)):
+        stored = Rebuilt(held, ups, runs, visual, angles)
+        assert cpu_rotated.can_run(*queries, ups, stored, None)
+        found.append(cpu_rotated.decode(*queries, ups, SCALING, stored, visual))
+    assert torch.equal(*found)
+    assert found[0].isfinite().all()

@@ -24,6 +24,7 @@ from mha2mla_vlm.config import CHANNEL_BITS, LatentBits
 STEPS = {16: 1.0, 8: 1 / 16, 4: 0.4, 2: 1.0}  # of a channel's standard deviation
 ERRORS = {16: 1e-6, 8: 3.3e-4, 4: 0.0138, 2: 0.12}  # of the variance of normal numbers, rounded to such steps
 KEY_STEP, KEY_LIMIT = 1 / 12, 127  # of rotated keys
+HALF_LIMIT = 65280  # of float16, as bfloat16 has it
 CHOICES = 256  # numbers of channels of 8 bits, and of 4, that are looked at
 
 
@@ -116,8 +117,7 @@ def rounded(latent: torch.Tensor, bits: LatentBits) -> torch.Tensor:
     halves, *parts = latent.split(bits.counts, dim=-1)
     limits = [2 ** (each - 1) - 0.5 for each in CHANNEL_BITS[1:]]
     pairs = list(zip(parts, limits, strict=True))
-    largest = torch.finfo(torch.float16).max
-    halves = halves.clamp(-largest, largest)
+    halves = halves.clamp(-HALF_LIMIT, HALF_LIMIT)
     found = [(part.floor() + 0.5).clamp(-limit, limit) for part, limit in pairs]
     found = torch.cat([halves.to(torch.float16).to(latent.dtype), *found], dim=-1)
     if torch.is_grad_enabled() and latent.requires_grad:

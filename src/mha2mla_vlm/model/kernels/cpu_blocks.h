@@ -32,8 +32,10 @@ struct Call {
   const float* q_latent[2];    // [B, Q, r], or null
   const float* text_constant;  // [B, Q], or null
   Up up[2];
-  const void* latent;  // [B, S, r]
+  const void* latent;  // [B, S, r], or bytes [B, S, b]; from one to the next in numbers or bytes
   long latent_batch, latent_token;
+  int packed;          // whether they are bytes, in which
+  int channels[4];     // so many channels have 16, 8, 4 and 2 bits (model/cache/packed.py)
   const float *cos, *sin;  // [B, P, S], with a tile of room
   long table_batch, table_pair;
   const int32_t* pairs;  // [G, C]
@@ -130,6 +132,14 @@ struct Scratch {
 thread_local Scratch scratch;
 
 bool in_pairs(const Call& c) { return HAS_PAIRS && c.half; }
+
+// A token's latent as float32.
+void unpack(const Call& c, long at, float* to) {
+  if (c.packed)
+    unpack_row((const uint8_t*)c.latent + at, c.channels, to);
+  else
+    widen(c.latent, at, c.half, c.rank, to);
+}
 
 // The rows of one KV head.
 void lay_out_up(const Call& c, const Sizes& z, int k, int g, Weights w) {

@@ -19,7 +19,7 @@ void load_tile(const Call& c, const Sizes& z, int b, long token, int count) {
   std::memset(s.token, 0, z.rank * 4);
   for (int t = 0; t < TILE; ++t) {
     if (t < count)
-      widen(c.latent, b * c.latent_batch + (token + t) * c.latent_token, c.half, c.rank, s.token);
+      unpack(c, b * c.latent_batch + (token + t) * c.latent_token, s.token);
     else if (t == count)
       std::memset(s.token, 0, z.rank * 4);
     for (int at = 0; at < z.rank; at += PANEL)
@@ -82,7 +82,7 @@ void score_made(const Call& c, const Sizes& z, const Blocks& p, int b, int k, in
 
 // Fetch a KV head's share of the tile that comes next into the cache.
 void fetch(const Call& c, const Item& item, int b, long token, int g) {
-  const long size = c.half ? 2 : 4, bytes = c.rank * size, next = token + TILE;
+  const long size = c.packed ? 1 : c.half ? 2 : 4, bytes = c.latent_token * size, next = token + TILE;
   const char* tile = (const char*)c.latent + (b * c.latent_batch + next * c.latent_token) * size;
   const long count = std::min<long>(TILE, item.stop - next);
   for (long t = count * g / c.groups; t < count * (g + 1) / c.groups; ++t)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from mha2mla_vlm.config import LatentBits
 from mha2mla_vlm.model.absorbed import Queries, Sums, Up, absorb, expand
 from mha2mla_vlm.model.blocks import Blocks, made_blocks
 from mha2mla_vlm.model.cache.latent import Pieces
@@ -48,6 +49,7 @@ class _Call(ctypes.Structure):
         )),
         ("total", _long), ("q_rope", _pointer), ("q_latent", _pointer * 2), ("text_constant", _pointer),
         ("up", _Up * 2), ("latent", _pointer), ("latent_batch", _long), ("latent_token", _long),
+        ("packed", _int), ("channels", _int * 4),
         ("cos", _pointer), ("sin", _pointer), ("table_batch", _long), ("table_pair", _long),
         ("pairs", _pointer), ("plan", _pointer),
         ("visual", _pointer), ("visual_batch", _long),
@@ -74,7 +76,7 @@ def can_run(
     stored: Rebuilt,
     mask: torch.Tensor | None,
 ) -> bool:
-    """Whether the kernel takes these tensors, and can be built here; rows of bytes are unpacked for it."""
+    """Whether the kernel takes these tensors, and can be built here."""
     held = stored.stored
     if (isinstance(held, Pieces) and not isinstance(held, PackedTokens)) or torch.compiler.is_compiling():
         return False
@@ -124,23 +126,25 @@ def attend(
     """
     call_library = library()
     assert call_library is not None, "can_run says so"
-    ups, latent = ups or [up.float() for up in stored.ups], stored.latents()
+    ups, (latent, dtype, bits) = ups or [up.float() for up in stored.ups], _latent(stored)
     latent = latent if latent.stride(-1) == 1 else latent.contiguous()
+    rank = latent.shape[-1] if bits is None else bits.rank
     batch, kv_heads, rows, rope = queries.rope.shape
     numbers = [None if x is None else x.float().contiguous() for x in (queries.rope, *queries.latent)]
     constant = None if queries.text_constant is None else queries.text_constant.float().contiguous()
     plan = _plan(queries, stored)
     shape = (len(ups), batch, kv_heads * rows)
-    sums, text = torch.empty(*shape, latent.shape[-1]), torch.empty(*shape[1:], 1)
+    sums, text = torch.empty(*shape, rank), torch.empty(*shape[1:], 1)
     seen = _rows_of(mask, batch)
     call = _Call(
         batch=batch, groups=kv_heads, row_group=rows, new_tokens=1 if seen is None else seen.shape[1],
-        rope=rope, rank=latent.shape[-1], kinds=len(ups), threads=torch.get_num_threads(),
-        plans=len(plan.blocks), half=latent.dtype == torch.bfloat16,
+        rope=rope, rank=rank, kinds=len(ups), threads=torch.get_num_threads(),
+        plans=len(plan.blocks), half=dtype == torch.bfloat16,
         total=latent.shape[1] if filled is None else int(filled),
         q_rope=_at(numbers[0]), q_latent=(_pointer * 2)(*map(_at, numbers[1:])), text_constant=_at(constant),
         up=(_Up * 2)(*map(_up_of, ups)),
         latent=latent.data_ptr(), latent_batch=latent.stride(0), latent_token=latent.stride(1),
+        packed=bits is not None, channels=(_int * 4)(*(bits or ())),
         cos=_at(plan.cos), sin=_at(plan.sin), table_pair=plan.cos.stride(1),
         table_batch=plan.cos.stride(0) if len(plan.cos) > 1 else 0,
         pairs=_at(plan.pairs), plan=ctypes.addressof(plan.blocks), sums=_at(sums), text=_at(text),
@@ -152,6 +156,14 @@ def attend(
         call.mask, call.mask_batch, call.mask_row = seen.data_ptr(), seen.stride(0), seen.stride(1)
     call_library.mha2mla_decode_rotated(ctypes.byref(call))
     return _sums(sums.to(queries.rope.dtype), text.to(queries.rope.dtype), stored)
+
+
+def _latent(stored: Rebuilt) -> tuple[torch.Tensor, torch.dtype, LatentBits | None]:
+    """Latents `[B, S, r]` or bytes `[B, S, b]`, the dtype that they are of, and the bits of bytes."""
+    if isinstance(stored.stored, PackedTokens):
+        return stored.stored.rows, stored.stored.dtype, stored.stored.bits
+    latent = stored.latents()
+    return latent, latent.dtype, None
 
 
 def _at(x: torch.Tensor | None) -> int | None:

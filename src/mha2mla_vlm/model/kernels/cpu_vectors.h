@@ -254,4 +254,35 @@ inline void widen(const void* from, long at, bool half, int count, float* to) {
   for (int i = 0; i < count; ++i) bits[i] = uint32_t(codes[i]) << 16;
 }
 
+// Float16, of any kind
+inline float number_of(uint16_t half) {
+  const uint32_t size = uint32_t(half & 0x7fff) << 13, sign = uint32_t(half & 0x8000) << 16;
+  float value;
+  std::memcpy(&value, &size, 4);
+  value *= 0x1p112f;
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  if ((half & 0x7c00) == 0x7c00) bits = size | 0x7f800000;
+  bits |= sign;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+// Numbers of float16 and middles of steps of 8, 4 and 2 bits, of which a byte holds some from equal parts
+inline void unpack_row(const uint8_t* from, const int* channels, float* to) {
+  for (int i = 0; i < channels[0]; ++i) {
+    uint16_t half;
+    std::memcpy(&half, from + 2 * i, 2);
+    to[i] = number_of(half);
+  }
+  from += 2 * channels[0], to += channels[0];
+  for (int number = 1; number < 4; ++number) {
+    const int bits = 16 >> number, parts = 8 / bits, count = channels[number] / parts;
+    const float middle = float((1 << bits) - 1) / 2;
+    for (int part = 0; part < parts; ++part, to += count)
+      for (int i = 0; i < count; ++i) to[i] = float(from[i] >> part * bits & ((1 << bits) - 1)) - middle;
+    from += count;
+  }
+}
+
 }  // namespace
