@@ -39,20 +39,22 @@ class Rotation:
     def __init__(self, rotary: nn.Module, positions: torch.Tensor, like: torch.Tensor, config: Any) -> None:
         self.rotary, self.positions, self.config, self._like = rotary, positions, config, like
         self.plans: dict[Hashable, Any] = {}  # of blocks, for all layers that need the same
+        self._known: Tables | None = None
 
     @property
     def cos(self) -> torch.Tensor:
         """Cosines of all tokens, `[B, S, D]`."""
-        return self._whole[0]
+        return self._whole()[0]
 
     @property
     def sin(self) -> torch.Tensor:
         """Sines of all tokens, `[B, S, D]`."""
-        return self._whole[1]
+        return self._whole()[1]
 
-    @cached_property
     def _whole(self) -> Tables:
-        return self._tables(self._like, self.positions.long())
+        if self._known is None:  # a cached_property has a lock in Python 3.11, which Dynamo cannot enter
+            self._known = self._tables(self._like, self.positions.long())
+        return self._known
 
     def at(self, places: torch.Tensor) -> Tables:
         """Tables `[B, n, D]`, in float32, of `places [A, B, n]` up to the last token, whole or between."""
