@@ -24,6 +24,7 @@ from mha2mla_vlm.data.records import Record, encode
 from mha2mla_vlm.model.families import get_family
 from mha2mla_vlm.model.modeling import decoder_layers, mla_classes, text_model
 from mha2mla_vlm.model.normed import NORMS
+from mha2mla_vlm.model.shipped import ZOO_NAMES
 from mha2mla_vlm.utils.compat import cache_argument
 from mha2mla_vlm.zoo.chats import make_page
 
@@ -33,6 +34,10 @@ PROMPTS = {
     "two turns": [("How many digits are 7?", 0), ("Which digit is the largest in row 1?", 1)],
     "two images": [("How many digits are 3?", 1), ("Read all digits.", 1)],
 }
+
+ONE_FAST = pytest.mark.parametrize(  # for a test of the shipped models that takes long
+    "family", [ZOO_NAMES[0], *(pytest.param(name, marks=pytest.mark.slow) for name in ZOO_NAMES[1:])]
+)
 
 
 @functools.cache

@@ -2,7 +2,7 @@
 
 import json
 
-from helpers import run_command
+from helpers import ONE_FAST, run_command
 
 from mha2mla_vlm import load, load_processor
 from mha2mla_vlm.zoo.chats import zoo_records
@@ -69,6 +69,7 @@ def test_modes_are_chosen_by_layer(monkeypatch, capsys, tmp_path):
     assert found["kl"] < 1.0
 
 
+@ONE_FAST
 def test_the_shipped_models_lose_little_at_an_eighth(family):
     """KL on chats that calibration never saw, at 12.5% of the cache with positions."""
     from mha2mla_vlm import ConversionConfig, bytes_per_token, convert, evaluate

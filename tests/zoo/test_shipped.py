@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import prompt_inputs, whole_logits
+from helpers import ONE_FAST, prompt_inputs, whole_logits
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from mha2mla_vlm import ConversionConfig, convert, evaluate, load, load_processor, zoo_path
@@ -71,6 +71,7 @@ def test_plain_transformers_loads_it_whole(family):
     assert re.fullmatch(r"\s*\d\s*", text)
 
 
+@ONE_FAST
 def test_full_rank_conversion_keeps_the_logits_and_the_accuracy(family):
     model, processor = shipped(family)
     converted = convert(model, processor, calibration(family)[:12], ConversionConfig(rope_dim=64, d_kv=64))
@@ -81,6 +82,7 @@ def test_full_rank_conversion_keeps_the_logits_and_the_accuracy(family):
     assert abs(measured["exact_match"] - accuracy(family)["exact_match"]) < 0.01
 
 
+@ONE_FAST
 def test_md_svd_beats_weight_svd_at_low_rank(family):
     model, processor = shipped(family)
     kl = {}
