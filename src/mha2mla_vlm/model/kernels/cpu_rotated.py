@@ -214,16 +214,17 @@ def _tables(blocks: Sequence[Blocks], stored: Rebuilt) -> Tables:
     count = int(made.max()) + 1 if made.numel() else 0
     spans = [some.tokens.flatten() for some in blocks if some.rebuilt]
     if rotation is None or not spans:
-        found, tokens = (angles.cos, angles.sin) if spans else (), slice(None, stored.length)
+        known, tokens = (angles.cos, angles.sin) if spans else (), slice(None, stored.length)
+        found = tuple(table[:, tokens] for table in known)  # pages have room for more
     else:
         tokens = torch.cat(spans)
         found = rotation.at(rotation.positions[..., tokens].float())
-    tables = []
+    laid_out = []
     for table in found:
         by_pair = torch.zeros(len(table), count, stored.length + TILE)  # read up to whole tiles
         by_pair[..., tokens] = table[..., :count].transpose(1, 2).float()
-        tables.append(by_pair)
-    return (tables[0], tables[1]) if tables else (torch.zeros(1, 1, 1),) * 2
+        laid_out.append(by_pair)
+    return (laid_out[0], laid_out[1]) if laid_out else (torch.zeros(1, 1, 1),) * 2
 
 
 def _laid_out(blocks: Sequence[Blocks], stored: Rebuilt) -> _Plan:
