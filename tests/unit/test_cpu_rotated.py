@@ -186,6 +186,13 @@ def test_head_dims_are_those_of_the_rotation():
     assert Angles.of(rotation_of("qwen2_5_vl"), torch.arange(64)[None]).dims == DIM
 
 
+def test_tables_may_have_room_for_more_tokens():
+    """As those of pages have, which serving engines fill."""
+    queries, ups, latent, angles = case("mha")
+    expected, got = both((queries, ups, latent[:, :100], angles), visual_of(1, 100, 5, 60))
+    assert_close(got, expected)
+
+
 @pytest.mark.parametrize("dtype", LOSS, ids=str)
 @pytest.mark.parametrize("bits", [(4, 9, 16, 8), (0, 37, 0, 0), (0, 1, 2, 4), (37, 0, 0, 0)], ids=str)
 def test_rows_of_bytes_are_read_as_they_are(bits, dtype):
