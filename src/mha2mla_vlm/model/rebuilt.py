@@ -35,6 +35,8 @@ class Angles:
     @classmethod
     def of(cls, rotation: Rotation, pairs: torch.Tensor) -> "Angles":
         """Those of all tokens of a step, whose tables are made if they are asked for."""
+        if torch.compiler.is_compiling():  # Dynamo of torch 2.9 takes every dataclass for one of its fields
+            return Angles(rotation.cos, rotation.sin, pairs, rotation)
         return _AnglesOfStep(rotation, pairs)
 
     @property
