@@ -117,9 +117,9 @@ def compared(name: str, times: dict[str, Timing], layers: int) -> dict[str, Any]
     """Seconds of one layer, and the ratio against the best way of the original."""
     best = best_dense(times)
     return {
-        f"{name}_ratio": times[best].median / times["ours"].median,
+        f"{name}_ratio": times[best].median / times[OURS].median,
         f"{name}_baseline": best,
-        f"{name}_seconds": _spread(times["ours"], layers),
+        f"{name}_seconds": _spread(times[OURS], layers),
         f"{name}_seconds_original": {
             n: _spread(t, layers) for n, t in times.items() if n not in (OURS, LATER)
         },

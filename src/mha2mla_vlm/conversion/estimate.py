@@ -86,8 +86,7 @@ def predict(
     check_attention(original)
     calibration, held_out = encode_split(original, load_processor(name), records, config)
     tokens, others = (sum(x["input_ids"].shape[1] for x in chats) for chats in (calibration, held_out))
-    target = torch.device(device)
-    base = resident_bytes() or 0
+    target, base = torch.device(device), resident_bytes() or 0
     phases, peak, kept = _one_layer(
         model_config, config, mla, calibration[0], number, target, allocated=allocated
     )

@@ -62,7 +62,7 @@ def quantize(x: torch.Tensor, bits: int, block: int) -> Quantized:
 
 def dequantize(x: Quantized, dtype: torch.dtype) -> torch.Tensor:
     """`[B, G, n, C]` again."""
-    codes = unpack_codes(x.codes, x.bits)[..., : x.channels].to(dtype)
+    codes = _unpack(x.codes, x.bits)[..., : x.channels].to(dtype)
     values = codes * x.step.to(dtype)[:, :, :, None] + x.low.to(dtype)[:, :, :, None]
     return values.flatten(2, 3)
 
@@ -77,8 +77,7 @@ def pack_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
     return packed
 
 
-def unpack_codes(packed: torch.Tensor, bits: int) -> torch.Tensor:
-    """The codes that `pack_codes` put in bytes, and those that it added to fill the last ones."""
+def _unpack(packed: torch.Tensor, bits: int) -> torch.Tensor:
     if bits == 8:
         return packed
     return torch.cat([(packed >> at) & (2**bits - 1) for at in range(0, 8, bits)], dim=-1)
