@@ -36,7 +36,8 @@ def sizes(shape: str, budget: float, layers: int) -> dict[str, dict[str, Any]]:
     numbers = round(2 * heads * HEAD_DIM * budget)
     rope = max(2, round(numbers / heads / 4) // 2 * 2)
     position = 2 * (3 if "qwen" in shape else 1) / 28  # numbers of two bytes, for one of some 28 layers
-    at_read = {"rotate_at": "read", "kv_lora_rank": int(numbers - position)}
+    rank = int(numbers - position) // 8 * 8  # so that a row begins at a multiple of 16 bytes
+    at_read = {"rotate_at": "read", "kv_lora_rank": rank}
     bits = [numbers // 8, numbers * 3 // 8, numbers // 2, numbers // 2]
     by_channel = {"kv_lora_rank": sum(bits), "latent_bits": [bits] * layers, "kv_bias": True}
     return {
@@ -57,14 +58,14 @@ def measure(given: argparse.Namespace, shape: str) -> list[dict[str, Any]]:
     how = {"seconds": given.seconds, "clock": time.thread_time if given.cpu_time else time.perf_counter}
     numbers = 2 * HEAD_DIM * SHAPES[shape][1]["num_key_value_heads"]
     for context in given.contexts:
-        layers = int(given.most_gigabytes * 1e9 / (context * numbers * dtype.itemsize))
+        layers = int(given.most_gigabytes * 1e9 / (given.batch * context * numbers * dtype.itemsize))
         layers = max(1, min(given.layers, layers))
         for mode, mla in sizes(shape, given.budget, layers).items():
-            if not mode.startswith(given.modes):
+            if given.modes and mode not in given.modes:
                 continue
             _, converted = models_of(shape, layers, mla, device, dtype)
-            dense, latent = random_caches(converted, context, 1)
-            row = {"shape": shape, "context": context, "mode": mode, "layers": layers}
+            dense, latent = random_caches(converted, context, given.batch)
+            row = {"shape": shape, "context": context, "batch": given.batch, "mode": mode, "layers": layers}
             times = time_attention(converted, dense, latent, **how)
             best, (ours, shared) = best_dense(times), of_layer(times, layers)
             row |= {"baseline": best, "original_ms": 1e3 * times[best].median / layers}
@@ -93,15 +94,16 @@ def table(results: list[dict[str, Any]]) -> str:
         for r in results
     ]
     lines = [
-        "| dtype | shape | tokens | rotated | ms | once a step, ms | original, ms | ratio | all keys made |",
-        f"|{9 * '---|'}",
+        "| dtype | shape | batch | tokens | rotated | ms | once a step, ms | original, ms | ratio | all keys made |",
+        f"|{10 * '---|'}",
     ]
     for result in results:
         for row in result["rows"]:
             made = f"{row['made_ratio']:.2f}" if "made_ratio" in row else "-"
-            cells = [result["dtype"], row["shape"], f"{row['context']:,}", row["mode"], f"{row['ms']:.2f}"]
-            cells += [f"{row['shared_ms']:.1f}", f"{row['original_ms']:.2f}", f"{row['ratio']:.2f}", made]
-            lines.append(f"| {' | '.join(cells)} |")
+            cells = [result["dtype"], row["shape"], row.get("batch", 1), f"{row['context']:,}", row["mode"]]
+            cells += [f"{row[name]:.3g}" for name in ("ms", "shared_ms", "original_ms")]
+            cells += [f"{row['ratio']:.2f}", made]
+            lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n\n".join(["\n".join(dict.fromkeys(where)), "\n".join(lines)]) + "\n"
 
 
@@ -115,7 +117,8 @@ def main() -> None:
     parser.add_argument("--made-up-to", type=int, default=16384, help="tokens to measure without the plan")
     parser.add_argument("--contexts", nargs="+", type=int, default=[1024, 4096, 16384, 65536])
     parser.add_argument("--seconds", type=float, default=4.0, help="for each comparison")
-    parser.add_argument("--modes", default="", help="what the modes to measure begin with")
+    parser.add_argument("--modes", nargs="+", help="names of the modes to measure, as in the table")
+    parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--cpu-time", action="store_true", help="of one thread, for a machine that is shared")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="bfloat16")
@@ -129,7 +132,8 @@ def main() -> None:
         result |= {"dtype": given.dtype, "torch": torch.__version__, "budget": given.budget}
         result |= {"cpu_time": given.cpu_time, "command": " ".join(sys.argv)}
         result |= {"date": datetime.date.today().isoformat(), "layers": given.layers}
-        (given.output / f"{shape}-{given.dtype}.json").write_text(json.dumps(result, indent=1) + "\n")
+        batch = f"-batch-{given.batch}" if given.batch > 1 else ""
+        (given.output / f"{shape}-{given.dtype}{batch}.json").write_text(json.dumps(result, indent=1) + "\n")
     kept = [json.loads(path.read_text()) for path in sorted(given.output.glob("*.json"))]
     (given.output / "README.md").write_text(table(kept))
 

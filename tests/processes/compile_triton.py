@@ -1,6 +1,16 @@
-"""Compiles the Triton kernels for an H200, without one, and prints what they need of its memory."""
+"""Compiles the Triton kernels without a GPU, and prints what a program of each takes of one.
+
+    python tests/processes/compile_triton.py [80|90|100]
+
+One JSON list: kernel, shape, bytes of shared memory, registers of a thread, and bytes that spill from them.
+"""
 
 import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -8,45 +18,59 @@ from triton.compiler import ASTSource
 
 from mha2mla_vlm.model.kernels import triton_decode, triton_rotated
 
-SHAPES = ((28, 4, 32, 256), (28, 4, 32, 128), (32, 8, 32, 512), (32, 32, 32, 1024), (32, 32, 32, 2048))
-AT_READ = ((28, 4, 128, 124), (28, 4, 128, 256), (32, 8, 128, 256), (32, 32, 128, 1024), (32, 32, 32, 2048))
-NUMBERS = ("q_rope", "q_latent", "constant", "latent", "k_rope", "cos", "sin")
+SHAPES = ((28, 4, 32, 256), (28, 4, 8, 96), (32, 8, 32, 512), (32, 32, 8, 768), (32, 32, 32, 2048))
+AT_READ = ((28, 4, 128, 120), (28, 4, 128, 256), (32, 8, 128, 256), (32, 32, 128, 1024), (32, 32, 32, 2048))
+NUMBERS = ("q_rope", "q_latent", "latent", "k_rope", "cos", "sin", "mixed")
 UPS = ("text_up", "last_up", "text_bias", "last_bias")
-POINTERS = {"visual": "*i1", "mixed": "*fp32", "lse": "*fp32", "table": "*i32", "pairs": "*i64"}
-POINTERS |= dict.fromkeys(NUMBERS + UPS, "*bf16")
+POINTERS = {"visual": "*i1", "lse": "*fp32", "table": "*i32", "pairs": "*i64", "constant": "*fp32"}
+POINTERS |= {"scale": "fp32"} | dict.fromkeys(NUMBERS + UPS, "*bf16")
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 
-def needed(kernel, fixed, options):
-    """Bytes of shared memory that a program of a kernel takes in bfloat16."""
+def needed(name, shape, kernel, fixed, options, target):
+    """What a kernel takes in bfloat16."""
     names = kernel.arg_names
     signature = {name: "constexpr" if name in fixed else POINTERS.get(name, "i32") for name in names}
     constants = {(names.index(name),): value for name, value in fixed.items()}
-    source = ASTSource(kernel, signature, constants)
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).metadata.shared
+    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n].startswith("*")}
+    made = triton.compile(
+        ASTSource(kernel, signature, constants, aligned), target=GPUTarget("cuda", target, 32), options=options
+    )
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(made.asm["cubin"])
+        file.flush()
+        command = [CUOBJDUMP, "-res-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    registers, stack = (int(re.search(rf"{what}:(\d+)", usage)[1]) for what in ("REG", "STACK"))
+    return {"kernel": name, "shape": shape, "shared": made.metadata.shared, "registers": registers, "spilled": stack}
 
 
-def at_write(heads, groups, rope_dim, rank, page=0):
+def at_write(heads, groups, rope_dim, rank, page, target):
     """Of the kernel for keys rotated at write."""
-    rows, tile = triton_decode._tile(heads, rank)
-    met = min(groups, (rows - 1) // (heads // groups) + 2)
+    size, launch = triton_decode._sizes(heads // groups, groups, 2, rank, rope_dim, 2)
     fixed = {
-        "MASK": 0, "FILLED": False, "CONSTANT": True, "VISUAL": True, "KINDS": 2, "ROWS": rows, "TILE": tile,
-        "SPLIT": 1024, "RANK": triton_decode._power(rank), "ROPE": triton_decode._power(met * rope_dim),
-        "mask": None, "filled": None, "PAGE": page,
+        "MASK": 0, "FILLED": False, "CONSTANT": True, "VISUAL": True, "KINDS": 2, "ALIGN": 8, "ROPE_ALIGN": 8,
+        "mask": None, "filled": None, "PAGE": page, **size,
     }  # fmt: skip
     if page == 0:
         fixed["table"] = None
-    return needed(triton_decode._split_kernel, fixed, triton_decode._launch(rank))
+    shape = (heads, groups, rope_dim, rank)
+    return needed("at write", shape, triton_decode._split_kernel, fixed, launch, target)
 
 
-def at_read(heads, groups, rope_dim, rank):
+def at_read(heads, groups, rope_dim, rank, target):
     """Of the kernel for keys rotated at read."""
+    size, launch = triton_rotated._sizes(heads // groups, rank, rope_dim // 2, 2)
     fixed = {
-        "MASK": 0, "FILLED": False, "CONSTANT": True, "NOPE": True, "BIAS": True, "VISUAL": True, "KINDS": 2,
-        "SPLIT": 1024, "mask": None, "filled": None,
-    } | triton_rotated._sizes(heads // groups, rank, rope_dim // 2)  # fmt: skip
-    return needed(triton_rotated._split_kernel, fixed, triton_rotated._launch(rank))
+        "MASK": 0, "FILLED": False, "CONSTANT": rope_dim < 128, "NOPE": rope_dim < 128, "PAIRS": rope_dim < 128,
+        "BIAS": True, "VISUAL": True, "KINDS": 2, "ALIGN": 8, "HALF_ALIGN": 8, "SPAN": 1024, "mask": None, "filled": None, **size,
+    }  # fmt: skip
+    if rope_dim == 128:
+        fixed |= {"pairs": None, "q_latent": None, "constant": None}
+    shape = (heads, groups, rope_dim, rank)
+    return needed("at read", shape, triton_rotated._split_kernel, fixed, launch, target)
 
 
-found = [at_write(*shape, page) for shape in SHAPES for page in (0, 16)]
-print(json.dumps(found + [at_read(*shape) for shape in AT_READ]))
+target = int(sys.argv[1]) if len(sys.argv) > 1 else 90
+found = [at_write(*shape, page, target) for shape in SHAPES for page in (0, 16)]
+print(json.dumps(found + [at_read(*shape, target) for shape in AT_READ]))

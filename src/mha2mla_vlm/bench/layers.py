@@ -121,7 +121,7 @@ def time_attention(
     ways[OURS] = lambda: through(_rotation(converted, places, like))
     if (kept := _rotation(converted, places, like)) is not None:
         ways[LATER] = lambda: through(kept)
-    return time_in_turn(ways, device=like.device, seconds=seconds, clock=clock)
+    return time_in_turn(ways, device=like.device, seconds=seconds, clock=clock, captured=True)
 
 
 def _rotation(converted: PreTrainedModel, places: torch.Tensor, like: torch.Tensor) -> Rotation | None:
@@ -185,9 +185,8 @@ def time_layers(
 
     ways = {name: originally(_interface(name, way)) for name, way in dense_ways(device).items()}
     ways[default] = originally(default)
-    times = time_in_turn(
-        {**ways, "ours": through(converted, latent, token_modality=modality)}, device=device, seconds=seconds
-    )
+    ways[OURS] = through(converted, latent, token_modality=modality)
+    times = time_in_turn(ways, device=device, seconds=seconds)
     set_attention_name(config, default)
     return times
 

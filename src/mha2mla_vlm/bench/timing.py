@@ -37,12 +37,16 @@ def time_in_turn(
     device: torch.device,
     seconds: float = 1.0,
     clock: Callable[[], float] = time.perf_counter,
+    captured: bool = False,
 ) -> dict[str, Timing]:
     """Time each function round by round for about `seconds` altogether, five rounds at least.
 
     What is four times slower than the fastest is called twice and left out of the rounds. On a busy machine
-    `clock` may be `time.thread_time`, for one thread.
+    `clock` may be `time.thread_time`, for one thread. `captured` functions of a GPU are replayed as CUDA
+    graphs, so that what is timed is the GPU and not Python.
     """
+    if captured and device.type == "cuda":
+        functions = {name: capture(function, device) for name, function in functions.items()}
     taken = {
         name: [_seconds(function, device, clock) for _ in range(WARM_UP)]
         for name, function in functions.items()
@@ -60,12 +64,33 @@ def time_in_turn(
     return {name: Timing.of(values) for name, values in taken.items()}
 
 
+def capture(function: Callable[[], Any], device: torch.device) -> Callable[[], None]:
+    """A function's work on a GPU as a CUDA graph, to be replayed over the same memory."""
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        for _ in range(WARM_UP):  # compiles kernels, and makes what is kept between calls
+            function()
+    torch.cuda.current_stream(device).wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+    return graph.replay
+
+
 def _seconds(function: Callable[[], Any], device: torch.device, clock: Callable[[], float]) -> float:
     wait(device)
-    start = clock()
+    if device.type == "cuda":
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        function()
+        stop.record()
+        wait(device)
+        return start.elapsed_time(stop) / 1e3
+    begin = clock()
     function()
     wait(device)
-    return clock() - start
+    return clock() - begin
 
 
 def wait(device: torch.device) -> None:

@@ -1,0 +1,121 @@
+"""All that a GPU has to show, in one command that needs no network: `make gpu`, or
+
+    PYTHONPATH=src python benchmarks/gpu.py            # 20 minutes on an H200
+    PYTHONPATH=src python benchmarks/gpu.py --only tests attention --minutes 5
+
+Steps: `tests` (models and kernels against their specifications, compiled), `attention` (a decoding step of the
+attention layers at the 7B shapes over keys rotated at write and at read, by CUDA graphs), `layers` (with
+projections and the writing of the cache, as `generate` calls them, and prompts), `convert` (two layers of a 7B
+shape), `vllm` (where it is installed). A step that fails says so and the next begins. OUT gets the figures,
+the end of what each step printed, and README.md with the table.
+"""
+
+import argparse
+import datetime
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+ROOT = Path(__file__).parents[1]
+OUT = ROOT / "docs" / "gpu"
+LINES = 40  # of what a step printed that are kept
+MODES = ["write", "read 128", "read 32"]
+
+
+def steps(out: Path) -> dict[str, list[list[str]]]:
+    """Commands of each step, after `python`."""
+    attention = ["benchmarks/decode_at_read.py", "--dtype", "bfloat16", "--layers", "28", "--seconds", "0.3"]
+    attention += ["--most-gigabytes", "20", "--made-up-to", "0", "--modes", *MODES, "-o", str(out / "attention")]
+    layers = ["benchmarks/decode.py", "--seconds", "0.5", "--most-gigabytes", "40", "-o", str(out / "layers")]
+    layers += ["--contexts", "1024", "16384", "131072", "--batches", "1", "32", "--prefill"]
+    kernels = [f"tests/unit/test_{name}.py" for name in ("kernels", "rotated_kernel", "pages")]
+    workers = str(min(8, os.cpu_count() or 1))
+    found = {
+        "tests": [["-m", "pytest", "-q", "-n", workers, "-p", "no:cacheprovider", "tests/gpu", *kernels]],
+        "attention": [
+            [*attention, "--contexts", "1024", "4096", "16384", "65536", "131072"],
+            [*attention, "--contexts", "1024", "16384", "--batch", "32"],
+        ],
+        "layers": [layers],
+        "convert": [["benchmarks/scale.py", "--shape", "qwen2.5-vl-7b", "--layers", "2", "-o", str(out / "convert")]],
+    }
+    if importlib.util.find_spec("vllm"):
+        found["vllm"] = [["-m", "pytest", "-q", "-m", "vllm", "tests/serving"]]
+    return found
+
+
+def run(commands: list[list[str]], log: Path, minutes: float) -> dict[str, Any]:
+    """Run a step's commands, each whatever the others did, and say how they ended."""
+    start, codes, environment = time.monotonic(), [], os.environ | {"PYTHONPATH": str(ROOT / "src")}
+    with log.open("w") as out:
+        for command in commands:
+            given = {"cwd": ROOT, "env": environment, "stdout": out, "stderr": subprocess.STDOUT}
+            try:
+                codes.append(subprocess.run([sys.executable, *command], **given, timeout=60 * minutes).returncode)
+            except subprocess.TimeoutExpired:
+                codes.append(f"stopped after {minutes} minutes")
+    lines = log.read_text(errors="replace").splitlines()[-LINES:]
+    log.write_text("\n".join(lines) + "\n")
+    return {"ended": codes, "seconds": round(time.monotonic() - start), "last": lines[-1] if lines else ""}
+
+
+def machine() -> dict[str, str]:
+    """What the figures were measured on."""
+    properties = torch.cuda.get_device_properties(0)
+    triton = importlib.util.find_spec("triton") and importlib.import_module("triton").__version__
+    return {
+        "gpu": f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB",
+        "torch": torch.__version__,
+        "triton": str(triton),
+        "transformers": transformers.__version__,
+        "python": sys.version.split()[0],
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def page(result: dict[str, Any], out: Path) -> str:
+    """The page of a run: the machine, how steps ended, and the tables that they wrote."""
+    machine = ", ".join(f"{name} {value}" for name, value in result["machine"].items())
+    lines = [f"Measured by `make gpu`: {machine}.", "", "| step | ended | seconds | last line |", f"|{4 * '---|'}"]
+    for name, step in result["steps"].items():
+        ended = ", ".join("well" if code == 0 else str(code) for code in step["ended"])
+        lines.append(f"| {name} | {ended} | {step['seconds']} | {step['last'].replace('|', '/')[:100]} |")
+    for name in result["steps"]:
+        table = out / name / "README.md"
+        if table.exists():
+            lines += ["", f"## {name}", "", table.read_text().strip()]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Run, and keep."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--only", nargs="+", help="names of steps")
+    parser.add_argument("--minutes", type=float, default=8, help="that a command may take")
+    parser.add_argument("-o", "--output", type=Path, default=OUT)
+    given = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("no GPU that PyTorch can use; benchmarks/decode.py and decode_at_read.py measure on a CPU")
+    out = given.output.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    result: dict[str, Any] = {"machine": machine(), "steps": {}}
+    for name, commands in steps(out).items():
+        if given.only and name not in given.only:
+            continue
+        result["steps"][name] = run(commands, out / f"{name}.log", given.minutes)
+        print(name, result["steps"][name], file=sys.stderr, flush=True)
+        (out / "run.json").write_text(json.dumps(result, indent=1) + "\n")
+        (out / "README.md").write_text(page(result, out))
+    print(json.dumps({"output": str(out), "failed": [n for n, s in result["steps"].items() if any(s["ended"])]}))
+
+
+if __name__ == "__main__":
+    main()
