@@ -128,7 +128,7 @@ def table(folder: Path) -> str:
             cells = (*kind, row["batch"], f"{row['context']:,}", f"{size:.1f}")
             names = ("cache", "attention", "layer", "prefill")
             ratios = [as_ratio(row.get(f"{name}_ratio")) for name in names]
-            seconds = f"{1e3 * row['attention_seconds'][0]:.2f}"
+            seconds = f"{1e3 * row['attention_seconds'][0]:.3g}"
             lines.append(f"| {' | '.join(map(str, [*cells, ratios[0], seconds, *ratios[1:]]))} |")
     where = sorted({f"{r['device']}, {r['dtype']}, torch {r['torch']}, {r['date']}" for r in results})
     return "\n".join([*where, "", *lines, ""])
@@ -158,7 +158,7 @@ def main() -> None:
             bits = f"-{arguments.cache_bits}bit" if arguments.cache_bits else ""
             path = arguments.output / f"{shape}-{d_kv}{bits}.json"
             path.write_text(json.dumps(result, indent=1) + "\n")
-    (arguments.output / "README.md").write_text(table(arguments.output))
+            (arguments.output / "README.md").write_text(table(arguments.output))
     print(json.dumps({"output": str(arguments.output)}))
 
 

@@ -27,6 +27,7 @@ import transformers
 ROOT = Path(__file__).parents[1]
 OUT = ROOT / "docs" / "gpu"
 LINES = 40  # of what a step printed that are kept
+NAMES = ["tests", "attention", "layers", "convert", "vllm"]
 MODES = ["write", "read 128", "read 32"]
 
 
@@ -34,7 +35,7 @@ def steps(out: Path) -> dict[str, list[list[str]]]:
     """Commands of each step, after `python`."""
     attention = ["benchmarks/decode_at_read.py", "--dtype", "bfloat16", "--layers", "28", "--seconds", "0.3"]
     attention += ["--most-gigabytes", "20", "--made-up-to", "0", "--modes", *MODES, "-o", str(out / "attention")]
-    layers = ["benchmarks/decode.py", "--seconds", "0.5", "--most-gigabytes", "40", "-o", str(out / "layers")]
+    layers = ["benchmarks/decode.py", "--seconds", "0.3", "--most-gigabytes", "40", "-o", str(out / "layers")]
     layers += ["--contexts", "1024", "16384", "131072", "--batches", "1", "32", "--prefill"]
     kernels = [f"tests/unit/test_{name}.py" for name in ("kernels", "rotated_kernel", "pages")]
     workers = str(min(8, os.cpu_count() or 1))
@@ -98,7 +99,7 @@ def page(result: dict[str, Any], out: Path) -> str:
 def main() -> None:
     """Run, and keep."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--only", nargs="+", help="names of steps")
+    parser.add_argument("--only", nargs="+", choices=NAMES, help="steps, in their order")
     parser.add_argument("--minutes", type=float, default=8, help="that a command may take")
     parser.add_argument("-o", "--output", type=Path, default=OUT)
     given = parser.parse_args()
@@ -107,10 +108,9 @@ def main() -> None:
     out = given.output.resolve()
     out.mkdir(parents=True, exist_ok=True)
     result: dict[str, Any] = {"machine": machine(), "steps": {}}
-    for name, commands in steps(out).items():
-        if given.only and name not in given.only:
-            continue
-        result["steps"][name] = run(commands, out / f"{name}.log", given.minutes)
+    found = steps(out)
+    for name in given.only or found:
+        result["steps"][name] = run(found[name], out / f"{name}.log", given.minutes)
         print(name, result["steps"][name], file=sys.stderr, flush=True)
         (out / "run.json").write_text(json.dumps(result, indent=1) + "\n")
         (out / "README.md").write_text(page(result, out))

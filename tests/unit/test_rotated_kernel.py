@@ -16,6 +16,8 @@ SHAPES = {  # query heads, KV heads, head dim, rope dims, latent dims
     "qwen2.5-vl-7b": (28, 4, 128, 128, 124),
     "llava-next-8b": (32, 8, 128, 128, 256),
     "mha, some dims": (4, 4, 64, 16, 300),
+    "heads together": (28, 4, 128, 32, 124),
+    "some heads together": (12, 6, 16, 10, 37),
     "odd": (6, 3, 12, 10, 37),
     "all of them": (6, 3, 10, 10, 37),
     "one head": (1, 1, 4, 2, 5),

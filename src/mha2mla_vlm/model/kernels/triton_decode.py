@@ -46,7 +46,7 @@ RANK_STEP = 64  # latent dims that a program of the first kernel makes
 @triton.jit
 def _absorb_kernel(
     q_nope, weight, last_weight, bias, last_bias, q_latent, constant,
-    head_rows, nope, rank, head_up, key_at, query_b, query_g,
+    head_rows, new, nope, rank, head_up, key_at, row_group, query_b, query_h, query_t,
     CONSTANT: tl.constexpr, KINDS: tl.constexpr, ROWS: tl.constexpr, NOPE: tl.constexpr, STEP: tl.constexpr,
     ALIGN: tl.constexpr,
 ):  # fmt: skip
@@ -63,7 +63,8 @@ def _absorb_kernel(
     for first in range(0, head_rows, ROWS):
         inside = first + tl.arange(0, ROWS)
         in_rows = inside < head_rows
-        query = read(q_nope, batch * query_b + group * query_g + inside * nope, n, in_rows, in_nope)
+        query_at = (group * row_group + inside // new) * query_h + inside % new * query_t
+        query = read(q_nope + batch * query_b, query_at, n, in_rows, in_nope)
         row = batch * rows + group * head_rows + inside
         made = tl.dot(query, keys, input_precision="ieee")
         cells = q_latent + ((row * KINDS + kind) * rank)[:, None] + dim[None, :]
@@ -77,7 +78,7 @@ def _absorb_kernel(
 @triton.jit
 def _split_kernel(
     q_rope, q_latent, constant, latent, k_rope, visual, mask, filled, table, mixed, lse, scale,
-    rows, row_group, new, total, rank, rope_dim, split_size,
+    rows, row_group, new, total, rank, rope_dim, split_size, query_b, query_h, query_t,
     latent_b, latent_s, key_b, key_g, key_s, visual_b, mask_b, mask_t, filled_b, table_b,
     MASK: tl.constexpr, FILLED: tl.constexpr, CONSTANT: tl.constexpr, VISUAL: tl.constexpr,
     KINDS: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, RANK: tl.constexpr, ROPE: tl.constexpr,
@@ -100,8 +101,8 @@ def _split_kernel(
     group = block * ROWS // KINDS // row_group + column // rope_dim
     in_keys = group * row_group < tl.minimum(rows, tl.cdiv((block + 1) * ROWS, KINDS))
     own = (row[:, None] // row_group == group[None, :]) & in_rows[:, None] & in_keys[None, :]
-    rope_at = (row * rope_dim)[:, None] + (column % rope_dim)[None, :]
-    rope = tl.load(q_rope + batch * rows * rope_dim + rope_at, mask=own, other=0.0)
+    rope_at = (row // new * query_h + row % new * query_t)[:, None] + (column % rope_dim)[None, :]
+    rope = tl.load(q_rope + batch * query_b + rope_at, mask=own, other=0.0)
     key_at = group.to(tl.int64) * key_g + column % rope_dim
     near = tl.arange(0, TILE)
     added = tl.zeros([ROWS], tl.float32)
@@ -210,7 +211,7 @@ def _decode(
     kinds, rows, rank = len(weights), heads * new, ups.rank
     page, table_b = (0, 0) if table is None else (latent.shape[1], table.stride(0))
     total, mask = table.shape[1] * page if table is not None else latent.shape[1], row_mask(mask, batch)
-    k_rope, latent, q_rope = rows_dense(k_rope), rows_dense(latent), q_rope.contiguous()
+    k_rope, latent, q_rope = rows_dense(k_rope), rows_dense(latent), rows_dense(q_rope)
     q_latent, constant = absorbed(q_nope, ups)
     of_latent, step = in_units(rank, *latent.stride()[:2])
     of_keys, rope_step = in_units(rope_dim, *k_rope.stride()[:3])
@@ -222,7 +223,7 @@ def _decode(
     lse = latent.new_empty(batch, splits, rows * kinds, dtype=torch.float32)
     _split_kernel[(splits, blocks, batch)](
         q_rope, q_latent, constant, latent, k_rope, visual, mask, filled, table, mixed, lse, scaling * LOG2_E,
-        rows, heads // kv_heads * new, new, total, of_latent[0], of_keys[0], split,
+        rows, heads // kv_heads * new, new, total, of_latent[0], of_keys[0], split, *q_rope.stride()[:3],
         *of_latent[1:], *of_keys[1:], *row_strides(visual, mask, filled), table_b,
         MASK=mask_kind(mask), FILLED=filled is not None, CONSTANT=constant is not None,
         VISUAL=visual is not None, KINDS=kinds, PAGE=page, **size,
@@ -245,7 +246,7 @@ def absorbed(
     `key_at` is the first row of unrotated keys of each KV head.
     """
     batch, heads, new, nope = q_nope.shape
-    q_nope, kinds = q_nope.contiguous(), len(ups.weights)
+    q_nope, kinds = rows_dense(q_nope), len(ups.weights)
     head_rows = heads // ups.kv_heads * new
     q_latent = q_nope.new_empty(batch, heads * new, kinds, ups.rank)
     constant = None
@@ -254,7 +255,7 @@ def absorbed(
     (units,), step = in_units(ups.rank)
     _absorb_kernel[(triton.cdiv(ups.rank, RANK_STEP), ups.kv_heads * kinds, batch)](
         q_nope, *ups.ends(), q_latent, constant,
-        head_rows, nope, units, ups.head_rows, key_at, q_nope.stride(0), head_rows * nope,
+        head_rows, new, nope, units, ups.head_rows, key_at, heads // ups.kv_heads, *q_nope.stride()[:3],
         CONSTANT=constant is not None, KINDS=kinds, ROWS=min(power(head_rows), 64), NOPE=power(nope),
         STEP=RANK_STEP, ALIGN=step, num_warps=4,
     )  # fmt: skip

@@ -43,6 +43,7 @@ from mha2mla_vlm.utils.compat import is_plain_tensor
 MOST_UP = 96 * 1024  # bytes of a head's up projection that stay with a program; else it is read in parts
 LEAST_TILES = 4  # of a split
 PART = 128
+MOST_PAIRS = 64  # whose keys a program makes
 SPAN = 1024  # tokens whose modality is looked at together
 
 
@@ -62,15 +63,15 @@ def _span(visual, place, start, stop, kind, VISUAL: tl.constexpr, WIDE: tl.const
 
 
 @triton.jit
-def _halves_in_parts(latent, up, half, at, column, seen, in_half, rank, PART: tl.constexpr):
+def _halves_in_parts(latent, up, first_row, second_row, at, seen, in_half, rank, PART: tl.constexpr):
     """First and second numbers of the pairs `[TILE, C]` of keys before RoPE, over parts of the latent."""
-    first = tl.zeros([at.shape[0], column.shape[0]], tl.float32)
-    second = tl.zeros([at.shape[0], column.shape[0]], tl.float32)
+    first = tl.zeros([at.shape[0], first_row.shape[0]], tl.float32)
+    second = tl.zeros([at.shape[0], first_row.shape[0]], tl.float32)
     for begin in range(0, rank, PART):
         inner = begin + tl.arange(0, PART)
         tile = read(latent, at, inner, seen, inner < rank)
-        a = read(up, column * rank, inner, in_half, inner < rank)
-        b = read(up, (half + column) * rank, inner, in_half, inner < rank)
+        a = read(up, first_row * rank, inner, in_half, inner < rank)
+        b = read(up, second_row * rank, inner, in_half, inner < rank)
         first = tl.dot(tile, tl.trans(a), first, input_precision="ieee")
         second = tl.dot(tile, tl.trans(b), second, input_precision="ieee")
     return first, second
@@ -80,34 +81,38 @@ def _halves_in_parts(latent, up, half, at, column, seen, in_half, rank, PART: tl
 def _split_kernel(
     q_rope, q_latent, constant, latent, text_up, last_up, text_bias, last_bias, cos, sin, pairs, visual, mask,
     filled, mixed, lse, scale,
-    kv_heads, head_rows, new, total, rank, half, head_up, split_size,
+    kv_heads, head_rows, new, total, rank, half, head_up, split_size, query_b, query_h, query_t,
     latent_b, latent_s, table_b, table_s, visual_b, mask_b, mask_t, filled_b,
     MASK: tl.constexpr, FILLED: tl.constexpr, CONSTANT: tl.constexpr, NOPE: tl.constexpr, BIAS: tl.constexpr,
     PAIRS: tl.constexpr, VISUAL: tl.constexpr, KINDS: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
     RANK: tl.constexpr, HALF: tl.constexpr, PART: tl.constexpr, ALIGN: tl.constexpr,
-    HALF_ALIGN: tl.constexpr, SPAN: tl.constexpr,
+    HALF_ALIGN: tl.constexpr, SPAN: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     batch, split, block = tl.program_id(2).to(tl.int64), tl.program_id(0), tl.program_id(1)
     rank, latent_b, latent_s = rank * ALIGN, latent_b * ALIGN, latent_s * ALIGN
     half, table_b, table_s = half * HALF_ALIGN, table_b * HALF_ALIGN, table_s * HALF_ALIGN
-    group, part = block % kv_heads, block // kv_heads
-    rows = kv_heads * head_rows
+    rows, parts = kv_heads * head_rows, kv_heads // GROUPS
+    group, part = block % parts * GROUPS, block // parts  # the first of the KV heads
     start = split * split_size
     stop = tl.minimum(start + split_size, total)
     if FILLED:
         stop = tl.minimum(stop, tl.load(filled + batch * filled_b).to(tl.int32))
-    inside = part * ROWS + tl.arange(0, ROWS)  # of the head's rows
-    in_rows, row = inside < head_rows, group * head_rows + inside
-    dim, column = tl.arange(0, RANK), tl.arange(0, HALF)
-    in_rank, in_half = dim < rank, column < half
-    queries, near = q_rope + batch * rows * 2 * half, tl.arange(0, TILE)
-    first_query = tl.trans(read(queries, row * 2 * half, column, in_rows, in_half))
-    second_query = tl.trans(read(queries, row * 2 * half, half + column, in_rows, in_half))
+    inside = part * ROWS + tl.arange(0, ROWS)  # of the heads' rows
+    in_rows, row = inside < GROUPS * head_rows, group * head_rows + inside
+    dim, side, near = tl.arange(0, RANK), tl.arange(0, HALF), tl.arange(0, TILE)
+    # pairs of the KV heads side by side; a row meets those of its own
+    column, own_group = side % half, side // half
+    in_rank, in_half = dim < rank, side < GROUPS * half
+    query_at = batch * query_b + (row // new * query_h + row % new * query_t)[None, :] + column[:, None]
+    met = in_rows[None, :] & in_half[:, None] & (own_group[:, None] == (inside // head_rows)[None, :])
+    first_query = tl.load(q_rope + query_at, mask=met, other=0.0)
+    second_query = tl.load(q_rope + query_at + half, mask=met, other=0.0)
+    first_row, second_row = own_group * head_up + column, own_group * head_up + half + column
     if PAIRS:
-        pair = tl.load(pairs + group * half + column, mask=in_half, other=0)
+        pair = tl.load(pairs + group * half + side, mask=in_half, other=0).to(tl.int32)
     mask_row = row[None, :]  # not looked at where there is no mask
     if MASK != 0:
-        mask_row = mask + batch * mask_b + (inside % new)[None, :] * mask_t
+        mask_row = mask + batch * mask_b + (row % new)[None, :] * mask_t
     for kind in tl.static_range(KINDS):
         low, high = _span(visual, batch * visual_b, start, stop, kind, VISUAL, SPAN)
         sums, own = (batch * tl.num_programs(0) + split) * rows * KINDS, row * KINDS + kind
@@ -117,12 +122,12 @@ def _split_kernel(
             up = (text_up if kind == 0 else last_up) + (batch * 0 + group) * head_up * rank
             bias = text_bias if kind == 0 else last_bias
             if PART == 0:
-                first_up = tl.trans(read(up, column * rank, dim, in_half, in_rank))
-                second_up = tl.trans(read(up, (half + column) * rank, dim, in_half, in_rank))
+                first_up = tl.trans(read(up, first_row * rank, dim, in_half, in_rank))
+                second_up = tl.trans(read(up, second_row * rank, dim, in_half, in_rank))
             if BIAS:
                 bias += group * head_up
-                first_bias = tl.load(bias + column, mask=in_half, other=0.0)
-                second_bias = tl.load(bias + half + column, mask=in_half, other=0.0)
+                first_bias = tl.load(bias + first_row, mask=in_half, other=0.0)
+                second_bias = tl.load(bias + second_row, mask=in_half, other=0.0)
             if NOPE:
                 query = read(q_latent + batch * rows * KINDS * rank, own * rank, dim, in_rows, in_rank)
                 query = tl.trans(query)
@@ -133,31 +138,29 @@ def _split_kernel(
             # what is not read by columns side by side is read a tile ahead of time
             flags = flags_of(visual, batch * visual_b, low + near, high, VISUAL)
             if PAIRS:
-                turns = (batch * table_b + (low + near) * table_s)[:, None] + pair[None, :]
-                known = ((low + near) < high)[:, None] & in_half[None, :]
-                next_cos = tl.load(cos + turns, mask=known, other=0.0)
-                next_sin = tl.load(sin + turns, mask=known, other=0.0)
+                first_turn = batch * table_b + low * table_s
+                next_cos = read(cos + first_turn, near * table_s, pair, low + near < high, in_half)
+                next_sin = read(sin + first_turn, near * table_s, pair, low + near < high, in_half)
             for begin in range(low, high, TILE):
                 s, here, own_flags = begin + near, batch * 0 + begin, flags  # of 64 bits
                 flags = flags_of(visual, batch * visual_b, s + TILE, high, VISUAL)
                 seen = s < high
                 if PAIRS:
                     turn_cos, turn_sin = next_cos, next_sin
-                    turns += TILE * table_s
-                    known = (s + TILE < high)[:, None] & in_half[None, :]
-                    next_cos = tl.load(cos + turns, mask=known, other=0.0)
-                    next_sin = tl.load(sin + turns, mask=known, other=0.0)
+                    first_turn = batch * table_b + (here + TILE) * table_s
+                    next_cos = read(cos + first_turn, near * table_s, pair, s + TILE < high, in_half)
+                    next_sin = read(sin + first_turn, near * table_s, pair, s + TILE < high, in_half)
                 else:
                     first_turn = batch * table_b + here * table_s
-                    turn_cos = read(cos + first_turn, near * table_s, column, seen, in_half)
-                    turn_sin = read(sin + first_turn, near * table_s, column, seen, in_half)
+                    turn_cos = read(cos + first_turn, near * table_s, side, seen, in_half)
+                    turn_sin = read(sin + first_turn, near * table_s, side, seen, in_half)
                 tokens, at = latent + batch * latent_b + here * latent_s, near * latent_s
                 tile = read(tokens, at, dim, seen, in_rank)
                 if PART == 0:
                     a = tl.dot(tile, first_up, input_precision="ieee")
                     b = tl.dot(tile, second_up, input_precision="ieee")
                 else:
-                    a, b = _halves_in_parts(tokens, up, half, at, column, seen, in_half, rank, PART)
+                    a, b = _halves_in_parts(tokens, up, first_row, second_row, at, seen, in_half, rank, PART)
                 a, b = a.to(tile.dtype), b.to(tile.dtype)  # rotated in the dtype that the original rotates in
                 if BIAS:
                     a, b = a + first_bias[None, :], b + second_bias[None, :]
@@ -246,13 +249,14 @@ def _decode(
     (batch, heads, new, rope_dim), kv_heads = q_rope.shape, len(pairs)
     ups = UpParts(weights, biases, kv_heads, rope_dim + q_nope.shape[-1])
     kinds, head_rows, rank, total = len(weights), heads // kv_heads * new, ups.rank, latent.shape[1]
-    mask, latent, q_rope = row_mask(mask, batch), rows_dense(latent), q_rope.contiguous()
+    mask, latent, q_rope = row_mask(mask, batch), rows_dense(latent), rows_dense(q_rope)
     cos, sin = (rows_dense(x).expand(batch, -1, -1) for x in (cos, sin))
     q_latent, constant = absorbed(q_nope, ups, rope_dim) if q_nope.shape[-1] else (None, None)
     of_latent, step = in_units(rank, *latent.stride()[:2])
     of_tables, half_step = in_units(rope_dim // 2, *cos.stride()[:2], *sin.stride()[:2])
-    size, launch = _sizes(head_rows, rank, rope_dim // 2, latent.itemsize)
-    blocks = kv_heads * triton.cdiv(head_rows, size["ROWS"])
+    size, launch = _sizes(head_rows, kv_heads, rank, rope_dim // 2, latent.itemsize)
+    together = size["GROUPS"]
+    blocks = kv_heads // together * triton.cdiv(together * head_rows, size["ROWS"])
     split = split_tokens(total, size["TILE"], batch * blocks, LEAST_TILES, latent.device)
     splits = triton.cdiv(total, split)
     mixed = latent.new_empty(batch, splits, heads * new * kinds, rank)
@@ -261,9 +265,9 @@ def _decode(
         q_rope, q_latent, constant, latent, *ups.ends(), cos, sin, pairs, visual, mask, filled, mixed, lse,
         scaling * LOG2_E,
         kv_heads, head_rows, new, total, of_latent[0], of_tables[0], ups.head_rows, split,
-        *of_latent[1:], *of_tables[1:3], *row_strides(visual, mask, filled),
+        *q_rope.stride()[:3], *of_latent[1:], *of_tables[1:3], *row_strides(visual, mask, filled),
         MASK=mask_kind(mask), FILLED=filled is not None, CONSTANT=constant is not None,
-        NOPE=q_latent is not None, BIAS=bool(biases), PAIRS=rope_dim < cos.shape[-1],
+        NOPE=q_latent is not None, BIAS=bool(biases), PAIRS=rope_dim < cos.shape[-1] or together > 1,
         VISUAL=visual is not None, KINDS=kinds, **size, ALIGN=step,
         HALF_ALIGN=half_step, SPAN=SPAN, **launch,
     )  # fmt: skip
@@ -276,17 +280,24 @@ def _(q_rope, q_nope, weights, biases, scaling, latent, cos, sin, pairs, visual,
     return q_rope.new_empty(batch, new, heads, rope_dim + q_nope.shape[-1])
 
 
-def _sizes(head_rows: int, rank: int, half: int, itemsize: int) -> tuple[dict[str, int], dict[str, Any]]:
-    """Query rows of a program, tokens of a tile, and the parts in which latents make keys (0: whole); warps."""
-    most, side = power(rank), power(half)
+def _sizes(
+    head_rows: int, kv_heads: int, rank: int, half: int, itemsize: int
+) -> tuple[dict[str, int], dict[str, Any]]:
+    """KV heads and query rows of a program, tokens of a tile, and the parts in which latents make keys (0:
+    whole); warps. KV heads of few rotated pairs are together, so that they fill matrix units.
+    """
+    groups = 1
+    while kv_heads % (2 * groups) == 0 and 2 * groups * half <= MOST_PAIRS and groups * head_rows <= LEAST:
+        groups *= 2
+    most, side = power(rank), power(groups * half)
     up, part = 2 * side * most * itemsize, 0
     if up > MOST_UP:
-        up, part = 4 * side * PART * itemsize, PART
-    rows = min(power(head_rows), 64 if most <= 512 else LEAST)
+        up, part = (4 * side + 2 * TILES[0][0]) * PART * itemsize, PART
+    rows = min(power(groups * head_rows), 64 if most <= 512 else LEAST)
     whole = MOST_SHARED if itemsize < 4 else MOST_SHARED // 2
     twice = [(*TILES[1], whole // 2)]  # two programs on a multiprocessor, each with tiles on their way
     for tile, stages, room in (*twice, (64, 1, whole), *((*tile, whole) for tile in TILES[3:])):
         if up + tile * (stages * (most + 2 * side) + rows) * itemsize <= room:
             break
-    size = {"ROWS": rows, "TILE": tile, "RANK": most, "HALF": side, "PART": part}
+    size = {"ROWS": rows, "TILE": tile, "RANK": most, "HALF": side, "PART": part, "GROUPS": groups}
     return size, {"num_warps": 8 if most > 512 else 4, "num_stages": stages}
