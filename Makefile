@@ -15,7 +15,7 @@ TORCH ?= torch==2.14.1 torchvision==0.29.1
 export MALLOC_MMAP_THRESHOLD_ ?= 4294967296
 export MALLOC_TRIM_THRESHOLD_ ?= 8589934592
 
-.PHONY: demo test test-eval test-pages test-vllm test-upstream oldest oldest-quick latest nightly check format \
+.PHONY: demo test test-eval test-pages test-vllm test-upstream oldest oldest-quick latest nightly gpu check format \
 	constraints clean
 
 demo: $(STAMP)
@@ -35,6 +35,10 @@ test-pages: $(VENV)/.installed-pages
 # vLLM for CPUs, in an environment of its own: it pins its PyTorch
 test-vllm: $(VLLM_VENV)/.installed
 	$(VLLM_VENV)/bin/python -m pytest -m vllm tests/serving
+
+# all that needs a GPU, in the Python that PYTHON is, without a network: tests, and figures for docs/gpu
+gpu:
+	$(PYTHON) benchmarks/gpu.py
 
 # transformers' own tests of each family on converted models; TRANSFORMERS is a checkout of the release installed
 test-upstream: $(VENV)/.installed-upstream

@@ -94,7 +94,8 @@ def table(results: list[dict[str, Any]]) -> str:
         for r in results
     ]
     lines = [
-        "| dtype | shape | batch | tokens | rotated | ms | once a step, ms | original, ms | ratio | all keys made |",
+        "| dtype | shape | batch | tokens | rotated | ms | once a step, ms | original, ms | ratio | "
+        "all keys made |",
         f"|{10 * '---|'}",
     ]
     for result in results:

@@ -3,11 +3,11 @@
     PYTHONPATH=src python benchmarks/gpu.py            # 20 minutes on an H200
     PYTHONPATH=src python benchmarks/gpu.py --only tests attention --minutes 5
 
-Steps: `tests` (models and kernels against their specifications, compiled), `attention` (a decoding step of the
-attention layers at the 7B shapes over keys rotated at write and at read, by CUDA graphs), `layers` (with
-projections and the writing of the cache, as `generate` calls them, and prompts), `convert` (two layers of a 7B
-shape), `vllm` (where it is installed). A step that fails says so and the next begins. OUT gets the figures,
-the end of what each step printed, and README.md with the table.
+Steps: `tests` (models and kernels against their specifications, compiled), `attention` (a decoding step of
+attention at the 7B shapes over keys rotated at write and at read, by CUDA graphs), `layers` (with projections
+and the writing of the cache, as `generate` calls them, and prompts), `convert` (two layers of a 7B shape),
+`vllm` (where it is installed). A step that fails says so and the next begins. OUT gets figures, the end of
+what each step printed, and README.md with the tables.
 """
 
 import argparse
@@ -34,7 +34,16 @@ MODES = ["write", "read 128", "read 32"]
 def steps(out: Path) -> dict[str, list[list[str]]]:
     """Commands of each step, after `python`."""
     attention = ["benchmarks/decode_at_read.py", "--dtype", "bfloat16", "--layers", "28", "--seconds", "0.3"]
-    attention += ["--most-gigabytes", "20", "--made-up-to", "0", "--modes", *MODES, "-o", str(out / "attention")]
+    attention += [
+        "--most-gigabytes",
+        "20",
+        "--made-up-to",
+        "0",
+        "--modes",
+        *MODES,
+        "-o",
+        str(out / "attention"),
+    ]
     layers = ["benchmarks/decode.py", "--seconds", "0.3", "--most-gigabytes", "40", "-o", str(out / "layers")]
     layers += ["--contexts", "1024", "16384", "131072", "--batches", "1", "32", "--prefill"]
     kernels = [f"tests/unit/test_{name}.py" for name in ("kernels", "rotated_kernel", "pages")]
@@ -46,7 +55,9 @@ def steps(out: Path) -> dict[str, list[list[str]]]:
             [*attention, "--contexts", "1024", "16384", "--batch", "32"],
         ],
         "layers": [layers],
-        "convert": [["benchmarks/scale.py", "--shape", "qwen2.5-vl-7b", "--layers", "2", "-o", str(out / "convert")]],
+        "convert": [
+            ["benchmarks/scale.py", "--shape", "qwen2.5-vl-7b", "--layers", "2", "-o", str(out / "convert")]
+        ],
     }
     if importlib.util.find_spec("vllm"):
         found["vllm"] = [["-m", "pytest", "-q", "-m", "vllm", "tests/serving"]]
@@ -60,7 +71,9 @@ def run(commands: list[list[str]], log: Path, minutes: float) -> dict[str, Any]:
         for command in commands:
             given = {"cwd": ROOT, "env": environment, "stdout": out, "stderr": subprocess.STDOUT}
             try:
-                codes.append(subprocess.run([sys.executable, *command], **given, timeout=60 * minutes).returncode)
+                codes.append(
+                    subprocess.run([sys.executable, *command], **given, timeout=60 * minutes).returncode
+                )
             except subprocess.TimeoutExpired:
                 codes.append(f"stopped after {minutes} minutes")
     lines = log.read_text(errors="replace").splitlines()[-LINES:]
@@ -85,7 +98,12 @@ def machine() -> dict[str, str]:
 def page(result: dict[str, Any], out: Path) -> str:
     """The page of a run: the machine, how steps ended, and the tables that they wrote."""
     machine = ", ".join(f"{name} {value}" for name, value in result["machine"].items())
-    lines = [f"Measured by `make gpu`: {machine}.", "", "| step | ended | seconds | last line |", f"|{4 * '---|'}"]
+    lines = [
+        f"Measured by `make gpu`: {machine}.",
+        "",
+        "| step | ended | seconds | last line |",
+        f"|{4 * '---|'}",
+    ]
     for name, step in result["steps"].items():
         ended = ", ".join("well" if code == 0 else str(code) for code in step["ended"])
         lines.append(f"| {name} | {ended} | {step['seconds']} | {step['last'].replace('|', '/')[:100]} |")
@@ -114,7 +132,9 @@ def main() -> None:
         print(name, result["steps"][name], file=sys.stderr, flush=True)
         (out / "run.json").write_text(json.dumps(result, indent=1) + "\n")
         (out / "README.md").write_text(page(result, out))
-    print(json.dumps({"output": str(out), "failed": [n for n, s in result["steps"].items() if any(s["ended"])]}))
+    print(
+        json.dumps({"output": str(out), "failed": [n for n, s in result["steps"].items() if any(s["ended"])]})
+    )
 
 
 if __name__ == "__main__":

@@ -11,7 +11,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from mha2mla_vlm import InputError, load, load_processor, save
+from mha2mla_vlm.config import AttentionSizes
 from mha2mla_vlm.model.cache.latent import LatentCache
+from mha2mla_vlm.model.modeling import decoder_layers
 
 REMOTE = """
 import json, sys, torch
@@ -101,6 +103,16 @@ def test_damaged_weights_are_refused(saved, damage):
     with pytest.raises(InputError) as raised:
         load(folder)
     assert len(str(raised.value).splitlines()) == 1
+
+
+def test_all_pairs_in_another_order_are_refused_at_read(family, tmp_path):
+    head_dim = AttentionSizes.of(original(family)[0].config).head_dim
+    model, _ = random_mla(family, rotate_at="read", rope_dim=head_dim)
+    attention = decoder_layers(model)[1].self_attn
+    attention.rope_pairs.copy_(attention.rope_pairs.flip(-1))
+    model.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="layer 1: rope_pairs are all pairs in another order"):
+        load(tmp_path)
 
 
 def test_config_with_unknown_keys_is_refused(saved):

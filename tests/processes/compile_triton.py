@@ -19,7 +19,15 @@ from triton.compiler import ASTSource
 from mha2mla_vlm.model.kernels import triton_decode, triton_rotated
 
 SHAPES = ((28, 4, 32, 256), (28, 4, 8, 96), (32, 8, 32, 512), (32, 32, 8, 768), (32, 32, 32, 2048))
-AT_READ = ((28, 4, 128, 120), (28, 4, 32, 120), (32, 8, 32, 248), (28, 4, 128, 256), (32, 8, 128, 256), (32, 32, 128, 1024), (32, 32, 32, 2048))
+AT_READ = (
+    (28, 4, 128, 120),
+    (28, 4, 32, 120),
+    (32, 8, 32, 248),
+    (28, 4, 128, 256),
+    (32, 8, 128, 256),
+    (32, 32, 128, 1024),
+    (32, 32, 32, 2048),
+)
 NUMBERS = ("q_rope", "q_latent", "latent", "k_rope", "cos", "sin", "mixed")
 UPS = ("text_up", "last_up", "text_bias", "last_bias")
 POINTERS = {"visual": "*i1", "lse": "*fp32", "table": "*i32", "pairs": "*i64", "constant": "*fp32"}
@@ -34,7 +42,9 @@ def needed(name, shape, kernel, fixed, options, target):
     constants = {(names.index(name),): value for name, value in fixed.items()}
     aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n].startswith("*")}
     made = triton.compile(
-        ASTSource(kernel, signature, constants, aligned), target=GPUTarget("cuda", target, 32), options=options
+        ASTSource(kernel, signature, constants, aligned),
+        target=GPUTarget("cuda", target, 32),
+        options=options,
     )
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(made.asm["cubin"])
@@ -42,7 +52,13 @@ def needed(name, shape, kernel, fixed, options, target):
         command = [CUOBJDUMP, "-res-usage", file.name]
         usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     registers, stack = (int(re.search(rf"{what}:(\d+)", usage)[1]) for what in ("REG", "STACK"))
-    return {"kernel": name, "shape": shape, "shared": made.metadata.shared, "registers": registers, "spilled": stack}
+    return {
+        "kernel": name,
+        "shape": shape,
+        "shared": made.metadata.shared,
+        "registers": registers,
+        "spilled": stack,
+    }
 
 
 def at_write(heads, groups, rope_dim, rank, page, target):
@@ -60,11 +76,12 @@ def at_write(heads, groups, rope_dim, rank, page, target):
 
 def at_read(heads, groups, rope_dim, rank, target):
     """Of the kernel for keys rotated at read."""
-    size, launch = triton_rotated._sizes(heads // groups, groups, rank, rope_dim // 2, 2)
+    size, launch = triton_rotated._sizes(heads // groups, rank, rope_dim // 2, 2)
     fixed = {
-        "MASK": 0, "FILLED": False, "CONSTANT": rope_dim < 128, "NOPE": rope_dim < 128, "PAIRS": rope_dim < 128,
-        "BIAS": True, "VISUAL": True, "KINDS": 2, "ALIGN": 8, "HALF_ALIGN": 8, "SPAN": 1024, "mask": None, "filled": None, **size,
+        "MASK": 0, "FILLED": False, "BIAS": True, "VISUAL": True, "KINDS": 2, "ALIGN": 8, "HALF_ALIGN": 8,
+        "SPAN": 1024, "mask": None, "filled": None, **size,
     }  # fmt: skip
+    fixed |= dict.fromkeys(("CONSTANT", "NOPE", "PAIRS"), rope_dim < 128)
     if rope_dim == 128:
         fixed |= {"pairs": None, "q_latent": None, "constant": None}
     shape = (heads, groups, rope_dim, rank)

@@ -152,7 +152,7 @@ class MLACheckpoint(_Model):
         if found := loading_errors(info):
             raise InputError(f"the weights do not match the config: {found}; convert the model again")
         for attention in latent_attentions(model.get_decoder().layers):
-            check_pairs(attention.rope_pairs, attention.head_dim, attention.layer_idx)
+            check_pairs(attention.rope_pairs, attention.head_dim, attention.layer_idx, attention.at_read)
         return (model, info) if output_loading_info else model
 
     @classmethod

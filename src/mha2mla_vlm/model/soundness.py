@@ -97,8 +97,11 @@ def _check_feature_layers(config: Any) -> None:
             raise InputError(f"vision_feature_layer = {shown(value)}: the vision model has {layers} layers")
 
 
-def check_pairs(pairs: torch.Tensor, head_dim: int, layer: int) -> None:
-    """Raise `InputError` unless a layer's `rope_pairs [G, R/2]` are different pairs of each KV head."""
+def check_pairs(pairs: torch.Tensor, head_dim: int, layer: int, at_read: bool = False) -> None:
+    """Raise `InputError` unless a layer's `rope_pairs [G, R/2]` are different pairs of each KV head.
+
+    All of them, rotated `at_read`, have to be in order: then layers share what a step makes of positions.
+    """
     if pairs.is_meta:
         return
     inside = not pairs.is_floating_point() and bool(((pairs >= 0) & (pairs < head_dim // 2)).all())
@@ -106,6 +109,12 @@ def check_pairs(pairs: torch.Tensor, head_dim: int, layer: int) -> None:
         raise InputError(
             f"layer {layer}: rope_pairs {pairs.tolist()} are not different whole numbers from 0 "
             f"to {head_dim // 2 - 1}; the checkpoint is broken, convert the model again"
+        )
+    every = torch.arange(head_dim // 2).expand(len(pairs), -1)
+    if at_read and pairs.shape == every.shape and not torch.equal(pairs.cpu(), every):
+        raise InputError(
+            f"layer {layer}: rope_pairs are all pairs in another order than 0 to {head_dim // 2 - 1}, which "
+            "keys that are rotated at read do not have; the checkpoint is broken, convert the model again"
         )
 
 

@@ -1,8 +1,8 @@
 """Flash decoding over latents in Triton; `absorbed.attend` is its specification.
 
-Three kernels: one moves queries to where they meet latents, for each modality; one attends over a split of the
-tokens, with the queries of both modalities as rows of one product, each row seeing the tokens of its own; the
-last merges splits and applies the value up projections (`triton_parts`).
+One kernel moves queries to where they meet latents, for each modality; one attends over a split of tokens,
+with the queries of both modalities as rows of one product, each row seeing the tokens of its own. Two merge
+splits and apply the value up projections (`triton_parts`).
 
 Shapes: those of `triton_parts`; M = H / G query heads per KV head, R rope dims, N = D - R.
 """
@@ -238,9 +238,7 @@ def _(q_rope, q_nope, weights, biases, kv_heads, scaling, latent, k_rope, visual
     return q_rope.new_empty(batch, new, heads, rope_dim + q_nope.shape[-1])
 
 
-def absorbed(
-    q_nope: torch.Tensor, ups: UpParts, key_at: int = 0
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+def absorbed(q_nope: torch.Tensor, ups: UpParts, key_at: int = 0) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Queries `[B, Q, K, r]` that meet latents, of `q_nope [B, H, T, N]`, and what text gives more `[B, Q]`.
 
     `key_at` is the first row of unrotated keys of each KV head.

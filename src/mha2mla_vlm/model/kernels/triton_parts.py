@@ -44,10 +44,9 @@ def masked(scores, shown, cell, MASK: tl.constexpr):
 @triton.jit
 def flags_of(visual, place, s, stop, VISUAL: tl.constexpr):
     """Whether tokens `s` before `stop` are visual, 1 or 0."""
+    flags = s * 0
     if VISUAL:
         flags = tl.load(visual + place + s, mask=s < stop, other=0).to(tl.int32)
-    else:
-        flags = s * 0
     return flags
 
 
@@ -147,7 +146,12 @@ class UpParts(NamedTuple):
     def ends(self) -> tuple[torch.Tensor | None, ...]:
         """First and last weight, first and last bias."""
         none = [None]
-        return (*self.weights[:1], *self.weights[-1:], *(self.biases[:1] or none), *(self.biases[-1:] or none))
+        return (
+            *self.weights[:1],
+            *self.weights[-1:],
+            *(self.biases[:1] or none),
+            *(self.biases[-1:] or none),
+        )
 
 
 def merged(mixed: torch.Tensor, lse: torch.Tensor, ups: UpParts, heads: int, new: int) -> torch.Tensor:
@@ -190,7 +194,7 @@ def _processors(device: torch.device) -> int:
 def in_units(*sizes: int) -> tuple[list[int], int]:
     """Sizes in units of the power of two, up to 16, that divides all, and that unit.
 
-    A compiler that sees them multiplied again knows how addresses are aligned, and reads many numbers at once.
+    A compiler that sees them multiplied again knows how addresses are aligned, and reads 16 bytes at once.
     """
     unit = next(power for power in (16, 8, 4, 2, 1) if all(size % power == 0 for size in sizes))
     return [size // unit for size in sizes], unit
@@ -221,7 +225,9 @@ def mask_kind(mask: torch.Tensor | None) -> int:
     return BOOL_MASK if mask.dtype == torch.bool else ADDED_MASK
 
 
-def row_strides(visual: torch.Tensor | None, mask: torch.Tensor | None, filled: torch.Tensor | None) -> tuple[int, ...]:
+def row_strides(
+    visual: torch.Tensor | None, mask: torch.Tensor | None, filled: torch.Tensor | None
+) -> tuple[int, ...]:
     """Steps of a row of `visual`, of a row and a token of `mask`, and of a row of `filled`."""
     by_token = (0, 0) if mask is None else mask.stride()[:2]
     by_row = 0 if filled is None or filled.ndim == 0 else filled.stride(0)

@@ -43,7 +43,6 @@ from mha2mla_vlm.utils.compat import is_plain_tensor
 MOST_UP = 96 * 1024  # bytes of a head's up projection that stay with a program; else it is read in parts
 LEAST_TILES = 4  # of a split
 PART = 128
-MOST_PAIRS = 64  # whose keys a program makes
 SPAN = 1024  # tokens whose modality is looked at together
 
 
@@ -57,21 +56,24 @@ def _span(visual, place, start, stop, kind, VISUAL: tl.constexpr, WIDE: tl.const
         for begin in range(start, stop, WIDE):
             s = begin + tl.arange(0, WIDE)
             own = (flags_of(visual, place, s, stop, VISUAL) == kind) & (s < stop)
-            firsts, lasts = tl.minimum(firsts, tl.where(own, s, 0x7FFFFFFF)), tl.maximum(lasts, tl.where(own, s, -1))
+            firsts, lasts = (
+                tl.minimum(firsts, tl.where(own, s, 0x7FFFFFFF)),
+                tl.maximum(lasts, tl.where(own, s, -1)),
+            )
         low, high = tl.min(firsts), tl.max(lasts) + 1
     return low, high
 
 
 @triton.jit
-def _halves_in_parts(latent, up, first_row, second_row, at, seen, in_half, rank, PART: tl.constexpr):
+def _halves_in_parts(latent, up, half, at, column, seen, in_half, rank, PART: tl.constexpr):
     """First and second numbers of the pairs `[TILE, C]` of keys before RoPE, over parts of the latent."""
-    first = tl.zeros([at.shape[0], first_row.shape[0]], tl.float32)
-    second = tl.zeros([at.shape[0], first_row.shape[0]], tl.float32)
+    first = tl.zeros([at.shape[0], column.shape[0]], tl.float32)
+    second = tl.zeros([at.shape[0], column.shape[0]], tl.float32)
     for begin in range(0, rank, PART):
         inner = begin + tl.arange(0, PART)
         tile = read(latent, at, inner, seen, inner < rank)
-        a = read(up, first_row * rank, inner, in_half, inner < rank)
-        b = read(up, second_row * rank, inner, in_half, inner < rank)
+        a = read(up, column * rank, inner, in_half, inner < rank)
+        b = read(up, (half + column) * rank, inner, in_half, inner < rank)
         first = tl.dot(tile, tl.trans(a), first, input_precision="ieee")
         second = tl.dot(tile, tl.trans(b), second, input_precision="ieee")
     return first, second
@@ -86,30 +88,26 @@ def _split_kernel(
     MASK: tl.constexpr, FILLED: tl.constexpr, CONSTANT: tl.constexpr, NOPE: tl.constexpr, BIAS: tl.constexpr,
     PAIRS: tl.constexpr, VISUAL: tl.constexpr, KINDS: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
     RANK: tl.constexpr, HALF: tl.constexpr, PART: tl.constexpr, ALIGN: tl.constexpr,
-    HALF_ALIGN: tl.constexpr, SPAN: tl.constexpr, GROUPS: tl.constexpr,
+    HALF_ALIGN: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
     batch, split, block = tl.program_id(2).to(tl.int64), tl.program_id(0), tl.program_id(1)
     rank, latent_b, latent_s = rank * ALIGN, latent_b * ALIGN, latent_s * ALIGN
     half, table_b, table_s = half * HALF_ALIGN, table_b * HALF_ALIGN, table_s * HALF_ALIGN
-    rows, parts = kv_heads * head_rows, kv_heads // GROUPS
-    group, part = block % parts * GROUPS, block // parts  # the first of the KV heads
+    group, part = block % kv_heads, block // kv_heads
+    rows = kv_heads * head_rows
     start = split * split_size
     stop = tl.minimum(start + split_size, total)
     if FILLED:
         stop = tl.minimum(stop, tl.load(filled + batch * filled_b).to(tl.int32))
-    inside = part * ROWS + tl.arange(0, ROWS)  # of the heads' rows
-    in_rows, row = inside < GROUPS * head_rows, group * head_rows + inside
-    dim, side, near = tl.arange(0, RANK), tl.arange(0, HALF), tl.arange(0, TILE)
-    # pairs of the KV heads side by side; a row meets those of its own
-    column, own_group = side % half, side // half
-    in_rank, in_half = dim < rank, side < GROUPS * half
-    query_at = batch * query_b + (row // new * query_h + row % new * query_t)[None, :] + column[:, None]
-    met = in_rows[None, :] & in_half[:, None] & (own_group[:, None] == (inside // head_rows)[None, :])
-    first_query = tl.load(q_rope + query_at, mask=met, other=0.0)
-    second_query = tl.load(q_rope + query_at + half, mask=met, other=0.0)
-    first_row, second_row = own_group * head_up + column, own_group * head_up + half + column
+    inside = part * ROWS + tl.arange(0, ROWS)  # of the head's rows
+    in_rows, row = inside < head_rows, group * head_rows + inside
+    dim, column, near = tl.arange(0, RANK), tl.arange(0, HALF), tl.arange(0, TILE)
+    in_rank, in_half = dim < rank, column < half
+    queries, query_at = q_rope + batch * query_b, row // new * query_h + row % new * query_t
+    first_query = tl.trans(read(queries, query_at, column, in_rows, in_half))
+    second_query = tl.trans(read(queries, query_at, half + column, in_rows, in_half))
     if PAIRS:
-        pair = tl.load(pairs + group * half + side, mask=in_half, other=0).to(tl.int32)
+        pair = tl.load(pairs + group * half + column, mask=in_half, other=0).to(tl.int32)
     mask_row = row[None, :]  # not looked at where there is no mask
     if MASK != 0:
         mask_row = mask + batch * mask_b + (row % new)[None, :] * mask_t
@@ -122,12 +120,12 @@ def _split_kernel(
             up = (text_up if kind == 0 else last_up) + (batch * 0 + group) * head_up * rank
             bias = text_bias if kind == 0 else last_bias
             if PART == 0:
-                first_up = tl.trans(read(up, first_row * rank, dim, in_half, in_rank))
-                second_up = tl.trans(read(up, second_row * rank, dim, in_half, in_rank))
+                first_up = tl.trans(read(up, column * rank, dim, in_half, in_rank))
+                second_up = tl.trans(read(up, (half + column) * rank, dim, in_half, in_rank))
             if BIAS:
                 bias += group * head_up
-                first_bias = tl.load(bias + first_row, mask=in_half, other=0.0)
-                second_bias = tl.load(bias + second_row, mask=in_half, other=0.0)
+                first_bias = tl.load(bias + column, mask=in_half, other=0.0)
+                second_bias = tl.load(bias + half + column, mask=in_half, other=0.0)
             if NOPE:
                 query = read(q_latent + batch * rows * KINDS * rank, own * rank, dim, in_rows, in_rank)
                 query = tl.trans(query)
@@ -152,15 +150,15 @@ def _split_kernel(
                     next_sin = read(sin + first_turn, near * table_s, pair, s + TILE < high, in_half)
                 else:
                     first_turn = batch * table_b + here * table_s
-                    turn_cos = read(cos + first_turn, near * table_s, side, seen, in_half)
-                    turn_sin = read(sin + first_turn, near * table_s, side, seen, in_half)
+                    turn_cos = read(cos + first_turn, near * table_s, column, seen, in_half)
+                    turn_sin = read(sin + first_turn, near * table_s, column, seen, in_half)
                 tokens, at = latent + batch * latent_b + here * latent_s, near * latent_s
                 tile = read(tokens, at, dim, seen, in_rank)
                 if PART == 0:
                     a = tl.dot(tile, first_up, input_precision="ieee")
                     b = tl.dot(tile, second_up, input_precision="ieee")
                 else:
-                    a, b = _halves_in_parts(tokens, up, first_row, second_row, at, seen, in_half, rank, PART)
+                    a, b = _halves_in_parts(tokens, up, half, at, column, seen, in_half, rank, PART)
                 a, b = a.to(tile.dtype), b.to(tile.dtype)  # rotated in the dtype that the original rotates in
                 if BIAS:
                     a, b = a + first_bias[None, :], b + second_bias[None, :]
@@ -254,9 +252,8 @@ def _decode(
     q_latent, constant = absorbed(q_nope, ups, rope_dim) if q_nope.shape[-1] else (None, None)
     of_latent, step = in_units(rank, *latent.stride()[:2])
     of_tables, half_step = in_units(rope_dim // 2, *cos.stride()[:2], *sin.stride()[:2])
-    size, launch = _sizes(head_rows, kv_heads, rank, rope_dim // 2, latent.itemsize)
-    together = size["GROUPS"]
-    blocks = kv_heads // together * triton.cdiv(together * head_rows, size["ROWS"])
+    size, launch = _sizes(head_rows, rank, rope_dim // 2, latent.itemsize)
+    blocks = kv_heads * triton.cdiv(head_rows, size["ROWS"])
     split = split_tokens(total, size["TILE"], batch * blocks, LEAST_TILES, latent.device)
     splits = triton.cdiv(total, split)
     mixed = latent.new_empty(batch, splits, heads * new * kinds, rank)
@@ -267,7 +264,7 @@ def _decode(
         kv_heads, head_rows, new, total, of_latent[0], of_tables[0], ups.head_rows, split,
         *q_rope.stride()[:3], *of_latent[1:], *of_tables[1:3], *row_strides(visual, mask, filled),
         MASK=mask_kind(mask), FILLED=filled is not None, CONSTANT=constant is not None,
-        NOPE=q_latent is not None, BIAS=bool(biases), PAIRS=rope_dim < cos.shape[-1] or together > 1,
+        NOPE=q_latent is not None, BIAS=bool(biases), PAIRS=rope_dim < cos.shape[-1],
         VISUAL=visual is not None, KINDS=kinds, **size, ALIGN=step,
         HALF_ALIGN=half_step, SPAN=SPAN, **launch,
     )  # fmt: skip
@@ -280,24 +277,17 @@ def _(q_rope, q_nope, weights, biases, scaling, latent, cos, sin, pairs, visual,
     return q_rope.new_empty(batch, new, heads, rope_dim + q_nope.shape[-1])
 
 
-def _sizes(
-    head_rows: int, kv_heads: int, rank: int, half: int, itemsize: int
-) -> tuple[dict[str, int], dict[str, Any]]:
-    """KV heads and query rows of a program, tokens of a tile, and the parts in which latents make keys (0:
-    whole); warps. KV heads of few rotated pairs are together, so that they fill matrix units.
-    """
-    groups = 1
-    while kv_heads % (2 * groups) == 0 and 2 * groups * half <= MOST_PAIRS and groups * head_rows <= LEAST:
-        groups *= 2
-    most, side = power(rank), power(groups * half)
+def _sizes(head_rows: int, rank: int, half: int, itemsize: int) -> tuple[dict[str, int], dict[str, Any]]:
+    """Query rows of a program, tokens of a tile, parts in which latents make keys (0: whole); and warps."""
+    most, side = power(rank), power(half)
     up, part = 2 * side * most * itemsize, 0
     if up > MOST_UP:
         up, part = (4 * side + 2 * TILES[0][0]) * PART * itemsize, PART
-    rows = min(power(groups * head_rows), 64 if most <= 512 else LEAST)
+    rows = min(power(head_rows), 64 if most <= 512 else LEAST)
     whole = MOST_SHARED if itemsize < 4 else MOST_SHARED // 2
     twice = [(*TILES[1], whole // 2)]  # two programs on a multiprocessor, each with tiles on their way
     for tile, stages, room in (*twice, (64, 1, whole), *((*tile, whole) for tile in TILES[3:])):
         if up + tile * (stages * (most + 2 * side) + rows) * itemsize <= room:
             break
-    size = {"ROWS": rows, "TILE": tile, "RANK": most, "HALF": side, "PART": part, "GROUPS": groups}
+    size = {"ROWS": rows, "TILE": tile, "RANK": most, "HALF": side, "PART": part}
     return size, {"num_warps": 8 if most > 512 else 4, "num_stages": stages}
