@@ -1,7 +1,7 @@
 """Decoding attention over keys rotated at read, at write, and the original's, at the 7B models' shapes.
 
     python benchmarks/decode_at_read.py                     # all shapes, an eighth of the cache
-    python benchmarks/decode_at_read.py --shape qwen2.5-vl-7b --contexts 16384 --dtype float32
+    python benchmarks/decode_at_read.py --shape qwen2.5-vl-7b --contexts 16384 --modes "read 128"
 
 Random weights and caches; contexts are text, images (32 by 32 tokens where RoPE is multimodal) and text.
 `read R` rotates R dims of a head when they are read, `write` has a quarter of the bytes in rotated keys that

@@ -21,6 +21,7 @@ SHAPES = {  # query heads, KV heads, head dim, rope dims, latent dims; of the mo
     "llava-next-8b": (32, 8, 128, 32, 512),
     "llava-1.5-7b at 32": (32, 32, 128, 32, 1024),
     "odd": (6, 3, 16, 10, 37),
+    "all dims rotated": (6, 3, 10, 10, 37),
     "one head": (1, 1, 4, 2, 5),
 }
 CLOSE = {torch.float32: 1e-5, torch.float16: 3e-3}

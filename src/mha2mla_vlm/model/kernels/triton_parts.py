@@ -37,7 +37,7 @@ def masked(scores, shown, cell, MASK: tl.constexpr):
     if MASK == 1:
         shown = shown & (tl.load(cell, mask=shown, other=0) != 0)
     elif MASK == 2:
-        scores += tl.load(cell, mask=shown, other=0.0).to(tl.float32) * 1.4426950408889634
+        scores += tl.load(cell, mask=shown, other=0.0).to(tl.float32) * 1.4426950408889634  # LOG2_E
     return tl.where(shown, scores, float("-inf"))
 
 
