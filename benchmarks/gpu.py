@@ -12,9 +12,11 @@ what each step printed, and README.md with the tables.
 
 import argparse
 import datetime
+import importlib.metadata
 import importlib.util
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -27,41 +29,29 @@ import transformers
 ROOT = Path(__file__).parents[1]
 OUT = ROOT / "docs" / "gpu"
 LINES = 40  # of what a step printed that are kept
-NAMES = ["tests", "attention", "layers", "convert", "vllm"]
-MODES = ["write", "read 128", "read 32"]
+ATTENTION = (
+    "benchmarks/decode_at_read.py --dtype bfloat16 --layers 28 --seconds 0.3 --most-gigabytes 20 "
+    "--made-up-to 0 --modes write 'read 128' 'read 32' --contexts"
+)
+COMMANDS = {  # after `python`; those that measure get a folder too
+    "tests": [
+        "-m pytest -q -n 8 -p no:cacheprovider tests/gpu tests/unit/test_kernels.py "
+        "tests/unit/test_rotated_kernel.py tests/unit/test_pages.py"
+    ],
+    "attention": [f"{ATTENTION} 1024 4096 16384 65536 131072", f"{ATTENTION} 1024 16384 --batch 32"],
+    "layers": [
+        "benchmarks/decode.py --seconds 0.3 --most-gigabytes 40 --prefill --batches 1 32 "
+        "--contexts 1024 16384 131072"
+    ],
+    "convert": ["benchmarks/scale.py --shape qwen2.5-vl-7b --layers 2"],
+    "vllm": ["-m pytest -q -m vllm tests/serving"],
+}
 
 
-def steps(out: Path) -> dict[str, list[list[str]]]:
-    """Commands of each step, after `python`."""
-    attention = ["benchmarks/decode_at_read.py", "--dtype", "bfloat16", "--layers", "28", "--seconds", "0.3"]
-    attention += [
-        "--most-gigabytes",
-        "20",
-        "--made-up-to",
-        "0",
-        "--modes",
-        *MODES,
-        "-o",
-        str(out / "attention"),
-    ]
-    layers = ["benchmarks/decode.py", "--seconds", "0.3", "--most-gigabytes", "40", "-o", str(out / "layers")]
-    layers += ["--contexts", "1024", "16384", "131072", "--batches", "1", "32", "--prefill"]
-    kernels = [f"tests/unit/test_{name}.py" for name in ("kernels", "rotated_kernel", "pages")]
-    workers = str(min(8, os.cpu_count() or 1))
-    found = {
-        "tests": [["-m", "pytest", "-q", "-n", workers, "-p", "no:cacheprovider", "tests/gpu", *kernels]],
-        "attention": [
-            [*attention, "--contexts", "1024", "4096", "16384", "65536", "131072"],
-            [*attention, "--contexts", "1024", "16384", "--batch", "32"],
-        ],
-        "layers": [layers],
-        "convert": [
-            ["benchmarks/scale.py", "--shape", "qwen2.5-vl-7b", "--layers", "2", "-o", str(out / "convert")]
-        ],
-    }
-    if importlib.util.find_spec("vllm"):
-        found["vllm"] = [["-m", "pytest", "-q", "-m", "vllm", "tests/serving"]]
-    return found
+def commands_of(step: str, out: Path) -> list[list[str]]:
+    """The commands of a step, whose figures go to OUT/STEP."""
+    output = [] if step in ("tests", "vllm") else ["-o", str(out / step)]
+    return [[sys.executable, *shlex.split(command), *output] for command in COMMANDS[step]]
 
 
 def run(commands: list[list[str]], log: Path, minutes: float) -> dict[str, Any]:
@@ -71,9 +61,7 @@ def run(commands: list[list[str]], log: Path, minutes: float) -> dict[str, Any]:
         for command in commands:
             given = {"cwd": ROOT, "env": environment, "stdout": out, "stderr": subprocess.STDOUT}
             try:
-                codes.append(
-                    subprocess.run([sys.executable, *command], **given, timeout=60 * minutes).returncode
-                )
+                codes.append(subprocess.run(command, **given, timeout=60 * minutes).returncode)
             except subprocess.TimeoutExpired:
                 codes.append(f"stopped after {minutes} minutes")
     lines = log.read_text(errors="replace").splitlines()[-LINES:]
@@ -84,11 +72,10 @@ def run(commands: list[list[str]], log: Path, minutes: float) -> dict[str, Any]:
 def machine() -> dict[str, str]:
     """What the figures were measured on."""
     properties = torch.cuda.get_device_properties(0)
-    triton = importlib.util.find_spec("triton") and importlib.import_module("triton").__version__
     return {
         "gpu": f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB",
         "torch": torch.__version__,
-        "triton": str(triton),
+        "triton": importlib.metadata.version("triton"),
         "transformers": transformers.__version__,
         "python": sys.version.split()[0],
         "date": datetime.date.today().isoformat(),
@@ -117,7 +104,7 @@ def page(result: dict[str, Any], out: Path) -> str:
 def main() -> None:
     """Run, and keep."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=NAMES, help="steps, in their order")
+    parser.add_argument("--only", nargs="+", choices=COMMANDS, help="steps, in their order")
     parser.add_argument("--minutes", type=float, default=8, help="that a command may take")
     parser.add_argument("-o", "--output", type=Path, default=OUT)
     given = parser.parse_args()
@@ -126,15 +113,14 @@ def main() -> None:
     out = given.output.resolve()
     out.mkdir(parents=True, exist_ok=True)
     result: dict[str, Any] = {"machine": machine(), "steps": {}}
-    found = steps(out)
-    for name in given.only or found:
-        result["steps"][name] = run(found[name], out / f"{name}.log", given.minutes)
+    for name in given.only or [n for n in COMMANDS if n != "vllm" or importlib.util.find_spec("vllm")]:
+        result["steps"][name] = run(commands_of(name, out), out / f"{name}.log", given.minutes)
         print(name, result["steps"][name], file=sys.stderr, flush=True)
         (out / "run.json").write_text(json.dumps(result, indent=1) + "\n")
         (out / "README.md").write_text(page(result, out))
-    print(
-        json.dumps({"output": str(out), "failed": [n for n, s in result["steps"].items() if any(s["ended"])]})
-    )
+    failed = [name for name, step in result["steps"].items() if any(step["ended"])]
+    print(json.dumps({"output": str(out), "failed": failed}))
+    sys.exit(1 if failed else 0)
 
 
 if __name__ == "__main__":
