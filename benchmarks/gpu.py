@@ -36,7 +36,7 @@ ATTENTION = (
 COMMANDS = {  # after `python`; those that measure get a folder too
     "tests": [
         "-m pytest -q -n 8 -p no:cacheprovider tests/gpu tests/unit/test_kernels.py "
-        "tests/unit/test_rotated_kernel.py tests/unit/test_pages.py"
+        "tests/unit/test_rotated_kernel.py tests/unit/test_packed_kernel.py tests/unit/test_pages.py"
     ],
     "attention": [f"{ATTENTION} 1024 4096 16384 65536 131072", f"{ATTENTION} 1024 16384 --batch 32"],
     "layers": [

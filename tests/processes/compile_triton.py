@@ -16,14 +16,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from mha2mla_vlm.model.kernels import triton_decode, triton_rotated
+from mha2mla_vlm.model.kernels import triton_decode, triton_packed, triton_rotated
 
 SHAPES = ((28, 4, 32, 256), (28, 4, 8, 96), (32, 8, 32, 512), (32, 32, 8, 768), (32, 32, 32, 2048))
 AT_READ = ((28, 4, 128, 120), (28, 4, 32, 120), (32, 8, 128, 256), (32, 32, 128, 1024), (32, 32, 32, 2048))
 NUMBERS = ("q_rope", "q_latent", "latent", "k_rope", "cos", "sin", "mixed")
 UPS = ("text_up", "last_up", "text_bias", "last_bias")
 POINTERS = {"visual": "*i1", "lse": "*fp32", "table": "*i32", "pairs": "*i64", "constant": "*fp32"}
-POINTERS |= {"scale": "fp32"} | dict.fromkeys(NUMBERS + UPS, "*bf16")
+POINTERS |= {"scale": "fp32", "rows": "*u8"} | dict.fromkeys(NUMBERS + UPS, "*bf16")
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 
@@ -80,6 +80,11 @@ def at_read(heads, groups, rope_dim, rank, target):
     return needed("at read", shape, triton_rotated._split_kernel, fixed, launch, target)
 
 
+def of_bytes(rank, target):
+    """Of the kernel that makes numbers of rows of bytes."""
+    return needed("unpack", (rank,), triton_packed._unpack_kernel, triton_packed._sizes(rank), {}, target)
+
+
 target = int(sys.argv[1]) if len(sys.argv) > 1 else 90
 found = [at_write(*shape, 0, target) for shape in SHAPES] + [at_write(*SHAPES[0], 16, target)]
-print(json.dumps(found + [at_read(*shape, target) for shape in AT_READ]))
+print(json.dumps([*found, *(at_read(*shape, target) for shape in AT_READ), of_bytes(200, target)]))

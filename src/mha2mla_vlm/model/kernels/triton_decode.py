@@ -16,7 +16,9 @@ import triton.language as tl
 
 from mha2mla_vlm.model.absorbed import Piece, Up
 from mha2mla_vlm.model.cache.latent import Pieces
+from mha2mla_vlm.model.cache.packed import PackedTokens
 from mha2mla_vlm.model.cache.pages import Paged
+from mha2mla_vlm.model.kernels.triton_packed import tensors_of, unpacked
 from mha2mla_vlm.model.kernels.triton_parts import (
     LEAST,
     LOG2_E,
@@ -150,10 +152,10 @@ def _split_kernel(
 def can_run(
     q_rope: torch.Tensor, q_nope: torch.Tensor, ups: Sequence[Up], stored: Piece | Pieces | Paged
 ) -> bool:
-    """Whether the kernels take these tensors: stored as they are, in a dtype that they know."""
-    if isinstance(stored, Pieces):
+    """Whether the kernels take these tensors: stored as they are or as bytes, in a dtype that they know."""
+    numbers = tensors_of(stored, q_rope.dtype)
+    if numbers is None:
         return False
-    numbers = (stored.pages,) if isinstance(stored, Paged) else stored
     tensors = (q_rope, q_nope, *numbers, *(up.weight for up in ups))
     plain = all(map(is_plain_tensor, tensors)) and all(up.weight.is_contiguous() for up in ups)
     return known_dtypes(tensors) and plain
@@ -164,13 +166,15 @@ def decode(
     q_nope: torch.Tensor,
     ups: Sequence[Up],
     scaling: float,
-    stored: Piece | Paged,
+    stored: Piece | Paged | PackedTokens,
     visual: torch.Tensor | None,
     mask: torch.Tensor | None,
     filled: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Attention over latents, as `cpu_decode.decode`."""
+    """Attention over latents, as `cpu_decode.decode`; `stored` may also be rows of bytes."""
     table = None
+    if isinstance(stored, PackedTokens):
+        stored = unpacked(stored)
     if isinstance(stored, Paged):
         table, filled, stored = stored.table, stored.lengths, stored.views()
     return _decode(

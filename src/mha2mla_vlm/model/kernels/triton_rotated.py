@@ -16,8 +16,9 @@ import triton
 import triton.language as tl
 
 from mha2mla_vlm.model.absorbed import Up
-from mha2mla_vlm.model.cache.latent import Pieces
+from mha2mla_vlm.model.cache.packed import PackedTokens
 from mha2mla_vlm.model.kernels.triton_decode import TILES, absorbed
+from mha2mla_vlm.model.kernels.triton_packed import tensors_of, unpacked
 from mha2mla_vlm.model.kernels.triton_parts import (
     LEAST,
     LOG2_E,
@@ -190,10 +191,11 @@ def _split_kernel(
 
 
 def can_run(q_rope: torch.Tensor, q_nope: torch.Tensor, ups: Sequence[Up], stored: Rebuilt) -> bool:
-    """Whether the kernel takes these tensors: latents stored as they are, in a dtype that it knows."""
-    if isinstance(stored.stored, Pieces):
+    """Whether the kernel takes these tensors: latents stored as they are or as bytes, in a dtype it knows."""
+    numbers = tensors_of(stored.stored, q_rope.dtype)
+    if numbers is None:
         return False
-    tensors = (q_rope, q_nope, stored.stored[0], *(up.weight for up in ups))
+    tensors = (q_rope, q_nope, *numbers, *(up.weight for up in ups))
     plain = all(map(is_plain_tensor, tensors)) and all(up.weight.is_contiguous() for up in ups)
     return known_dtypes(tensors) and plain
 
@@ -209,14 +211,14 @@ def decode(
     filled: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention over latents, as `cpu_decode.decode`."""
-    angles = stored.angles
+    angles, held = stored.angles, stored.stored
     return _decode(
         q_rope,
         q_nope,
         [up.weight for up in stored.ups],
         [up.bias for up in stored.ups if up.bias is not None],
         scaling,
-        stored.latents(),
+        unpacked(held)[0] if isinstance(held, PackedTokens) else stored.latents(),
         angles.cos,
         angles.sin,
         angles.pairs,
