@@ -23,7 +23,7 @@ AT_READ = ((28, 4, 128, 120), (28, 4, 32, 120), (32, 8, 128, 256), (32, 32, 128,
 NUMBERS = ("q_rope", "q_latent", "latent", "k_rope", "cos", "sin", "mixed")
 UPS = ("text_up", "last_up", "text_bias", "last_bias")
 POINTERS = {"visual": "*i1", "lse": "*fp32", "table": "*i32", "pairs": "*i64", "constant": "*fp32"}
-POINTERS |= {"scale": "fp32", "rows": "*u8"} | dict.fromkeys(NUMBERS + UPS, "*bf16")
+POINTERS |= {"scale": "fp32", "packed": "*u8"} | dict.fromkeys(NUMBERS + UPS, "*bf16")
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 

@@ -21,7 +21,7 @@ NUMBERS = 4096  # that a program makes
 
 @triton.jit
 def _unpack_kernel(
-    rows, latent, total, rank, sixteen, eight, four, two, row_b, row_s,
+    packed, latent, total, rank, sixteen, eight, four, two, row_b, row_s,
     RANK: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
     batch = tl.program_id(1).to(tl.int64)
@@ -39,7 +39,7 @@ def _unpack_kernel(
     shift, ones = tl.where(of_eight < eight, 0, shift), tl.where(of_eight < eight, 255, ones)
     is_half = channel < sixteen
     byte = tl.where(is_half, 2 * channel, byte)
-    cells = rows + batch * row_b + token.to(tl.int64)[:, None] * row_s + byte[None, :]
+    cells = packed + batch * row_b + token.to(tl.int64)[:, None] * row_s + byte[None, :]
     known = (token < total)[:, None] & (channel < rank)[None, :]
     codes = tl.load(cells, mask=known, other=0).to(tl.int32)
     high = tl.load(cells + 1, mask=known & is_half[None, :], other=0).to(tl.int32)
