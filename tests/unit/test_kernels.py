@@ -176,4 +176,4 @@ def test_compiles_for_an_h200_and_fits_its_shared_memory():
     result = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr
     needed = json.loads(result.stdout)
-    assert all(0 < each["shared"] <= 227 * 1024 for each in needed), needed
+    assert all(each["registers"] and each["shared"] <= 227 * 1024 for each in needed), needed
