@@ -61,7 +61,7 @@ def measure(given: argparse.Namespace, shape: str) -> list[dict[str, Any]]:
         layers = int(given.most_gigabytes * 1e9 / (given.batch * context * numbers * dtype.itemsize))
         layers = max(1, min(given.layers, layers))
         for mode, mla in sizes(shape, given.budget, layers).items():
-            if given.modes and mode not in given.modes:
+            if not is_chosen(mode, given.modes):
                 continue
             _, converted = models_of(shape, layers, mla, device, dtype)
             dense, latent = random_caches(converted, context, given.batch)
@@ -76,6 +76,11 @@ def measure(given: argparse.Namespace, shape: str) -> list[dict[str, Any]]:
             rows.append(row)
             print(json.dumps(row), flush=True)
     return rows
+
+
+def is_chosen(mode: str, names: list[str] | None) -> bool:
+    """Whether a mode is among `names`, by all of its name or its first word; all are without names."""
+    return names is None or mode in names or mode.split()[0] in names
 
 
 def of_layer(times: Rows, layers: int) -> tuple[float, float]:
@@ -118,13 +123,16 @@ def main() -> None:
     parser.add_argument("--made-up-to", type=int, default=16384, help="tokens to measure without the plan")
     parser.add_argument("--contexts", nargs="+", type=int, default=[1024, 4096, 16384, 65536])
     parser.add_argument("--seconds", type=float, default=4.0, help="for each comparison")
-    parser.add_argument("--modes", nargs="+", help="names of the modes to measure, as in the table")
+    parser.add_argument("--modes", nargs="+", help="names of modes to measure, or `read` for all of it")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--cpu-time", action="store_true", help="of one thread, for a machine that is shared")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("-o", "--output", type=Path, default=OUT)
     given = parser.parse_args()
+    modes = list(sizes(given.shape[0], given.budget, given.layers))
+    if given.modes is not None and not all(any(is_chosen(m, [name]) for m in modes) for name in given.modes):
+        parser.error(f"--modes {given.modes}: give some of {', '.join(map(repr, modes))}, or read")
     if given.cpu_time:
         torch.set_num_threads(1)
     given.output.mkdir(parents=True, exist_ok=True)

@@ -75,7 +75,7 @@ def machine() -> dict[str, str]:
     return {
         "gpu": f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB",
         "torch": torch.__version__,
-        "triton": importlib.metadata.version("triton"),
+        "triton": importlib.metadata.version("triton") if importlib.util.find_spec("triton") else "none",
         "transformers": transformers.__version__,
         "python": sys.version.split()[0],
         "date": datetime.date.today().isoformat(),

@@ -222,6 +222,16 @@ def set_attention(model, **values):
     return model
 
 
+def logits_of_backends(model, inputs, *backends):
+    """Logits of three tokens that `generate` gives with each decode backend."""
+    options = {"max_new_tokens": 3, "output_logits": True, "return_dict_in_generate": True}
+    logits = []
+    for backend in backends:
+        set_attention(model, decode_backend=backend)
+        logits.append(torch.stack(model.generate(**inputs, **options).logits))
+    return logits
+
+
 def real_tokens(logits, inputs):
     """Logits of the tokens that are not padding."""
     return logits[inputs["attention_mask"].bool()]

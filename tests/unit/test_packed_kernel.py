@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import prompt_inputs, random_mla, set_attention, shallow
+from helpers import logits_of_backends, prompt_inputs, random_mla, shallow
 from test_kernels import DEVICE
 
 from mha2mla_vlm.algorithms.bits import rounded
@@ -57,9 +57,5 @@ def test_models_of_such_latents_decode_with_it(family, rotate_at):
     model, processor = random_mla(family, rotate_at=rotate_at, bits=(4, 8, 12, 16))
     model = shallow(model).to(DEVICE)
     inputs = {k: v.to(DEVICE) for k, v in prompt_inputs(family, processor, ["image"]).items()}
-    logits = []
-    for backend in ("torch", "triton"):
-        set_attention(model, decode_backend=backend)
-        options = {"max_new_tokens": 3, "output_logits": True, "return_dict_in_generate": True}
-        logits.append(torch.stack(model.generate(**inputs, **options).logits))
-    torch.testing.assert_close(logits[1], logits[0], atol=2e-3, rtol=2e-3)
+    expected, got = logits_of_backends(model, inputs, "torch", "triton")
+    torch.testing.assert_close(got, expected, atol=2e-3, rtol=2e-3)

@@ -4,7 +4,7 @@ without a GPU.
 
 import pytest
 import torch
-from helpers import prompt_inputs, random_mla, set_attention, shallow
+from helpers import logits_of_backends, prompt_inputs, random_mla, shallow
 from test_kernels import CLOSE, DEVICE, assert_same, visual_of
 
 from mha2mla_vlm.model.absorbed import Up, absorb, attend_pieces, dense_mask, expand
@@ -113,9 +113,5 @@ def test_a_model_decodes_with_it(family):
     model, processor = random_mla(family, rotate_at="read", rope_dim=32)
     model = shallow(model).to(DEVICE)
     inputs = {k: v.to(DEVICE) for k, v in prompt_inputs(family, processor, ["image"]).items()}
-    logits = []
-    for backend in ("torch", "triton"):
-        set_attention(model, decode_backend=backend)
-        options = {"max_new_tokens": 3, "output_logits": True, "return_dict_in_generate": True}
-        logits.append(torch.stack(model.generate(**inputs, **options).logits))
-    torch.testing.assert_close(logits[1], logits[0], atol=1e-4, rtol=1e-4)
+    expected, got = logits_of_backends(model, inputs, "torch", "triton")
+    torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)

@@ -18,7 +18,7 @@ from mha2mla_vlm.model.absorbed import Piece, Up
 from mha2mla_vlm.model.cache.latent import Pieces
 from mha2mla_vlm.model.cache.packed import PackedTokens
 from mha2mla_vlm.model.cache.pages import Paged
-from mha2mla_vlm.model.kernels.triton_packed import tensors_of, unpacked
+from mha2mla_vlm.model.kernels.triton_packed import can_take, unpacked
 from mha2mla_vlm.model.kernels.triton_parts import (
     LEAST,
     LOG2_E,
@@ -27,7 +27,6 @@ from mha2mla_vlm.model.kernels.triton_parts import (
     as_finite,
     flags_of,
     in_units,
-    known_dtypes,
     mask_kind,
     masked,
     merged,
@@ -38,7 +37,6 @@ from mha2mla_vlm.model.kernels.triton_parts import (
     rows_dense,
     split_tokens,
 )
-from mha2mla_vlm.utils.compat import is_plain_tensor
 
 TILES = (64, 3), (64, 2), (32, 3), (32, 2), (16, 2), (16, 1)  # tokens, and tiles that are on their way
 LEAST_TILES = 8  # of a split
@@ -153,12 +151,7 @@ def can_run(
     q_rope: torch.Tensor, q_nope: torch.Tensor, ups: Sequence[Up], stored: Piece | Pieces | Paged
 ) -> bool:
     """Whether the kernels take these tensors: stored as they are or as bytes, in a dtype that they know."""
-    numbers = tensors_of(stored, q_rope.dtype)
-    if numbers is None:
-        return False
-    tensors = (q_rope, q_nope, *numbers, *(up.weight for up in ups))
-    plain = all(map(is_plain_tensor, tensors)) and all(up.weight.is_contiguous() for up in ups)
-    return known_dtypes(tensors) and plain
+    return can_take(q_rope, q_nope, ups, stored)
 
 
 def decode(

@@ -5,16 +5,19 @@ The latents of one layer at a time are then numbers, which the other kernels tak
 Shapes: B batch, S all tokens, b bytes of a row, r latent dims.
 """
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 
 from mha2mla_vlm.config import LatentBits
-from mha2mla_vlm.model.absorbed import Piece
+from mha2mla_vlm.model.absorbed import Piece, Up
 from mha2mla_vlm.model.cache.latent import Pieces
 from mha2mla_vlm.model.cache.packed import PackedTokens
 from mha2mla_vlm.model.cache.pages import Paged
-from mha2mla_vlm.model.kernels.triton_parts import power, rows_dense
+from mha2mla_vlm.model.kernels.triton_parts import DTYPES, power, rows_dense
+from mha2mla_vlm.utils.compat import is_plain_tensor
 
 NUMBERS = 4096  # that a program makes
 
@@ -50,13 +53,20 @@ def _unpack_kernel(
     tl.store(latent + at[:, None] + channel[None, :], found.to(latent.dtype.element_ty), mask=known)
 
 
-def tensors_of(stored: Piece | Pieces | Paged, dtype: torch.dtype) -> tuple[torch.Tensor, ...] | None:
-    """The numbers of `dtype` that kernels would read of a layer's tokens; None where they take others."""
+def can_take(
+    q_rope: torch.Tensor, q_nope: torch.Tensor, ups: Sequence[Up], stored: Piece | Pieces | Paged
+) -> bool:
+    """Whether the kernels take these: stored as they are or as rows of bytes, all of one dtype they know."""
+    tensors = [q_rope, q_nope, *(up.weight for up in ups)]
     if isinstance(stored, PackedTokens):
-        return () if stored.dtype == dtype else None  # made here
-    if isinstance(stored, Pieces):
-        return None
-    return (stored.pages,) if isinstance(stored, Paged) else tuple(x for x in stored if x is not None)
+        if stored.dtype != q_rope.dtype:
+            return False
+    elif isinstance(stored, Pieces):
+        return False
+    else:
+        tensors += [stored.pages] if isinstance(stored, Paged) else [x for x in stored if x is not None]
+    known = all(x.dtype == q_rope.dtype and x.dtype in DTYPES for x in tensors)
+    return known and all(map(is_plain_tensor, tensors)) and all(up.weight.is_contiguous() for up in ups)
 
 
 def unpacked(stored: PackedTokens) -> Piece:

@@ -8,8 +8,7 @@ modalities, P splits; Q = H * T rows, ordered by head and token, and Q * K sums,
 Logarithms are to the base of 2.
 """
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -232,8 +231,3 @@ def row_strides(
     by_token = (0, 0) if mask is None else mask.stride()[:2]
     by_row = 0 if filled is None or filled.ndim == 0 else filled.stride(0)
     return (0 if visual is None else visual.stride(0), *by_token, by_row)
-
-
-def known_dtypes(tensors: Sequence[Any]) -> bool:
-    """Whether all are of one dtype that the kernels know."""
-    return all(x.dtype == tensors[0].dtype and x.dtype in DTYPES for x in tensors)

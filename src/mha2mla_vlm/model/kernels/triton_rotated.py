@@ -18,7 +18,7 @@ import triton.language as tl
 from mha2mla_vlm.model.absorbed import Up
 from mha2mla_vlm.model.cache.packed import PackedTokens
 from mha2mla_vlm.model.kernels.triton_decode import TILES, absorbed
-from mha2mla_vlm.model.kernels.triton_packed import tensors_of, unpacked
+from mha2mla_vlm.model.kernels.triton_packed import can_take, unpacked
 from mha2mla_vlm.model.kernels.triton_parts import (
     LEAST,
     LOG2_E,
@@ -27,7 +27,6 @@ from mha2mla_vlm.model.kernels.triton_parts import (
     as_finite,
     flags_of,
     in_units,
-    known_dtypes,
     mask_kind,
     masked,
     merged,
@@ -39,7 +38,6 @@ from mha2mla_vlm.model.kernels.triton_parts import (
     split_tokens,
 )
 from mha2mla_vlm.model.rebuilt import Rebuilt
-from mha2mla_vlm.utils.compat import is_plain_tensor
 
 MOST_UP = 96 * 1024  # bytes of a head's up projection that stay with a program; else it is read in parts
 LEAST_TILES = 4  # of a split
@@ -192,12 +190,7 @@ def _split_kernel(
 
 def can_run(q_rope: torch.Tensor, q_nope: torch.Tensor, ups: Sequence[Up], stored: Rebuilt) -> bool:
     """Whether the kernel takes these tensors: latents stored as they are or as bytes, in a dtype it knows."""
-    numbers = tensors_of(stored.stored, q_rope.dtype)
-    if numbers is None:
-        return False
-    tensors = (q_rope, q_nope, *numbers, *(up.weight for up in ups))
-    plain = all(map(is_plain_tensor, tensors)) and all(up.weight.is_contiguous() for up in ups)
-    return known_dtypes(tensors) and plain
+    return can_take(q_rope, q_nope, ups, stored.stored)
 
 
 def decode(
