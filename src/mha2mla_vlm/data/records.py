@@ -169,7 +169,8 @@ def _process(processor: ProcessorMixin, texts: list[str], images: list[list[Imag
 def encode_with_labels(
     processor: ProcessorMixin, records: Sequence[Record], visual_token_ids: Sequence[int]
 ) -> BatchFeature:
-    """`encode` plus `labels [B, T]`: the ids of the answers (and what closes them), else `IGNORE_INDEX`.
+    """`encode` plus `labels [B, T]`: the ids of the answers and of the token that ends each, else
+    `IGNORE_INDEX`.
 
     The answers are found by rendering each chat up to and through every answer, in the text before the
     processor puts many placeholders, and marks between them, where one was; the tokens between placeholders
@@ -238,10 +239,15 @@ class EncodedRecords(Sequence[BatchFeature]):
 
 
 def _answer_tokens(processor: ProcessorMixin, record: Record) -> tuple[list[int], torch.Tensor]:
-    """Ids of a chat before placeholders are repeated, and which of them lie within an answer."""
+    """Ids of a chat before placeholders are repeated, and which of them lie within an answer.
+
+    A line break that a template writes behind the token that ends an answer is none of it: nobody generates it.
+    """
     text = _render(processor, record.messages)
     encoded = processor.tokenizer(text, return_offsets_mapping=True, **_special(processor, text))
     offsets = torch.tensor(encoded["offset_mapping"])
+    special = torch.tensor(processor.tokenizer.all_special_ids)
+    is_special = torch.isin(torch.tensor(encoded["input_ids"]), special)
     is_answer = torch.zeros(len(offsets), dtype=torch.bool)
     for index in record.answers():
         start = _render(processor, record.messages[:index], prompt=True)
@@ -250,7 +256,11 @@ def _answer_tokens(processor: ProcessorMixin, record: Record) -> tuple[list[int]
             raise InputError(
                 f"{record.source}: the chat template rewrites earlier turns; cannot label answers"
             )
-        is_answer |= (offsets[:, 0] >= len(start)) & (offsets[:, 1] <= len(through))
+        inside = (offsets[:, 0] >= len(start)) & (offsets[:, 1] <= len(through))
+        ends = (inside & is_special).nonzero()[:, 0]
+        if len(ends):
+            inside[ends[-1] + 1 :] = False
+        is_answer |= inside
     return encoded["input_ids"], is_answer
 
 
