@@ -14,6 +14,7 @@ from transformers import BatchFeature, PreTrainedConfig, PreTrainedModel, Proces
 
 from mha2mla_vlm.data.records import IGNORE_INDEX, Record, encode, encode_with_labels, message_text
 from mha2mla_vlm.errors import InputError
+from mha2mla_vlm.evaluation.intervals import bootstrap_interval
 from mha2mla_vlm.model.checkpoint import load_config, load_processor
 from mha2mla_vlm.model.families import get_family
 from mha2mla_vlm.utils.progress import track
@@ -125,20 +126,38 @@ class Answered:
 def summary(answers: Sequence[Answered]) -> dict[str, Any]:
     """Shares and means: `answers`, `exact_match`, `cross_entropy` (nats per answer token), and with a
     baseline also `kl` (nats per answer token), `agreement` (share of answers that are the baseline's),
-    `baseline_exact_match`.
+    `baseline_exact_match`, and how many answers it alone has right (`worse`) or wrong (`better`).
+
+    `exact_match_interval` and `kl_interval` are 95% bootstrap intervals over chats.
     """
     tokens = sum(answer.tokens for answer in answers)
+    right = [answer.found == answer.expected for answer in answers]
     found: dict[str, Any] = {
         "answers": len(answers),
-        "exact_match": sum(answer.found == answer.expected for answer in answers) / len(answers),
+        "exact_match": sum(right) / len(answers),
+        "exact_match_interval": _interval(answers, right, [1] * len(answers)),
         "cross_entropy": sum(answer.loss for answer in answers) / tokens,
     }
     if answers[0].kl is not None:
-        found["kl"] = as_kl(sum(answer.kl or 0.0 for answer in answers) / tokens)
+        losses = [answer.kl or 0.0 for answer in answers]
+        found["kl"] = as_kl(sum(losses) / tokens)
+        found["kl_interval"] = _interval(answers, losses, [answer.tokens for answer in answers])
         found["agreement"] = sum(answer.found == answer.theirs for answer in answers) / len(answers)
-        right = sum(answer.theirs == answer.expected for answer in answers)
-        found["baseline_exact_match"] = right / len(answers)
+        theirs = [answer.theirs == answer.expected for answer in answers]
+        found["baseline_exact_match"] = sum(theirs) / len(answers)
+        found["worse"] = sum(b and not a for a, b in zip(right, theirs, strict=True))
+        found["better"] = sum(a and not b for a, b in zip(right, theirs, strict=True))
     return found
+
+
+def _interval(answers: Sequence[Answered], sums: Sequence[float], counts: Sequence[int]) -> list[float]:
+    """`bootstrap_interval` of what answers have, by their chats; never below 0, where rounding may put KL."""
+    by_chat: dict[int, tuple[float, int]] = {}
+    for answer, value, count in zip(answers, sums, counts, strict=True):
+        total, number = by_chat.get(id(answer.record), (0.0, 0))
+        by_chat[id(answer.record)] = total + value, number + count
+    values, numbers = zip(*by_chat.values(), strict=True)
+    return [max(0.0, end) for end in bootstrap_interval(values, numbers)]
 
 
 def evaluate(
