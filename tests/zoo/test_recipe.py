@@ -19,6 +19,7 @@ SHORT = Recipe(
 )
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_ends_as_an_unbroken_one(tmp_path, monkeypatch):
     monkeypatch.setattr(recipe_module, "SAVE_EVERY", 0.0)
     measure = recipe_module.answer_accuracy  # of 60 images after each phase, most of the time
