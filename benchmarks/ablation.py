@@ -33,7 +33,7 @@ QUARTER_ROPE = {0.5: 0.75, 0.375: 0.5}  # d_kv as a share of the head dim, at th
 
 def method(selection: str, fold: bool, factorization: str) -> dict[str, Any]:
     """How to convert, whatever the sizes."""
-    return {"rope_selection": selection, "fold": fold, "factorization": factorization}
+    return {"rotate_at": "write", "rope_selection": selection, "fold": fold, "factorization": factorization}
 
 
 METHODS = {

@@ -87,7 +87,7 @@ def main() -> None:
         )
         profile = make_profile(model, processor, zoo_records(name, split="train", samples=128, seed=1))
         for budget in BUDGETS:
-            config = ConversionConfig(budget=budget)
+            config = ConversionConfig(rotate_at="write", budget=budget)
             sizes = AttentionSizes.of(model.config)
             mla = allocated(plan(model.config, config), profile.losses, sizes, config)
             above = AboveConverted(model, chosen, profile)

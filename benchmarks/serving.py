@@ -84,7 +84,11 @@ def converted(name: str, budget: float, folder: Path) -> Path:
     """A zoo model's conversion."""
     model, processor = load(f"zoo:{name}", dtype=torch.float32), load_processor(f"zoo:{name}")
     chats = zoo_records(name, split="train", samples=CALIBRATION, seed=1)
-    return save(convert(model, processor, chats, ConversionConfig(budget=budget)), processor, folder)
+    return save(
+        convert(model, processor, chats, ConversionConfig(rotate_at="write", budget=budget)),
+        processor,
+        folder,
+    )
 
 
 def compare(options: argparse.Namespace, arguments: list[str]) -> dict[str, Any]:

@@ -76,9 +76,9 @@ def test_convert_inspect_evaluate_generate(monkeypatch, capsys, family, workspac
     assert answer["cache_bytes"] == 2 * converted["bytes_per_token"] // 2 * answer["cached_tokens"]
 
 
-def test_convert_allots_a_budget_and_inspect_shows_why(monkeypatch, capsys, workspace, family):
+def test_convert_allocates_a_budget_and_inspect_shows_why(monkeypatch, capsys, workspace, family):
     command = ["convert", workspace / "model", "--data", workspace / "data", "-o", workspace / "out"]
-    converted = run(monkeypatch, capsys, *command, "--budget", 0.3, "--samples", 4)
+    converted = run(monkeypatch, capsys, *command, "--rotate-at", "write", "--budget", 0.3, "--samples", 4)
     assert 0.27 <= converted["bytes_per_token"] / converted["bytes_per_token_original"] <= 0.3
     seen = run(monkeypatch, capsys, "inspect", workspace / "out")
     for key in ("qk_rope_head_dim", "kv_lora_rank", "predicted_kl"):

@@ -15,7 +15,7 @@ EVALUATE = ("evaluate", "small", "--data", "data", "--baseline", "model")
 TIMED = {"finetune.json", "training_log.jsonl"}  # with seconds in them
 FEW = {"convert": 4, "finetune": 4, "report": 3, "zoo data": 3, "evaluate": 2}
 MANY = {name: 12 * count for name, count in FEW.items()} | {"demo": 6, "convert, budget": 24}
-BUDGET = ("convert", "model", "--data", "data", "--budget", 0.3, "-o")
+BUDGET = ("convert", "model", "--data", "data", "--rotate-at", "write", "--budget", 0.3, "-o")
 
 
 class Case:

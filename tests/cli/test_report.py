@@ -32,7 +32,9 @@ def conversions():
     def get(family):
         if family not in made:
             model, processor = original(family)
-            small = convert(model, processor, answered(family), ConversionConfig(budget=0.3))
+            small = convert(
+                model, processor, answered(family), ConversionConfig(rotate_at="write", budget=0.3)
+            )
             page = gather(
                 small,
                 model,

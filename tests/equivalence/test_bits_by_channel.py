@@ -121,7 +121,7 @@ def test_a_model_is_converted_to_it(family, mode):
     model, processor = original(family)
     if family == NORMED and mode == "write":
         with pytest.raises(InputError, match="give --rotate-at read"):
-            convert(model, processor, answered(family), ConversionConfig(latent_bits="mixed"))
+            convert(model, processor, answered(family), ConversionConfig(rotate_at=mode, latent_bits="mixed"))
         return
     config = ConversionConfig(rotate_at=mode, budget=0.2, latent_bits="mixed")
     small = convert(model, processor, answered(family), config)

@@ -1,6 +1,7 @@
 """Conversion as a whole: budgets, shared profiles, folds and biases in the checkpoint."""
 
 import functools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -22,18 +23,20 @@ from mha2mla_vlm.model.cache.latent import bytes_per_token
 from mha2mla_vlm.model.checkpoint import load, save
 from mha2mla_vlm.model.modeling import decoder_layers
 
+AT_WRITE = ConversionConfig(rotate_at="write")
+
 
 @functools.cache
 def profile(family):
-    """A random tiny model's profile for the default methods, with its model and processor."""
+    """A random tiny model's profile for keys rotated at write, with its model and processor."""
     model, processor = original(family)
-    return make_profile(model, processor, answered(family)), model, processor
+    return make_profile(model, processor, answered(family), AT_WRITE), model, processor
 
 
 @pytest.mark.parametrize("budget", [0.6, 0.25])
 def test_a_budget_is_kept_and_allocated(family, budget):
     known, model, processor = profile(family)
-    small = convert(model, processor, answered(family), ConversionConfig(budget=budget), profile=known)
+    small = convert(model, processor, answered(family), replace(AT_WRITE, budget=budget), profile=known)
     mla = small.mla_config
     assert len(mla.qk_rope_head_dim) == len(mla.kv_lora_rank) == len(mla.predicted_kl) == 4
     assert 0.9 * budget <= bytes_per_token(small.config) / bytes_per_token(model.config) <= budget

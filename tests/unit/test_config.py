@@ -189,7 +189,7 @@ def test_unknown_methods_are_refused_with_the_known_ones(field, known, value):
         ({"rotate_at": "auto", "max_decode_cost": 0.0}, ["max_decode_cost = 0.0", "above 0"]),
         ({"rotate_at": "auto", "max_decode_cost": math.inf}, ["max_decode_cost = inf"]),
         ({"rotate_at": "auto", "max_decode_cost": math.nan}, ["max_decode_cost = nan"]),
-        ({"max_decode_cost": 40.0}, ["max_decode_cost", "not with write"]),
+        ({"max_decode_cost": 40.0, "rotate_at": "write"}, ["max_decode_cost", "not with write"]),
         ({"max_decode_cost": 40.0, "rotate_at": "read"}, ["max_decode_cost", "not with read"]),
         ({"rotate_at": "both"}, ["rotate_at 'both'", "write, read or auto"]),
         ({"budget": 0.5, "factorization": "none"}, ["'none'", "no ranks to allocate"]),
@@ -201,9 +201,9 @@ def test_conversions_that_make_no_sense_are_refused(values, words):
 
 
 @pytest.mark.parametrize("name", ZOO_NAMES)
-def test_the_default_plan_halves_rope_and_quarters_the_latent(name):
+def test_the_default_plan_at_write_halves_rope_and_quarters_the_latent(name):
     text = config_of(name).get_text_config(decoder=True)
-    mla = plan(config_of(name), ConversionConfig())
+    mla = plan(config_of(name), ConversionConfig(rotate_at="write"))
     assert mla.qk_rope_head_dim == 32  # D = 64
     assert mla.kv_lora_rank == 16 * text.num_key_value_heads
     assert mla.modalities == DECOUPLED
@@ -231,7 +231,7 @@ def test_a_plan_that_the_model_cannot_have_is_refused(name, values, words):
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"budget": 0.05}, ["budget = 0.05", "least for these sizes is 0.0625"]),
+        ({"budget": 0.05, "rotate_at": "write"}, ["budget = 0.05", "least for these sizes is 0.0625"]),
         ({"budget": 0.25, "rope_dim": 32}, ["budget = 0.25", "0.28125"]),
         ({"budget": 0.5, "rope_dim": 30}, ["rope_dim = 30", "multiple of 4"]),
         ({"budget": 0.5, "d_kv": 9}, ["d_kv = 9", "multiple of 4"]),
@@ -244,17 +244,30 @@ def test_a_budget_that_holds_too_little_is_refused(name, values, words):
 
 
 def test_sizes_that_are_given_win_over_the_default_budget():
-    assert ConversionConfig().share == 0.375
+    assert ConversionConfig(rotate_at="write").share == 0.375
     assert ConversionConfig(budget=0.2).share == 0.2
     assert ConversionConfig(rope_dim=32).share is None
     assert ConversionConfig(d_kv=32).share is None
     assert ConversionConfig(budget=0.2, d_kv=8).share == 0.2
-    assert (
-        ConversionConfig(rotate_at="auto").share
-        == ConversionConfig(rotate_at="auto").of("write").share
-        == 0.125
-    )
+    assert ConversionConfig().share == ConversionConfig().of("write").share == 0.125
     assert ConversionConfig(factorization="split").share is None
+
+
+@pytest.mark.parametrize(
+    ("values", "mode"),
+    [
+        ({}, "auto"),
+        ({"budget": 0.3, "factorization": "centered", "latent_bits": "mixed"}, "auto"),
+        ({"rope_dim": 32}, "write"),
+        ({"d_kv": 8}, "write"),
+        ({"rope_selection": "mkl"}, "write"),
+        ({"fold": False}, "write"),
+        ({"factorization": "split"}, "write"),
+        ({"rope_dim": 32, "rotate_at": "read"}, "read"),
+    ],
+)
+def test_what_only_goes_with_write_makes_it_the_default(values, mode):
+    assert ConversionConfig(**values).rotate_at == mode
 
 
 @pytest.mark.parametrize("name", ZOO_NAMES)

@@ -25,18 +25,19 @@ class ConversionConfig(Strict):
     """How to convert a model without training.
 
     `budget` is the share of the original cache to keep, allocated to layers and to rope and latent
-    dims by the loss that each is predicted to cost. `rope_dim` (R) and `d_kv`, per KV head,
-    are instead the same in every layer; given one of them and a budget, the other is allocated;
-    given only one of them, the other is a half (R) or a quarter (d_kv) of the head dim.
-    With none of the three the budget is 37.5%. With `rotate_at` "read" keys are made of the latent when they
-    are read and R costs no bytes: it is the whole head dim unless given, and the budget, by default 12.5%, is
-    allocated to latent dims. With "auto" each layer gets the mode and the sizes that are predicted to cost
-    least together under the budget and under `max_decode_cost`. A share of the records is held out to measure
-    the loss on.
+    dims by the loss that each is predicted to cost. With `rotate_at` "write" rotated keys are cached beside
+    the latent. With "read" keys are made of the latent when they are read and R costs no bytes: it is the
+    whole head dim unless given. With "auto", the default, each layer gets the mode and the sizes that are
+    predicted to cost least together under the budget and under `max_decode_cost`.
+
+    `rope_dim` (R) and `d_kv`, per KV head, are instead the same in every layer; given one of them and a
+    budget, the other is allocated; given only one of them, the other is a half (R) or a quarter (d_kv) of the
+    head dim. What only goes with "write" (these sizes, another pair selection, no fold, a factorisation
+    without budget) makes it the default. A share of the records is held out to measure the loss on.
     """
 
     budget: float | None = option(
-        None, "Share of the cache to keep, allocated to layers; else 0.375, or 0.125 at read and with auto."
+        None, "Share of the cache to keep, allocated to layers; else 0.125, or 0.375 at write."
     )
     rope_dim: int | None = option(None, "R, rope dims kept per head, instead the same in every layer.")
     d_kv: int | None = option(None, "Latent dims per KV head, instead the same in every layer.")
@@ -48,10 +49,10 @@ class ConversionConfig(Strict):
         "output-weighted-shrunk at read and with auto]",
     )
     rotate_at: str = option(
-        "write",
+        None,
         "write: rotated keys are cached beside the latent. read: keys are made of the latent and rotated "
         "when they are read, which is far better at small sizes and takes more arithmetic. auto: each layer "
-        "as it loses least.",
+        "as it loses least.  [default: auto; write with sizes or methods that only go with it]",
     )
     max_decode_cost: float | None = option(
         None,
@@ -71,6 +72,8 @@ class ConversionConfig(Strict):
     held_out: float = 0.2
 
     def __post_init__(self) -> None:
+        if self.rotate_at is None:
+            object.__setattr__(self, "rotate_at", "write" if self._only_at_write() else AUTO)
         if self.rotate_at not in DEFAULT_BUDGET:
             known = ", ".join(ROTATE_AT)
             raise InputError(f"rotate_at {shown(self.rotate_at)}: give {known} or {AUTO}")
@@ -99,6 +102,14 @@ class ConversionConfig(Strict):
             )
         if self.budget is not None:
             self._check_budget(self.budget)
+
+    def _only_at_write(self) -> bool:
+        """Whether sizes or methods are given that rotation at write alone can have."""
+        fixed = self.rope_dim is not None or self.d_kv is not None
+        chosen = self.rope_selection != "residual" or not self.fold
+        method = self.factorization
+        known = method in FACTORIZATIONS  # else it is refused below
+        return fixed or chosen or (known and not factorization(method).takes_budget)
 
     def _check_auto(self) -> None:
         if self.rotate_at != AUTO:

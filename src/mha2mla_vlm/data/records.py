@@ -241,7 +241,7 @@ class EncodedRecords(Sequence[BatchFeature]):
 def _answer_tokens(processor: ProcessorMixin, record: Record) -> tuple[list[int], torch.Tensor]:
     """Ids of a chat before placeholders are repeated, and which of them lie within an answer.
 
-    A line break that a template writes behind the token that ends an answer is none of it: nobody generates it.
+    A line break that a template writes behind the token that ends an answer is no part of it.
     """
     text = _render(processor, record.messages)
     encoded = processor.tokenizer(text, return_offsets_mapping=True, **_special(processor, text))

@@ -31,7 +31,10 @@ OPTIONS = {
     "R where modes are chosen": (f"{CONVERT} --rotate-at auto", "rope_dim"),
     "no arithmetic": (f"{CONVERTING} --rotate-at auto --max-decode-cost 0", "max_decode_cost = 0"),
     "too little arithmetic": (f"{CONVERTING} --rotate-at auto --max-decode-cost 0.001", "the least for"),
-    "arithmetic where modes are given": (f"{CONVERTING} --max-decode-cost 9", "not with write"),
+    "arithmetic where modes are given": (
+        f"{CONVERTING} --rotate-at write --max-decode-cost 9",
+        "not with write",
+    ),
     "a selection that there is not": (f"{CONVERT} --rope-selection best", "best"),
     "a factorisation that there is not": (f"{CONVERT} --factorization best", "best"),
     "one sample": (f"{CONVERT} --samples 1", "samples = 1"),
