@@ -38,9 +38,9 @@ def chat(*images):
 CONVERT = {
     "unknown selection": (["--rope-selection", "best"], "best"),
     "unknown factorization": (["--factorization", "qr"], "qr"),
-    "odd R": (["--rope-dim", "7"], "7"),
-    "R larger than D": (["--rope-dim", "66"], "66"),
-    "R zero": (["--rope-dim", "0"], "0"),
+    "odd R": (["--qk-rope-head-dim", "7"], "7"),
+    "R larger than D": (["--qk-rope-head-dim", "66"], "66"),
+    "R zero": (["--qk-rope-head-dim", "0"], "0"),
     "rank too large": (["--d-kv", "500"], "d_kv up to 96"),
     "rank zero": (["--d-kv", "0"], "0"),
     "d_kv without factorization": (["--factorization", "none", "--d-kv", "8"], "none"),
@@ -48,7 +48,7 @@ CONVERT = {
     "budget over 1": (["--budget", "1.2"], "budget = 1.2"),
     "budget too small": (["--budget", "0.01"], "the least for these sizes is 0.0625"),
     "budget and both sizes": (
-        ["--budget", "0.5", "--rope-dim", "32", "--d-kv", "8"],
+        ["--budget", "0.5", "--qk-rope-head-dim", "32", "--d-kv", "8"],
         "leave one of them out",
     ),
     "budget without ranks": (["--budget", "0.5", "--factorization", "none"], "no ranks to allocate"),

@@ -39,7 +39,7 @@ def models():
         if family not in made:
             model, processor = original(family)
             records = answered(family, 3, ["two images"])
-            whole = convert(model, processor, records, ConversionConfig(rope_dim=64, d_kv=64))
+            whole = convert(model, processor, records, ConversionConfig(qk_rope_head_dim=64, d_kv=64))
             made[family] = model, with_left(model, whole), processor
         return made[family]
 

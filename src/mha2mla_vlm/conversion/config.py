@@ -25,7 +25,7 @@ class ConversionConfig(Strict):
     """How to convert a model without training.
 
     `budget` is the share of the original cache to keep, allocated to layers and to rope and latent
-    dims by the loss that each is predicted to cost. `rope_dim` (R) and `d_kv`, per KV head,
+    dims by the loss that each is predicted to cost. `qk_rope_head_dim` (R) and `d_kv`, per KV head,
     are instead the same in every layer; given one of them and a budget, the other is allocated;
     given only one of them, the other is a half (R) or a quarter (d_kv) of the head dim.
     With none of the three the budget is 37.5%. With `rotate_at` "read" keys are made of the latent when they
@@ -38,8 +38,14 @@ class ConversionConfig(Strict):
     budget: float | None = option(
         None, "Share of the cache to keep, allocated to layers; else 0.375, or 0.125 at read and with auto."
     )
-    rope_dim: int | None = option(None, "R, rope dims kept per head, instead the same in every layer.")
-    d_kv: int | None = option(None, "Latent dims per KV head, instead the same in every layer.")
+    qk_rope_head_dim: int | None = option(
+        None, "R, rope dims kept per KV head, instead the same in every layer."
+    )
+    d_kv: int | None = option(
+        None,
+        "Latent dims per KV head, instead the same in every layer; the latent of a token, kv_lora_rank, has "
+        "d_kv for each KV head.",
+    )
     rope_selection: str = option("residual", f"Which pairs stay rotated. {PAIR_SELECTIONS.described()}")
     fold: bool = option(True, "Move the mean rotation of dropped pairs into the weights.")
     factorization: str = option(
@@ -107,7 +113,7 @@ class ConversionConfig(Strict):
                     f"max_decode_cost goes with rotate_at {AUTO}, which chooses, not with {self.rotate_at}"
                 )
             return
-        for name in ("rope_dim", "d_kv"):
+        for name in ("qk_rope_head_dim", "d_kv"):
             if getattr(self, name) is not None:
                 raise InputError(f"rotate_at {AUTO} chooses {name} of each layer: give a budget instead")
         if self.max_decode_cost is None:
@@ -126,8 +132,8 @@ class ConversionConfig(Strict):
     def _check_budget(self, budget: float) -> None:
         if not 0 < budget <= 1:
             raise InputError(f"budget = {budget}: give a share of the original cache, above 0 and up to 1")
-        if self.rope_dim is not None and self.d_kv is not None:
-            raise InputError("budget, rope_dim and d_kv together say too much; leave one of them out")
+        if self.qk_rope_head_dim is not None and self.d_kv is not None:
+            raise InputError("budget, qk_rope_head_dim and d_kv together say too much; leave one of them out")
         if self.at_read and self.d_kv is not None:
             raise InputError(
                 "budget and d_kv together say too much at read, where all is latent; leave one out"
@@ -135,7 +141,7 @@ class ConversionConfig(Strict):
         if not factorization(self.factorization).takes_budget:
             raise InputError(
                 f"factorization {self.factorization!r} has no ranks to allocate; "
-                "give rope_dim and d_kv instead"
+                "give qk_rope_head_dim and d_kv instead"
             )
 
     @property
@@ -162,12 +168,12 @@ class ConversionConfig(Strict):
     @property
     def drops_pairs(self) -> bool:
         """Whether some pairs are not rotated any more: at read none is dropped unless rope dims are given."""
-        return "write" in self.modes or self.rope_dim is not None
+        return "write" in self.modes or self.qk_rope_head_dim is not None
 
     @property
     def share(self) -> float | None:
         """The share of the cache to allocate to layers, or None if all have the same sizes."""
-        fixed = self.d_kv is not None or (self.rope_dim is not None and not self.at_read)
+        fixed = self.d_kv is not None or (self.qk_rope_head_dim is not None and not self.at_read)
         if self.budget is None and not fixed and factorization(self.factorization).takes_budget:
             return DEFAULT_BUDGET[self.rotate_at]
         return self.budget

@@ -10,6 +10,7 @@ import yaml
 from mha2mla_vlm.config import OnBadRecord, Strict, check_types, option
 from mha2mla_vlm.errors import InputError, reading, shown, shown_path
 from mha2mla_vlm.training.policies import find_policy
+from mha2mla_vlm.training.recipes import find_recipe
 
 _POSITIVE = (
     "learning_rate",
@@ -146,19 +147,21 @@ class _RecipeLoader(yaml.SafeLoader):
 
 
 def read_recipe(path: str | Path | None, **given: Any) -> FinetuneConfig:
-    """A recipe file's configuration with the values that are `given` (not None) over it.
+    """The configuration of a recipe, a file or one that ships (`zoo/single_stage`), with the values that are
+    `given` (not None) over it.
 
     Raises `InputError` for a file that is no plain YAML mapping, and for unknown keys and bad values.
     """
-    values = {} if path is None else _recipe(Path(path))
+    values = {} if path is None else _recipe(path)
     return FinetuneConfig.from_dict(
         values | {key: value for key, value in given.items() if value is not None}
     )
 
 
-def _recipe(path: Path) -> dict[str, Any]:
-    with reading(f"the recipe {shown_path(path)}"):
-        if path.exists() and not path.is_file():
+def _recipe(name: str | Path) -> dict[str, Any]:
+    with reading(f"the recipe {shown_path(name)}"):
+        path = find_recipe(name)
+        if not path.is_file():
             raise InputError(f"the recipe {path} is not a file")
         with path.open("rb") as file:
             content = file.read(MAX_RECIPE + 1)
