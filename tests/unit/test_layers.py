@@ -100,7 +100,7 @@ def parts():
 def test_the_imports_were_found():
     assert "model.checkpoint" in IMPORTS["__init__"]  # for types
     assert "model.attention" in IMPORTS["model.modeling"]
-    assert "conversion.on_disk" in IMPORTS["cli.main"]  # within a function
+    assert "conversion.on_disk" in IMPORTS["cli.converting"]  # within a function
     assert {"", "model", "training"} <= parts().keys()
 
 

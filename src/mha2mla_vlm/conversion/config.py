@@ -46,18 +46,22 @@ class ConversionConfig(Strict):
         "Latent dims per KV head, instead the same in every layer; the latent of a token, kv_lora_rank, has "
         "d_kv for each KV head.",
     )
-    rope_selection: str = option("residual", f"Which pairs stay rotated. {PAIR_SELECTIONS.described()}")
+    rope_selection: str = option(
+        "residual", f"Which pairs stay rotated. {PAIR_SELECTIONS.described()}", PAIR_SELECTIONS
+    )
     fold: bool = option(True, "Move the mean rotation of dropped pairs into the weights.")
     factorization: str = option(
         None,
         f"How keys and values are factorised. {FACTORIZATIONS.described()}  [default: output-weighted; "
         "output-weighted-shrunk at read and with auto]",
+        FACTORIZATIONS,
     )
     rotate_at: str = option(
         "write",
         "write: rotated keys are cached beside the latent. read: keys are made of the latent and rotated "
         "when they are read, which is far better at small sizes and takes more arithmetic. auto: each layer "
         "as it loses least.",
+        DEFAULT_BUDGET,
     )
     max_decode_cost: float | None = option(
         None,
@@ -68,6 +72,7 @@ class ConversionConfig(Strict):
         "16",
         "16: latents are numbers of 16 bits. mixed: 8, 4 or 2 bits for each channel, by what its error "
         "costs, which is far better in the same bytes.",
+        LATENT_BITS,
     )
     samples: int = option(128, "Chats to calibrate and measure on, at most.")
     random_chats: int = option(
