@@ -77,7 +77,5 @@ def recipes(
     table = Table("name", "for", box=None, pad_edge=False)
     for kind, names in kinds.items():
         for item in names:
-            table.add_row(
-                item, "finetune --config" if kind == "recipes" else "accelerate launch --config_file"
-            )
+            table.add_row(item, uses[kind])
     return Result(listed, table)

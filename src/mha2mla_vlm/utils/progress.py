@@ -61,10 +61,10 @@ def status(text: str) -> Iterator[None]:
         yield
 
 
-def track(items: Iterable[T], title: str) -> Iterator[T]:
-    """Iterate with a progress bar that disappears at the end."""
+def track(items: Iterable[T], title: str, count: int | None = None) -> Iterator[T]:
+    """Iterate with a progress bar that disappears at the end; `count` is for items that have no length."""
     with displayed(Progress(console=console(), transient=True)) as bar:
-        task = bar.add_task(title, total=len(items) if isinstance(items, Sized) else None)
+        task = bar.add_task(title, total=len(items) if isinstance(items, Sized) else count)
         for item in items:
             yield item
             bar.advance(task)
