@@ -78,7 +78,9 @@ def _compared(name: str, samples: int, device: str) -> tuple[dict[str, Any], Rep
         "findings": small.findings,
     }
     given["commands"] = [f"mha2mla demo --model {name} --samples {samples}"]
-    return result, gather(small, model, processor, held_out, **given, answers=answers)
+    return result, gather(
+        small, model, processor, held_out, **given, answers=answers, itemsize=CACHED.itemsize
+    )
 
 
 def _row(

@@ -170,11 +170,19 @@ def test_other_commands_refuse(monkeypatch, capsys, workspace, tmp_path, command
     assert list(tmp_path.iterdir()) == []
 
 
-def test_usage_errors_exit_with_2(monkeypatch, capsys):
-    code, out, err = run_command(monkeypatch, capsys, "convert", "--no-such-option")
-    assert code == 2
-    assert out == ""
-    assert "--no-such-option" in err
+@pytest.mark.parametrize(
+    ("command", "named"),
+    [
+        ("convert --no-such-option", "--no-such-option"),
+        ("convert", "mha2mla convert --help"),
+        ("convert a b --data d -o out", "b"),
+        ("convret", "convret"),
+        ("evaluate model --data data --samples many", "--samples"),
+        ("evaluate model --data data --dtype best", "best"),
+    ],
+)
+def test_usage_errors_are_one_line(monkeypatch, capsys, command, named):
+    refused(*run_command(monkeypatch, capsys, *command.split()), named)
 
 
 def test_outputs_that_cannot_be_made_are_refused_before_work(monkeypatch, capsys, workspace, tmp_path):

@@ -123,6 +123,7 @@ def test_demo_measures_the_cache(monkeypatch, capsys, tmp_path):
     page = Path(result.pop("report"))
     assert page == tmp_path / "demo" / "report.html"
     assert page.read_text().count("<svg") == 4
+    assert "2.0 kB</div>" in page.read_text()  # of the original, in bfloat16 as all that is counted
     assert json.loads((tmp_path / "demo" / "demo.json").read_text()) == result
     original, quarter, at_read, mixed = result["rows"]
     for row, share in ((original, 1.0), (quarter, 0.25), (at_read, 0.125), (mixed, 0.0625)):

@@ -1,5 +1,7 @@
 """The command `mha2mla`: each command a few lines over the API."""
 
+import atexit
+import gc
 import logging
 import signal
 import sys
@@ -76,7 +78,7 @@ def _set_up_logging() -> None:
 def _run() -> int:
     """Run the command that was asked for; its exit code."""
     try:
-        code = app(standalone_mode=False)
+        code = app(prog_name="mha2mla", standalone_mode=False)
     except USAGE_ERROR as error:
         wrong: typer.BadParameter = error  # type: ignore[assignment]  # or one like it
         if said := wrong.format_message():  # nothing, where the help was shown instead
@@ -90,6 +92,7 @@ def _run() -> int:
 
 def main() -> None:
     """Entry point: quiet libraries, messages on stderr, bad input as one line and exit code 2."""
+    atexit.register(gc.freeze)  # else Python searches all of PyTorch for garbage as it ends, for seconds
     try:
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
         _set_up_logging()

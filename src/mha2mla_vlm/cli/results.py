@@ -98,15 +98,14 @@ def facts(values: dict[str, Any]) -> Table:
     return table
 
 
-def _rows(values: dict[str, Any], indent: str = "") -> Iterator[tuple[str, str]]:
+def _rows(values: dict[str, Any], indent: str = "", unit: str = "") -> Iterator[tuple[str, str]]:
     for name, value in values.items():
         title = indent + name.replace("_", " ")
         if isinstance(value, dict) and value:
             yield title, ""
-            unit = " seconds" if name == "seconds" else ""
-            yield from _rows({f"{key}{unit}": inner for key, inner in value.items()}, indent + "  ")
+            yield from _rows(value, indent + "  ", "seconds" if name == "seconds" else "")
         else:
-            yield title, _worded(name, value)
+            yield title, _worded(name + unit, value)
 
 
 def _worded(name: str, value: Any) -> str:

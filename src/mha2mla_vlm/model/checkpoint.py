@@ -39,7 +39,8 @@ def load_config(name: str | Path, **kwargs: Any) -> PreTrainedConfig:
     """Config of an original or a converted model; raises `InputError` if it is not a sound one of a
     supported family. Keyword arguments go to `from_pretrained`.
     """
-    register()
+    with status(f"reading the config of {shown_path(name)}"):
+        register()
     source = resolve(name)
     folder = Path(source)
     if folder.is_dir():
@@ -48,8 +49,8 @@ def load_config(name: str | Path, **kwargs: Any) -> PreTrainedConfig:
             raise InputError(f"{source} holds no config.json; give the folder of a model")
     away = away_from(source)
     options = _cached(away) | {"trust_remote_code": False} | kwargs
-    said = f"a model config from {shown_path(source)}"
-    with status(f"reading {said}"), reading(said, partial(why, away=away)):
+    what = f"a model config from {shown_path(source)}"
+    with status(f"reading the config of {shown_path(name)}"), reading(what, partial(why, away=away)):
         check_stored(PreTrainedConfig.get_config_dict(source, **options)[0])
         config = AutoConfig.from_pretrained(source, **options)
         check_config(config)
@@ -72,8 +73,8 @@ def load(name: str | Path, **kwargs: Any) -> PreTrainedModel:
     if not converted:
         options["ignore_mismatched_sizes"] = True  # refused below, by name, as converted models do themselves
     stored = converted or any(folder.glob("*.safetensors*"))
-    said = f"the weights of {shown_path(source)}"
-    with status(f"loading {said}"), reading(said, partial(why, away=away)):
+    what = f"the weights of {shown_path(source)}"
+    with status(f"loading the weights of {shown_path(name)}"), reading(what, partial(why, away=away)):
         if folder.is_dir() and stored and getattr(config, "quantization_config", None) is None:
             check_weights(folder)
         model, info = AutoModelForImageTextToText.from_pretrained(source, **options)
@@ -119,11 +120,11 @@ def pick_device(name: str) -> torch.device:
 
 def load_processor(name: str | Path) -> ProcessorMixin:
     """Load the processor that belongs to a model; its padding is on the left, for generation."""
-    register()
     source = resolve(name)
     away = away_from(source)
-    said = f"the processor of {shown_path(source)}"
-    with status(f"loading {said}"), reading(said, partial(why, away=away)):
+    what = f"the processor of {shown_path(source)}"
+    with status(f"loading the processor of {shown_path(name)}"), reading(what, partial(why, away=away)):
+        register()
         processor = AutoProcessor.from_pretrained(source, trust_remote_code=False, **_cached(away))
         processor.tokenizer.padding_side = "left"
     return processor

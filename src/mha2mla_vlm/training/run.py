@@ -108,8 +108,9 @@ def _finetune(
             chosen = _chosen(folder, settings, records, eval_records, processor, config)
         chats = Chats(records, chosen.train)
         held_out = Chats(records if eval_records is None else eval_records, chosen.held_out)
-        trainer = make_trainer(model, processor, chats, held_out, config, folder, original)
-        result = _train(trainer, folder) | {"too_long": chosen.too_long, "unreadable": chosen.unreadable}
+        with status("preparing to train"):  # and between its bars
+            trainer = make_trainer(model, processor, chats, held_out, config, folder, original)
+            result = _train(trainer, folder) | {"too_long": chosen.too_long, "unreadable": chosen.unreadable}
         with status("writing the model"):
             write_model(trainer, folder / RESULT, dtype)
         if trainer.is_world_process_zero():

@@ -5,8 +5,10 @@ from cases import CONVERT, EVALUATE, FINETUNE, GENERATE, Case
 HUGE = "100000000000000000000"
 CONVERTING = "convert model --data data -o out"
 OPTIONS = {
+    "a command that there is not": ("convret", "convret"),
+    "a name of before": (f"{CONVERTING} --rope-dim 16", "--rope-dim"),
     "no command": ("nothing", "nothing"),
-    "no model": ("convert", "model"),
+    "no model": ("convert", "argument"),
     "no data": ("convert model -o out", "--data"),
     "no output": ("convert model --data data", "--output"),
     "an option that there is not": (f"{CONVERT} --fast", "--fast"),
