@@ -15,7 +15,6 @@ from mha2mla_vlm.model.shipped import ZOO_PREFIX
 from mha2mla_vlm.report.gather import Report, gather
 from mha2mla_vlm.report.page import write_report
 from mha2mla_vlm.utils.folders import check_file, claimed
-from mha2mla_vlm.utils.progress import status
 from mha2mla_vlm.zoo.chats import zoo_records
 
 ZOO_CHATS = 100
@@ -60,8 +59,7 @@ def report_checkpoint(
             commands=_commands(checkpoint, original, data, read_findings(checkpoint)),
             layer_samples=layer_samples,
         )
-        with status("drawing the page"):
-            write_report(found, target)
+        write_report(found, target)
     return found
 
 
