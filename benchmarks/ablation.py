@@ -54,12 +54,12 @@ ALLOCATED = {"published, allocated over layers": PUBLISHED, OURS: "… + output-
 def settings(budget: float, head_dim: int) -> Iterator[tuple[str, ConversionConfig]]:
     """Every row of one budget: its name and how to convert."""
     by_rope, by_latent = UNIFORM[budget]
-    sizes: dict[str, Any] = {"rope_dim": head_dim // by_rope, "d_kv": head_dim // by_latent}
+    sizes: dict[str, Any] = {"qk_rope_head_dim": head_dim // by_rope, "d_kv": head_dim // by_latent}
     for name, how in METHODS.items():
         yield name, ConversionConfig(**sizes, **how)
         if name == PUBLISHED and budget in QUARTER_ROPE:
             quarter: dict[str, Any] = {
-                "rope_dim": head_dim // 4,
+                "qk_rope_head_dim": head_dim // 4,
                 "d_kv": int(QUARTER_ROPE[budget] * head_dim),
             }
             yield f"{name}, R = D/4", ConversionConfig(**quarter, **how)
@@ -92,7 +92,7 @@ def run(name: str, budgets: list[float], samples: int, folder: Path) -> None:
         for method, config in settings(budget, head_dim):
             if (budget, method) in done:
                 continue
-            key = replace(config, budget=None, rope_dim=None, d_kv=None)
+            key = replace(config, budget=None, qk_rope_head_dim=None, d_kv=None)
             if key not in profiles:
                 profiles[key] = make_profile(model, processor, records, key)
             small = convert(model, processor, records, config, profile=profiles[key])

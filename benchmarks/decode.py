@@ -24,10 +24,11 @@ from transformers import LlavaConfig, LlavaNextConfig, PreTrainedConfig, Qwen2_5
 
 from mha2mla_vlm.bench.layers import random_caches, time_attention, time_layers
 from mha2mla_vlm.bench.models import byte_counts, compared, device_name, prefill
-from mha2mla_vlm.bench.report import as_ratio, print_rows
+from mha2mla_vlm.bench.report import as_ratio, rows_table
 from mha2mla_vlm.model.cache.quantization import BITS
 from mha2mla_vlm.model.families import get_family
 from mha2mla_vlm.model.modeling import mla_classes
+from mha2mla_vlm.utils.progress import console
 
 OUT = Path(__file__).parents[1] / "docs" / "decode"
 SHAPES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
@@ -154,7 +155,7 @@ def main() -> None:
     for shape in arguments.shape:
         for d_kv in arguments.d_kv:
             result = measure(arguments, shape, d_kv)
-            print_rows(result)
+            console().print(rows_table(result))
             bits = f"-{arguments.cache_bits}bit" if arguments.cache_bits else ""
             path = arguments.output / f"{shape}-{d_kv}{bits}.json"
             path.write_text(json.dumps(result, indent=1) + "\n")

@@ -146,7 +146,7 @@ def published(bench: Bench, budget: float) -> Iterator[tuple[int, dict[str, Any]
     head_dim = AttentionSizes.of(load(bench.name).config).head_dim
     rope_dim, d_kv = (head_dim // share for share in UNIFORM[budget])
     how: dict[str, Any] = {"rope_selection": "mkl", "fold": False}
-    partial = ConversionConfig(rope_dim=rope_dim, factorization="none", **how)
+    partial = ConversionConfig(qk_rope_head_dim=rope_dim, factorization="none", **how)
     start = bench.converted(f"partial-{rope_dim}", partial, "published")
     first = bench.best(start, f"stage1-{rope_dim}", **STAGES[1])
     second = None
@@ -173,7 +173,7 @@ def published_start(bench: Bench, budget: float) -> dict[str, Any]:
     head_dim = AttentionSizes.of(load(bench.name).config).head_dim
     rope_dim, d_kv = (head_dim // share for share in UNIFORM[budget])
     config = ConversionConfig(
-        rope_dim=rope_dim, d_kv=d_kv, rope_selection="mkl", fold=False, factorization="md-svd"
+        qk_rope_head_dim=rope_dim, d_kv=d_kv, rope_selection="mkl", fold=False, factorization="md-svd"
     )
     start = bench.converted(f"published-{budget}", config, "md-svd")
     return bench.tuned(start, "start", 16, learning_rate=1e-5, distillation=0.0)

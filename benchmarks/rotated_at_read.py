@@ -37,7 +37,9 @@ def settings(way: str, budget: float, head_dim: int) -> ConversionConfig:
         mode, _, mixed = way.partition(" ")
         return ConversionConfig(rotate_at=mode, budget=budget, latent_bits=mixed or "16")
     by_rope, by_latent = (UNIFORM | SMALL)[budget]
-    return ConversionConfig(rope_dim=head_dim // by_rope, d_kv=head_dim // by_latent, **METHODS[PUBLISHED])
+    return ConversionConfig(
+        qk_rope_head_dim=head_dim // by_rope, d_kv=head_dim // by_latent, **METHODS[PUBLISHED]
+    )
 
 
 def run(name: str, samples: int, folder: Path) -> None:

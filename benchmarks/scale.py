@@ -36,7 +36,7 @@ from mha2mla_vlm.zoo.architectures import new_model
 
 OUT = Path(__file__).parents[1] / "docs" / "scale"
 CHATS, TOKENS, SHARD_BYTES = 16, 512, 4_000_000_000
-SIZES = ["--rope-dim", "32", "--d-kv", "64"]
+SIZES = ["--qk-rope-head-dim", "32", "--d-kv", "64"]
 LLAMA: dict[str, Any] = {
     "hidden_size": 4096,
     "num_hidden_layers": 32,

@@ -16,7 +16,7 @@ from mha2mla_vlm.zoo.chats import write_chats
 
 SERVER = Path(__file__).parent / "processes" / "forkserver.py"
 PUBLISHED = Path(__file__).parent / "fixtures" / "published" / "llava"
-SIZES = ("--rope-dim", 16, "--d-kv", 8)
+SIZES = ("--qk-rope-head-dim", 16, "--d-kv", 8)
 SMALL = ("--no-bf16", "--batch-size", 1, "--gradient-accumulation", 1, "--eval-samples", 2, "--save-every", 1)
 COMMANDS = {  # each writes `out`, in the working folder or a `place` in it, from what `make_workspace` makes
     "convert": ("convert", "model", "--data", "data", *SIZES, "-o"),

@@ -1,5 +1,6 @@
 """Frozen, keyword-only configurations: what they have in common, and that of a converted model."""
 
+from collections.abc import Iterable
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from types import NoneType, UnionType
 from typing import Any, Literal, NamedTuple, Self, cast, get_args, get_origin
@@ -21,9 +22,9 @@ _KIND_NAMES = {
 }
 
 
-def option(default: Any, text: str) -> Any:
-    """A field with its line of help, which the command line shows too."""
-    return field(default=default, metadata={"help": text})
+def option(default: Any, text: str, known: Iterable[str] = ()) -> Any:
+    """A field with its line of help, which the command line shows too, and values that it is completed to."""
+    return field(default=default, metadata={"help": text, "known": tuple(known)})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Group, RenderableType
 from rich.table import Table
 from transformers import PreTrainedModel, ProcessorMixin
 
@@ -21,7 +22,6 @@ from mha2mla_vlm.model.shipped import check_name
 from mha2mla_vlm.report.gather import Report, gather
 from mha2mla_vlm.report.page import write_report
 from mha2mla_vlm.utils.folders import check_file, claimed, new_folder
-from mha2mla_vlm.utils.progress import console
 from mha2mla_vlm.zoo.chats import zoo_records
 
 CALIBRATION_CHATS = 128
@@ -78,7 +78,9 @@ def _compared(name: str, samples: int, device: str) -> tuple[dict[str, Any], Rep
         "findings": small.findings,
     }
     given["commands"] = [f"mha2mla demo --model {name} --samples {samples}"]
-    return result, gather(small, model, processor, held_out, **given, answers=answers)
+    return result, gather(
+        small, model, processor, held_out, **given, answers=answers, itemsize=CACHED.itemsize
+    )
 
 
 def _row(
@@ -104,8 +106,8 @@ def _row(
     }
 
 
-def print_table(result: dict[str, Any]) -> None:
-    """The table of a demo, on standard error."""
+def demo_table(result: dict[str, Any]) -> RenderableType:
+    """The table of a demo, with an answer of each model."""
     first = result["rows"][0]
     table = Table(title=f"zoo:{result['model']}, {result['samples']} held-out chats, before any training")
     for column in ("", "bytes/token", "one cache", "share", "exact match", "KL"):
@@ -120,6 +122,8 @@ def print_table(result: dict[str, Any]) -> None:
             f"{row['exact_match']:.1%}",
             f"{row['kl']:.4f}",
         )
-    console().print(table)
-    for row in result["rows"]:
-        console().print(f"{row['name']}: after {row['cached_tokens']} tokens it answers {row['answer']!r}")
+    answers = [
+        f"{row['name']}: after {row['cached_tokens']} tokens it answers {row['answer']!r}"
+        for row in result["rows"]
+    ]
+    return Group(table, *answers, f"the page about the smallest: {result['report']}")

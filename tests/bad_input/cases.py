@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-SIZES = "--rope-dim 16 --d-kv 8"
+SIZES = "--qk-rope-head-dim 16 --d-kv 8"
 CONVERT = f"convert model --data data -o out {SIZES}"
 EVALUATE = "evaluate small --data data"
 FINETUNE = "finetune small --data data -o out --baseline model"

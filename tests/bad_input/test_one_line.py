@@ -41,10 +41,9 @@ def test_one_line(monkeypatch, capsys, workspace, tmp_path, name):
     lines = [line for line in err.splitlines() if line.strip()]
     assert code == 2, err
     assert out == ""
-    if not lines[0].startswith("Usage:"):  # of what the command line itself refuses
-        assert len(lines) == 1, err
-        assert lines[0].startswith("error: ")
-        assert len(lines[0]) < LONGEST
+    assert len(lines) == 1, err
+    assert lines[0].startswith("error: ")
+    assert len(lines[0]) < LONGEST
     assert case.named in err
     assert "Traceback" not in err
     assert tree(folder) == before

@@ -38,9 +38,9 @@ def chat(*images):
 CONVERT = {
     "unknown selection": (["--rope-selection", "best"], "best"),
     "unknown factorization": (["--factorization", "qr"], "qr"),
-    "odd R": (["--rope-dim", "7"], "7"),
-    "R larger than D": (["--rope-dim", "66"], "66"),
-    "R zero": (["--rope-dim", "0"], "0"),
+    "odd R": (["--qk-rope-head-dim", "7"], "7"),
+    "R larger than D": (["--qk-rope-head-dim", "66"], "66"),
+    "R zero": (["--qk-rope-head-dim", "0"], "0"),
     "rank too large": (["--d-kv", "500"], "d_kv up to 96"),
     "rank zero": (["--d-kv", "0"], "0"),
     "d_kv without factorization": (["--factorization", "none", "--d-kv", "8"], "none"),
@@ -48,7 +48,7 @@ CONVERT = {
     "budget over 1": (["--budget", "1.2"], "budget = 1.2"),
     "budget too small": (["--budget", "0.01"], "the least for these sizes is"),
     "budget and both sizes": (
-        ["--budget", "0.5", "--rope-dim", "32", "--d-kv", "8"],
+        ["--budget", "0.5", "--qk-rope-head-dim", "32", "--d-kv", "8"],
         "leave one of them out",
     ),
     "budget without ranks": (["--budget", "0.5", "--factorization", "none"], "no ranks to allocate"),
@@ -170,11 +170,19 @@ def test_other_commands_refuse(monkeypatch, capsys, workspace, tmp_path, command
     assert list(tmp_path.iterdir()) == []
 
 
-def test_usage_errors_exit_with_2(monkeypatch, capsys):
-    code, out, err = run_command(monkeypatch, capsys, "convert", "--no-such-option")
-    assert code == 2
-    assert out == ""
-    assert "--no-such-option" in err
+@pytest.mark.parametrize(
+    ("command", "named"),
+    [
+        ("convert --no-such-option", "--no-such-option"),
+        ("convert", "mha2mla convert --help"),
+        ("convert a b --data d -o out", "b"),
+        ("convret", "convret"),
+        ("evaluate model --data data --samples many", "--samples"),
+        ("evaluate model --data data --dtype best", "best"),
+    ],
+)
+def test_usage_errors_are_one_line(monkeypatch, capsys, command, named):
+    refused(*run_command(monkeypatch, capsys, *command.split()), named)
 
 
 def test_outputs_that_cannot_be_made_are_refused_before_work(monkeypatch, capsys, workspace, tmp_path):

@@ -35,7 +35,16 @@ def workspace(family, tmp_path):
 def test_convert_inspect_evaluate_generate(monkeypatch, capsys, family, workspace):
     out, data = workspace / "out", workspace / "data" / "chats.jsonl"
     converted = run(
-        monkeypatch, capsys, "convert", workspace / "model", "--data", data, "-o", out, "--rope-dim", 16
+        monkeypatch,
+        capsys,
+        "convert",
+        workspace / "model",
+        "--data",
+        data,
+        "-o",
+        out,
+        "--qk-rope-head-dim",
+        16,
     )
     kv_heads = load(workspace / "model").config.text_config.num_key_value_heads
     assert converted["output"] == str(out)
@@ -115,7 +124,7 @@ def test_every_published_method_converts(monkeypatch, capsys, workspace, family,
         pytest.skip("one family shows the selections that do not look at data")
     command = ["convert", workspace / "model", "--data", workspace / "data", "-o", workspace / "out"]
     command += ["--rope-selection", selection, "--factorization", factorization, "--samples", 4]
-    command += ["--no-fold", "--rope-dim", 32]
+    command += ["--no-fold", "--qk-rope-head-dim", 32]
     result = run(monkeypatch, capsys, *command)
     model = load(workspace / "out")
     assert model.mla_config.factorization == factorization
@@ -129,7 +138,7 @@ def test_conversion_keeps_the_stored_dtype(monkeypatch, capsys, workspace):
         if path.name not in ("model.safetensors", "config.json"):
             (workspace / "half" / path.name).write_bytes(path.read_bytes())
     command = ["convert", workspace / "half", "--data", workspace / "data", "-o", workspace / "out"]
-    run(monkeypatch, capsys, *command, "--samples", 3, "--rope-dim", 32)
+    run(monkeypatch, capsys, *command, "--samples", 3, "--qk-rope-head-dim", 32)
     assert load(workspace / "out").dtype == torch.bfloat16
 
 

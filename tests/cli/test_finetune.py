@@ -26,8 +26,8 @@ def workspace(tmp_path_factory):
     records = load_records(folder / "data")[:6]
     model = load(folder / "model")
     for name, config in {
-        "latent": ConversionConfig(rope_dim=16, d_kv=8),
-        "partial": ConversionConfig(rope_dim=16, factorization="none"),
+        "latent": ConversionConfig(qk_rope_head_dim=16, d_kv=8),
+        "partial": ConversionConfig(qk_rope_head_dim=16, factorization="none"),
     }.items():
         save(convert(model, processor, records, config), processor, folder / name)
     return folder

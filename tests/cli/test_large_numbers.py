@@ -10,7 +10,7 @@ HUGE = 10**20
 CONVERT = ("convert", "zoo:llava", "--data", "no", "-o", "out")
 FINETUNE = ("finetune", "zoo:llava", "--data", "no", "-o", "out")
 COMMANDS = {
-    CONVERT: ("--samples", "--rope-dim", "--d-kv"),
+    CONVERT: ("--samples", "--qk-rope-head-dim", "--d-kv"),
     ("evaluate", "zoo:llava", "--data", "no"): ("--samples", "--batch-size"),
     ("generate", "zoo:llava", "--prompt", "Which?"): ("--max-new-tokens",),
     ("chat", "zoo:llava"): ("--max-new-tokens", "--port"),
@@ -49,7 +49,10 @@ def test_a_huge_number(command, option, monkeypatch, capsys, tmp_path):
 
 @pytest.mark.parametrize(
     ("option", "says"),
-    [("--rope-dim", "give an even number from 2 to the head dim 64"), ("--d-kv", "that is d_kv up to 64")],
+    [
+        ("--qk-rope-head-dim", "give an even number from 2 to the head dim 64"),
+        ("--d-kv", "that is d_kv up to 64"),
+    ],
 )
 def test_large_sizes(option, says, monkeypatch, capsys, tmp_path):
     """These have limits of the model's."""

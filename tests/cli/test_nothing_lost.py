@@ -20,7 +20,7 @@ from mha2mla_vlm.data.records import MAX_PIXELS
 from mha2mla_vlm.evaluation.generation import answer, prompt_record
 from mha2mla_vlm.zoo.chats import write_chats
 
-SIZES = ("--rope-dim", "16", "--d-kv", "8")
+SIZES = ("--qk-rope-head-dim", "16", "--d-kv", "8")
 
 
 @pytest.fixture(scope="module")

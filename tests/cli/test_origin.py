@@ -44,7 +44,9 @@ def test_it_is_looked_for_beside_the_result(folder, forks, tmp_path):
     model, processor = load(folder / "model"), load_processor(folder / "model")
     records = load_records(folder / "data")
     save(
-        convert(model, processor, records, ConversionConfig(rope_dim=16, d_kv=8)), processor, folder / "small"
+        convert(model, processor, records, ConversionConfig(qk_rope_head_dim=16, d_kv=8)),
+        processor,
+        folder / "small",
     )
     assert original_of(folder / "small") == str(folder / "model")
     report = ("report", folder / "small", "--data", folder / "data", "--samples", 1, "--layer-samples", 0)

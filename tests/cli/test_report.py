@@ -179,7 +179,7 @@ def test_convert_evaluates_and_report_makes_the_same_page_again(monkeypatch, cap
 )
 def test_a_report_says_what_it_lacks(monkeypatch, capsys, folders, tmp_path, more, says):
     model, processor = original("llava")
-    small = convert(model, processor, answered("llava"), ConversionConfig(rope_dim=16, d_kv=8))
+    small = convert(model, processor, answered("llava"), ConversionConfig(qk_rope_head_dim=16, d_kv=8))
     small.config.mla = small.config.mla | {"original": str(folders / "model")}
     save(small, processor, tmp_path / "small")
     more = [folders / "data" if item == "DATA" else item for item in more]

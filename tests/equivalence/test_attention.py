@@ -49,7 +49,7 @@ def converted_whole():
         if family not in made:
             model, processor = original(family)
             records = answered(family, 3, ["two images"])
-            config = ConversionConfig(rope_dim=64, d_kv=64)
+            config = ConversionConfig(qk_rope_head_dim=64, d_kv=64)
             made[family] = model, convert(model, processor, records, config), processor
         return made[family]
 

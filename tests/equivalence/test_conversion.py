@@ -50,7 +50,7 @@ def test_a_budget_is_kept_and_allocated(family, budget):
 
 def test_a_size_that_is_given_stays_and_the_other_is_allocated(family):
     known, model, processor = profile(family)
-    config = ConversionConfig(budget=0.5, rope_dim=32)
+    config = ConversionConfig(budget=0.5, qk_rope_head_dim=32)
     mla = convert(model, processor, answered(family), config, profile=known).mla_config
     assert mla.qk_rope_head_dim == [32] * 4
     config = ConversionConfig(budget=0.5, d_kv=16)
@@ -60,7 +60,7 @@ def test_a_size_that_is_given_stays_and_the_other_is_allocated(family):
 
 def test_a_shared_profile_gives_the_conversion_that_its_own_would(family):
     known, model, processor = profile(family)
-    config = ConversionConfig(rope_dim=24, d_kv=12)
+    config = ConversionConfig(qk_rope_head_dim=24, d_kv=12)
     shared, own = (
         convert(model, processor, answered(family), config, profile=given).state_dict()
         for given in (known, None)
@@ -79,7 +79,7 @@ def test_a_profile_for_another_method_is_an_error(family):
 def test_factors_of_full_rank_reproduce_partial_rope(family, factorization):
     """Whatever the metric and the mean, nothing is lost where nothing is cut; biases included."""
     model, processor = original(family)
-    whole = ConversionConfig(rope_dim=64, d_kv=64, factorization=factorization)
+    whole = ConversionConfig(qk_rope_head_dim=64, d_kv=64, factorization=factorization)
     converted = convert(model, processor, answered(family), whole)
     inputs = prompt_inputs(family, processor, ["two images", "text"])
     expected, found = (whole_logits(m, inputs) for m in (model, converted))
@@ -89,7 +89,7 @@ def test_factors_of_full_rank_reproduce_partial_rope(family, factorization):
 
 def test_biases_of_centred_factors_are_saved_and_loaded(family, tmp_path):
     model, processor = original(family)
-    config = ConversionConfig(rope_dim=16, d_kv=8, factorization="output-weighted-centered")
+    config = ConversionConfig(qk_rope_head_dim=16, d_kv=8, factorization="output-weighted-centered")
     converted = convert(model, processor, answered(family), config)
     bias = decoder_layers(converted)[0].self_attn.kv_b_proj["vision"].bias
     assert float(bias.detach().abs().max()) > 0
@@ -101,7 +101,7 @@ def test_biases_of_centred_factors_are_saved_and_loaded(family, tmp_path):
 
 def test_centring_makes_the_mean_token_exact(family):
     model, processor = original(family)
-    config = ConversionConfig(rope_dim=16, d_kv=4, factorization="centered")
+    config = ConversionConfig(qk_rope_head_dim=16, d_kv=4, factorization="centered")
     known = make_profile(model, processor, answered(family), config)
     mla = plan(model.config, config)
     source = decoder_layers(model)[1].self_attn
@@ -124,14 +124,16 @@ def test_folding_helps_every_selection(family, selection):
     model, processor = original(family)
     kl = {}
     for fold in (True, False):
-        config = ConversionConfig(rope_dim=32, rope_selection=selection, fold=fold, factorization="none")
+        config = ConversionConfig(
+            qk_rope_head_dim=32, rope_selection=selection, fold=fold, factorization="none"
+        )
         kl[fold] = convert(model, processor, answered(family, 12), config).mla_config.kl["partial_rope"]
     assert kl[True] < kl[False]
 
 
 def test_a_profile_of_a_method_without_ranks_has_no_losses(family):
     model, processor = original(family)
-    config = ConversionConfig(rope_dim=16, factorization="none")
+    config = ConversionConfig(qk_rope_head_dim=16, factorization="none")
     known = make_profile(model, processor, answered(family), config)
     assert known.losses == []
     own, shared = (convert(model, processor, answered(family), config, profile=p) for p in (None, known))

@@ -50,7 +50,9 @@ def test_no_family_is_left_out():
     assert {name.partition("-")[0] for name in TINY} | {*ZOO_NAMES, "qwen3_vl"} == set(FAMILIES)
 
 
-@pytest.mark.parametrize("sizes", [{"rope_dim": 16, "d_kv": 16}, {"rotate_at": "read", "d_kv": 32}], ids=str)
+@pytest.mark.parametrize(
+    "sizes", [{"qk_rope_head_dim": 16, "d_kv": 16}, {"rotate_at": "read", "d_kv": 32}], ids=str
+)
 def test_full_rank_reproduces_the_original(name, sizes):
     model, processor = original(name)
     before = copy.deepcopy(model.state_dict())

@@ -140,7 +140,9 @@ def test_layers_may_differ_in_when_they_rotate(family, tmp_path):
     assert describe(str(tmp_path / "mixed"))["rotate_at"] == ["write", "read", "write", "read"]
 
 
-@pytest.mark.parametrize("sizes", [{"budget": 0.25}, {"d_kv": 32}, {"d_kv": 32, "rope_dim": 32}], ids=str)
+@pytest.mark.parametrize(
+    "sizes", [{"budget": 0.25}, {"d_kv": 32}, {"d_kv": 32, "qk_rope_head_dim": 32}], ids=str
+)
 def test_a_model_is_converted_to_it(family, sizes):
     model, processor = original(family)
     before = copy.deepcopy(model.state_dict())
@@ -148,7 +150,7 @@ def test_a_model_is_converted_to_it(family, sizes):
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
     assert small.mla_config.rotate_at == "read"
     assert set(small.mla_config.kl) == (
-        {"partial_rope", "factorization"} if "rope_dim" in sizes else {"factorization"}
+        {"partial_rope", "factorization"} if "qk_rope_head_dim" in sizes else {"factorization"}
     )
     assert bytes_per_token(small.config) <= bytes_per_token(model.config) * 0.25 + 4 * 3
     if "budget" in sizes:

@@ -38,9 +38,9 @@ def test_small_errors_cost_what_is_predicted(family, index):
     states = MemoryStates()
     chats = begin(model, batches, visual, torch.device("cpu"), states, ["original", "changed"])
     layers, sizes = decoder_layers(model), AttentionSizes.of(model.config)
-    config = ConversionConfig(rope_dim=sizes.head_dim, rope_selection="low", fold=False)
-    selection = LayerProfile().selection(config.rope_dim, sizes, methods(config))
-    mla = MLAConfig(qk_rope_head_dim=config.rope_dim)
+    config = ConversionConfig(qk_rope_head_dim=sizes.head_dim, rope_selection="low", fold=False)
+    selection = LayerProfile().selection(config.qk_rope_head_dim, sizes, methods(config))
+    mla = MLAConfig(qk_rope_head_dim=config.qk_rope_head_dim)
     changed = partial_layer(layers[index].self_attn, selection, mla.layer(index), 1.0)
     changed.q_proj.weight.data *= 1.02  # all else is as it was
     for number, layer in enumerate(layers):

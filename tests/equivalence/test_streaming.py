@@ -20,7 +20,7 @@ from mha2mla_vlm.errors import InputError
 from mha2mla_vlm.model.checkpoint import load, load_processor, save
 from mha2mla_vlm.zoo.chats import write_chats
 
-SIZES = ("--rope-dim", "16", "--d-kv", "8")
+SIZES = ("--qk-rope-head-dim", "16", "--d-kv", "8")
 FAMILY = "qwen2_5_vl"  # where one is enough
 AUTO = ("--rotate-at", "auto", "--max-decode-cost", "4")
 
@@ -60,7 +60,7 @@ def assert_same(found, expected):
 def test_it_is_the_conversion_in_memory(family, factorization, checkpoints, tmp_path):
     folder = checkpoints(family)
     d_kv = None if factorization == "none" else 8
-    assert_streamed_alike(folder, tmp_path, rope_dim=16, d_kv=d_kv, factorization=factorization)
+    assert_streamed_alike(folder, tmp_path, qk_rope_head_dim=16, d_kv=d_kv, factorization=factorization)
 
 
 @pytest.mark.parametrize("factorization", ["output-weighted", "md-svd"])
@@ -101,7 +101,7 @@ def assert_streamed_alike(folder, tmp_path, **options):
 
 def test_a_model_with_partial_rope_is_factorised_from_disk(checkpoints, tmp_path):
     folder = checkpoints(FAMILY)
-    first = ConversionConfig(rope_dim=16, factorization="none")
+    first = ConversionConfig(qk_rope_head_dim=16, factorization="none")
     convert_checkpoint(folder / "model", chats(folder), tmp_path / "partial", first)
     config = ConversionConfig(d_kv=8, factorization="md-svd")
     convert_checkpoint(tmp_path / "partial", chats(folder), tmp_path / "small", config)
@@ -119,7 +119,7 @@ def test_tied_embeddings_and_bfloat16_stay(checkpoints, tmp_path):
     model.tie_weights()
     save(model.bfloat16(), processor, tmp_path / "tied")
     assert "lm_head.weight" not in load_file(tmp_path / "tied" / "model.safetensors")
-    config = ConversionConfig(rope_dim=16, d_kv=8)
+    config = ConversionConfig(qk_rope_head_dim=16, d_kv=8)
     convert_checkpoint(tmp_path / "tied", chats(folder), tmp_path / "small", config)
     small = load(tmp_path / "small")
     assert small.dtype == torch.bfloat16
@@ -252,7 +252,8 @@ from mha2mla_vlm import ConversionConfig, convert, load, load_processor, load_re
 dist.init_process_group("gloo")
 if dist.get_rank() == 0:
     model, processor = load(sys.argv[1]), load_processor(sys.argv[1])
-    small = convert(model, processor, load_records(sys.argv[2]), ConversionConfig(rope_dim=16, d_kv=8))
+    config = ConversionConfig(qk_rope_head_dim=16, d_kv=8)
+    small = convert(model, processor, load_records(sys.argv[2]), config)
     print(small.mla_config.kl["factorization"])
 """
 
@@ -311,7 +312,7 @@ def broken(folder, target, change):
 
 
 def test_broken_shards_are_named_before_work_starts(checkpoints, tmp_path):
-    folder, config = checkpoints(FAMILY), ConversionConfig(rope_dim=16, d_kv=8)
+    folder, config = checkpoints(FAMILY), ConversionConfig(qk_rope_head_dim=16, d_kv=8)
 
     def cut(_, shards):
         shards[1].write_bytes(shards[1].read_bytes()[:-100])
@@ -345,7 +346,9 @@ def test_numbers_that_are_not_finite_name_their_layer(checkpoints, tmp_path):
     folder = checkpoints(FAMILY)
     source = broken(folder, tmp_path / "spoiled", spoil)
     with pytest.raises(InputError, match="layer 2: calibration gives numbers that are not finite"):
-        convert_checkpoint(source, chats(folder), tmp_path / "small", ConversionConfig(rope_dim=16, d_kv=8))
+        convert_checkpoint(
+            source, chats(folder), tmp_path / "small", ConversionConfig(qk_rope_head_dim=16, d_kv=8)
+        )
     assert json.loads((tmp_path / "small.partial" / "progress.json").read_text())["done"] == 2
 
 
@@ -381,6 +384,6 @@ def test_a_dry_run_estimates_sizes(monkeypatch, capsys, family, sizes, checkpoin
 def test_a_dry_run_refuses_what_conversion_would(checkpoints):
     folder = checkpoints(FAMILY)
     with pytest.raises(InputError, match="give at least 2"):
-        predict(folder / "model", chats(folder)[:1], ConversionConfig(rope_dim=16))
+        predict(folder / "model", chats(folder)[:1], ConversionConfig(qk_rope_head_dim=16))
     with pytest.raises(InputError, match="give an even number"):
-        predict(folder / "model", chats(folder), ConversionConfig(rope_dim=15))
+        predict(folder / "model", chats(folder), ConversionConfig(qk_rope_head_dim=15))

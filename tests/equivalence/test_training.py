@@ -169,7 +169,10 @@ def test_alignment_of_an_exact_conversion_is_nothing(family, tmp_path):
     """All pairs and full rank give the original's attention outputs; a random model does not."""
     model, processor = original(family)
     whole = convert(
-        model, processor, records(family), ConversionConfig(rope_dim=64, fold=False, factorization="none")
+        model,
+        processor,
+        records(family),
+        ConversionConfig(qk_rope_head_dim=64, fold=False, factorization="none"),
     )
     errors = []
     for converted in (whole, random_mla(family)[0]):
@@ -220,7 +223,9 @@ def test_text_alone_leaves_zero_gradients_not_none(family, tmp_path):
 
 def test_a_teacher_shares_what_is_frozen(family):
     teacher, processor = original(family)
-    student = convert(teacher, processor, records(family), ConversionConfig(rope_dim=16, d_kv=8, samples=5))
+    student = convert(
+        teacher, processor, records(family), ConversionConfig(qk_rope_head_dim=16, d_kv=8, samples=5)
+    )
     set_trained(student, "attention-and-norms")
     untouched = copy.deepcopy(teacher)
     batch = encode_with_labels(processor, records(family)[:2], student.visual_token_ids)

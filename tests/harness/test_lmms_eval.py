@@ -37,7 +37,7 @@ def zoo(request, harness, tmp_path_factory):
     name, folder = request.param, tmp_path_factory.mktemp(request.param)
     model, processor = load(f"zoo:{name}", dtype=torch.float32), load_processor(f"zoo:{name}")
     chats = zoo_records(name, split="train", samples=24, seed=1)
-    sizes = ConversionConfig(rope_dim=16, d_kv=8)  # small enough that answers change
+    sizes = ConversionConfig(qk_rope_head_dim=16, d_kv=8)  # small enough that answers change
     save(convert(model, processor, chats, sizes), processor, folder / "small")
     (folder / "data").mkdir()
     data = write_chats(name, folder / "data", split="test", samples=CHATS, seed=0)

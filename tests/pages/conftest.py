@@ -21,7 +21,9 @@ def checkpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pages") / "small"
     model, processor = load(f"zoo:{NAME}"), load_processor(f"zoo:{NAME}")
     records = zoo_records(NAME, split="train", samples=24, seed=1)
-    save(convert(model, processor, records, ConversionConfig(rope_dim=32, d_kv=16)), processor, folder)
+    save(
+        convert(model, processor, records, ConversionConfig(qk_rope_head_dim=32, d_kv=16)), processor, folder
+    )
     return folder
 
 

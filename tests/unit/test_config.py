@@ -81,7 +81,7 @@ def test_configs_are_frozen_and_keyword_only(kind):
             predicted_kl=[0.5, 0.25],
         ),
         ConversionConfig(),
-        ConversionConfig(rope_dim=16, d_kv=8, rope_selection="low", factorization="split", samples=9),
+        ConversionConfig(qk_rope_head_dim=16, d_kv=8, rope_selection="low", factorization="split", samples=9),
         ConversionConfig(budget=0.25, fold=False),
     ],
     ids=["mla", "mla by layer", "default", "given", "budget"],
@@ -147,7 +147,7 @@ def test_a_plan_of_a_rank_larger_than_the_input_is_refused(name):
     config = config_of(name)
     text = config.get_text_config(decoder=True)
     text.hidden_size, text.head_dim = hidden, _ = 90 * text.num_key_value_heads, 64
-    given = {"rope_dim": 32}
+    given = {"qk_rope_head_dim": 32}
     plan(config, ConversionConfig(**given, d_kv=90))
     words = (f"1 to {hidden}", "d_kv up to 90")
     refused(lambda: plan(config, ConversionConfig(**given, d_kv=91)), *words)
@@ -181,9 +181,12 @@ def test_unknown_methods_are_refused_with_the_known_ones(field, known, value):
         ({"factorization": "none", "d_kv": 8}, ["d_kv = 8", "'none'"]),
         ({"budget": 0}, ["budget = 0", "up to 1"]),
         ({"budget": 1.5}, ["budget = 1.5"]),
-        ({"budget": 0.5, "rope_dim": 32, "d_kv": 16}, ["budget, rope_dim and d_kv", "leave one"]),
+        (
+            {"budget": 0.5, "qk_rope_head_dim": 32, "d_kv": 16},
+            ["budget, qk_rope_head_dim and d_kv", "leave one"],
+        ),
         ({"budget": 0.5, "d_kv": 16, "rotate_at": "read"}, ["budget and d_kv", "at read"]),
-        ({"rotate_at": "auto", "rope_dim": 32}, ["auto chooses rope_dim", "give a budget"]),
+        ({"rotate_at": "auto", "qk_rope_head_dim": 32}, ["auto chooses qk_rope_head_dim", "give a budget"]),
         ({"rotate_at": "auto", "d_kv": 16}, ["auto chooses d_kv", "give a budget"]),
         ({"rotate_at": "auto", "factorization": "split"}, ["'split'", "rotate_at auto"]),
         ({"rotate_at": "auto", "max_decode_cost": 0.0}, ["max_decode_cost = 0.0", "above 0"]),
@@ -193,7 +196,7 @@ def test_unknown_methods_are_refused_with_the_known_ones(field, known, value):
         ({"max_decode_cost": 40.0, "rotate_at": "read"}, ["max_decode_cost", "not with read"]),
         ({"rotate_at": "both"}, ["rotate_at 'both'", "write, read or auto"]),
         ({"budget": 0.5, "factorization": "none"}, ["'none'", "no ranks to allocate"]),
-        ({"budget": 0.5, "factorization": "split"}, ["'split'", "rope_dim and d_kv instead"]),
+        ({"budget": 0.5, "factorization": "split"}, ["'split'", "qk_rope_head_dim and d_kv instead"]),
     ],
 )
 def test_conversions_that_make_no_sense_are_refused(values, words):
@@ -215,9 +218,9 @@ def test_the_default_plan_at_write_halves_rope_and_quarters_the_latent(name):
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"rope_dim": 31}, ["R = 31", "head dim 64"]),
-        ({"rope_dim": 0}, ["R = 0", "head dim 64"]),
-        ({"rope_dim": 66}, ["R = 66", "head dim 64"]),
+        ({"qk_rope_head_dim": 31}, ["R = 31", "head dim 64"]),
+        ({"qk_rope_head_dim": 0}, ["R = 0", "head dim 64"]),
+        ({"qk_rope_head_dim": 66}, ["R = 66", "head dim 64"]),
         ({"d_kv": 0}, ["kv_lora_rank 0"]),
         ({"d_kv": -4}, ["kv_lora_rank -"]),
         ({"d_kv": 4000}, ["kv_lora_rank", "d_kv up to"]),
@@ -232,8 +235,8 @@ def test_a_plan_that_the_model_cannot_have_is_refused(name, values, words):
     ("values", "words"),
     [
         ({"budget": 0.05, "rotate_at": "write"}, ["budget = 0.05", "least for these sizes is 0.0625"]),
-        ({"budget": 0.25, "rope_dim": 32}, ["budget = 0.25", "0.28125"]),
-        ({"budget": 0.5, "rope_dim": 30}, ["rope_dim = 30", "multiple of 4"]),
+        ({"budget": 0.25, "qk_rope_head_dim": 32}, ["budget = 0.25", "0.28125"]),
+        ({"budget": 0.5, "qk_rope_head_dim": 30}, ["qk_rope_head_dim = 30", "multiple of 4"]),
         ({"budget": 0.5, "d_kv": 9}, ["d_kv = 9", "multiple of 4"]),
         ({"rotate_at": "auto", "budget": 0.01}, ["budget = 0.01", "least for these sizes is 0.015625"]),
         ({"rotate_at": "auto", "max_decode_cost": 0.01}, ["max_decode_cost = 0.01", "0.125 of the cache"]),
@@ -246,7 +249,7 @@ def test_a_budget_that_holds_too_little_is_refused(name, values, words):
 def test_sizes_that_are_given_win_over_the_default_budget():
     assert ConversionConfig(rotate_at="write").share == 0.375
     assert ConversionConfig(budget=0.2).share == 0.2
-    assert ConversionConfig(rope_dim=32).share is None
+    assert ConversionConfig(qk_rope_head_dim=32).share is None
     assert ConversionConfig(d_kv=32).share is None
     assert ConversionConfig(budget=0.2, d_kv=8).share == 0.2
     assert ConversionConfig().share == ConversionConfig().of("write").share == 0.125
@@ -258,12 +261,12 @@ def test_sizes_that_are_given_win_over_the_default_budget():
     [
         ({}, "auto"),
         ({"budget": 0.3, "factorization": "centered", "latent_bits": "mixed"}, "auto"),
-        ({"rope_dim": 32}, "write"),
+        ({"qk_rope_head_dim": 32}, "write"),
         ({"d_kv": 8}, "write"),
         ({"rope_selection": "mkl"}, "write"),
         ({"fold": False}, "write"),
         ({"factorization": "split"}, "write"),
-        ({"rope_dim": 32, "rotate_at": "read"}, "read"),
+        ({"qk_rope_head_dim": 32, "rotate_at": "read"}, "read"),
     ],
 )
 def test_what_only_goes_with_write_makes_it_the_default(values, mode):
@@ -274,7 +277,7 @@ def test_what_only_goes_with_write_makes_it_the_default(values, mode):
 @pytest.mark.parametrize(("factorization", "whole"), [("only-key", 64), ("only-value", 32), ("split", 0)])
 def test_d_kv_is_the_rank_of_what_is_factorised(name, factorization, whole):
     kv_heads = config_of(name).get_text_config(decoder=True).num_key_value_heads
-    mla = plan(config_of(name), ConversionConfig(factorization=factorization, d_kv=8, rope_dim=32))
+    mla = plan(config_of(name), ConversionConfig(factorization=factorization, d_kv=8, qk_rope_head_dim=32))
     assert mla.kv_lora_rank == kv_heads * (8 + whole)
     assert mla.modalities == SHARED
 
@@ -293,7 +296,7 @@ def test_every_planned_rank_can_be_made_of_blocks(name, factorization, rope_dim,
     """A rank that keys or values alone cannot have is either refused or shared out otherwise."""
     text = config_of(name).get_text_config(decoder=True)
     try:
-        config = ConversionConfig(factorization=factorization, rope_dim=rope_dim, d_kv=d_kv)
+        config = ConversionConfig(factorization=factorization, qk_rope_head_dim=rope_dim, d_kv=d_kv)
         rank = plan(config_of(name), config).kv_lora_rank
     except InputError:
         return

@@ -4,6 +4,7 @@ import ast
 import re
 import runpy
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,13 @@ def test_what_is_declared_is_imported():
     trees = [ast.parse(path.read_text(encoding="utf-8")) for path in SOURCE.rglob("*.py")]
     used = set().union(*(imported(tree, lazily=lazily) for tree in trees for lazily in (False, True)))
     assert declared() - used == {"torchvision"}  # transformers' processors of images need it
+
+
+def test_every_file_beside_the_modules_is_installed():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+    installed = {path for pattern in settings["package-data"]["mha2mla_vlm"] for path in SOURCE.glob(pattern)}
+    files = {path for path in SOURCE.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
+    assert files == installed
 
 
 def pinned(name):

@@ -4,14 +4,13 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
-import yaml
 from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.utils.deepspeed import HfDeepSpeedConfig
 
 from mha2mla_vlm.errors import InputError
 from mha2mla_vlm.training.config import FinetuneConfig, read_recipe
 from mha2mla_vlm.training.policies import ALIASES, POLICIES, ROLES, find_policy
-
-RECIPES = Path(__file__).parents[2] / "recipes"
+from mha2mla_vlm.training.recipes import recipe_names, shipped_path
 
 BAD = {
     "unknown key": ("learning_rates: 0.1", "learning_rates"),
@@ -70,17 +69,34 @@ def test_every_plain_field_is_told_on_the_command_line():
     assert {field.name for field in fields(FinetuneConfig)} - told == {"training_arguments"}
 
 
-@pytest.mark.parametrize(
-    "path", sorted(RECIPES.rglob("*.yaml")), ids=lambda path: str(path.relative_to(RECIPES))
-)
-def test_shipped_recipes_are_sound(path):
-    if "distributed_type" in yaml.safe_load(path.read_text()):
-        assert load_config_from_file(str(path)).num_processes == 8
-    else:
-        assert read_recipe(path).epochs == 1.0
+@pytest.mark.parametrize("name", recipe_names())
+def test_shipped_recipes_are_sound(name):
+    assert read_recipe(name) == read_recipe(shipped_path(name))
+    assert read_recipe(name).epochs == 1.0
+
+
+@pytest.mark.parametrize("name", recipe_names(launch=True))
+def test_shipped_configs_of_accelerate_are_sound(name):
+    config = load_config_from_file(str(shipped_path(name)))
+    assert config.num_processes == 8
+    if (stage := name.rpartition("/zero")[2]).isdigit():  # which hold DeepSpeed's own config
+        deepspeed = HfDeepSpeedConfig(config.deepspeed_config["deepspeed_config_file"])
+        assert deepspeed.get_value("zero_optimization.stage") == int(stage)
 
 
 def test_each_paper_model_has_its_recipes():
-    assert {path.parent.name for path in RECIPES.glob("*/stage2.yaml")} == {
-        "llava-1.5-7b", "llama3-llava-next-8b", "qwen2.5-vl-7b", "zoo",
-    }  # fmt: skip
+    models = ("llava-1.5-7b", "llama3-llava-next-8b", "qwen2.5-vl-7b", "zoo")
+    stages = ("stage1", "stage2", "single_stage")
+    assert {f"{model}/{stage}" for model in models for stage in stages} <= set(recipe_names())
+
+
+def test_a_recipe_that_does_not_ship_is_refused_with_those_that_do(tmp_path, monkeypatch):
+    for name in ("zoo/stage3", "zoo/stage1.yaml", "accelerate/ddp"):
+        with pytest.raises(InputError, match=r"does not exist; give a YAML file, or one of: .*zoo/stage1"):
+            read_recipe(name)
+    with pytest.raises(InputError, match=r"there are: .*accelerate/ddp"):
+        shipped_path("../config")
+    monkeypatch.chdir(tmp_path)
+    Path("zoo").mkdir()
+    Path("zoo/stage1").write_text("epochs: 7")
+    assert read_recipe("zoo/stage1").epochs == 7  # a file goes before

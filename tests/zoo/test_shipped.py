@@ -75,7 +75,9 @@ def test_plain_transformers_loads_it_whole(family):
 @ONE_FAST
 def test_full_rank_conversion_keeps_the_logits_and_the_accuracy(family):
     model, processor = shipped(family)
-    converted = convert(model, processor, calibration(family)[:12], ConversionConfig(rope_dim=64, d_kv=64))
+    converted = convert(
+        model, processor, calibration(family)[:12], ConversionConfig(qk_rope_head_dim=64, d_kv=64)
+    )
     inputs = prompt_inputs(family, processor, ["two images"])
     expected = whole_logits(model, inputs)
     torch.testing.assert_close(whole_logits(converted, inputs), expected, atol=1e-3, rtol=1e-3)
@@ -88,7 +90,7 @@ def test_md_svd_beats_weight_svd_at_low_rank(family):
     model, processor = shipped(family)
     kl = {}
     for method in ("weight-svd", "md-svd"):
-        config = ConversionConfig(rope_dim=64, d_kv=12, fold=False, factorization=method)
+        config = ConversionConfig(qk_rope_head_dim=64, d_kv=12, fold=False, factorization=method)
         kl[method] = convert(model, processor, calibration(family), config).mla_config.kl["factorization"]
     assert kl["md-svd"] < kl["weight-svd"]
 
@@ -97,7 +99,7 @@ def test_md_svd_beats_weight_svd_at_low_rank(family):
 def test_the_default_beats_the_published_method_at_the_same_bytes(family):
     model, processor = shipped(family)
     published = ConversionConfig(
-        rope_dim=16, d_kv=16, rope_selection="mkl", fold=False, factorization="md-svd"
+        qk_rope_head_dim=16, d_kv=16, rope_selection="mkl", fold=False, factorization="md-svd"
     )
     made = [
         convert(model, processor, calibration(family)[:24], config)
@@ -124,6 +126,7 @@ def test_demo_measures_the_cache(monkeypatch, capsys, tmp_path):
     page = Path(result.pop("report"))
     assert page == tmp_path / "demo" / "report.html"
     assert page.read_text().count("<svg") == 4
+    assert "2.0 kB</div>" in page.read_text()  # of the original, in bfloat16 as all that is counted
     assert json.loads((tmp_path / "demo" / "demo.json").read_text()) == result
     original, quarter, at_read, mixed = result["rows"]
     for row, share in ((original, 1.0), (quarter, 0.25), (at_read, 0.125), (mixed, 0.0625)):

@@ -8,13 +8,12 @@ from typing import Any
 from rich.table import Table
 
 from mha2mla_vlm.utils.folders import new_folder
-from mha2mla_vlm.utils.progress import console
 
 RATIOS = ("cache", "attention", "layer", "step", "prefill")
 
 
-def print_rows(result: dict[str, Any]) -> None:
-    """Ratios of all rows, on standard error."""
+def rows_table(result: dict[str, Any]) -> Table:
+    """Sizes, times and ratios of all rows."""
     table = Table(title=f"original / converted, {result['dtype']}, {result['device']}; above 1 is a gain")
     names = [name for name in RATIOS if any(f"{name}_ratio" in row for row in result["rows"])]
     for column in ("batch", "context", "cache MB", "attention ms", *names):
@@ -27,7 +26,7 @@ def print_rows(result: dict[str, Any]) -> None:
             f"{row['attention_seconds'][0] * 1e3:.3f}",
             *(as_ratio(row.get(f"{name}_ratio")) for name in names),
         )
-    console().print(table)
+    return table
 
 
 def as_ratio(value: float | None) -> str:

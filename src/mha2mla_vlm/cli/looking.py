@@ -1,7 +1,8 @@
-"""The commands that look at a model: what it holds, what it answers, what its conversion gained and lost."""
+"""The commands that look at models: what they hold and answer, what conversions gained and lost."""
 
 import sys
 import threading
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,11 +18,33 @@ from mha2mla_vlm.cli.options import (
     MaxNewTokensOption,
     ModelArgument,
     OutputOption,
-    finish,
     load_model,
+    zoo_models,
 )
+from mha2mla_vlm.cli.results import Result
+from mha2mla_vlm.cli.starting import starting
 from mha2mla_vlm.errors import InputError, need
-from mha2mla_vlm.utils.folders import check_file
+from mha2mla_vlm.model.shipped import ZOO_NAMES
+from mha2mla_vlm.utils.folders import check_file, check_output, claimed, new_folder
+from mha2mla_vlm.utils.progress import status
+
+
+def demo(
+    model: Annotated[
+        str, typer.Option(help="Name of a zoo model.", autocompletion=lambda: ZOO_NAMES)
+    ] = "qwen2_5_vl",
+    samples: Annotated[int, typer.Option(min=1, max=LARGEST, help="Held-out chats to evaluate on.")] = 100,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for the figures.")] = None,
+    device: DeviceOption = "auto",
+) -> Result:
+    """Convert a shipped model, compare it with the original, and measure both caches."""
+    if output is not None:
+        check_output(output)
+    with starting():
+        from mha2mla_vlm.demo import demo_table, run_demo
+
+    result = run_demo(model, samples=samples, output=output, device=device)
+    return Result(result, demo_table(result))
 
 
 def generate(
@@ -35,13 +58,14 @@ def generate(
     cache_bits: CacheBitsOption = None,
     dtype: DTypeOption = DType.auto,
     device: DeviceOption = "auto",
-) -> None:
+) -> Result:
     """Answer questions about images, streamed to standard error; the result has the bytes of the cache.
 
     In a conversation a line `/image PATH` adds an image to the next question; an empty line ends it.
     """
-    from mha2mla_vlm.model.cache.quantized import QuantizationConfig
-    from mha2mla_vlm.serving.chat.conversation import Conversation, converse
+    with starting():
+        from mha2mla_vlm.model.cache.quantized import QuantizationConfig
+        from mha2mla_vlm.serving.chat.conversation import Conversation, converse
 
     if prompt is None and not interactive:
         raise InputError("give a question with --prompt, or --interactive")
@@ -63,23 +87,26 @@ def generate(
         found.append(answer)
     if not found:
         raise InputError("no question was asked")
-    finish(found[-1].to_dict())
+    return Result(found[-1].to_dict())
 
 
-def inspect(checkpoint: ModelArgument) -> None:
+def inspect(checkpoint: ModelArgument) -> Result:
     """Layers, frequency pairs, ranks and bytes per token of a converted model."""
-    from mha2mla_vlm.conversion.describe import describe, print_layers
+    with starting():
+        from mha2mla_vlm.conversion.describe import describe, layers_table
 
     description = describe(checkpoint)
-    print_layers(description)
-    finish(description)
+    return Result(description, layers_table(description))
 
 
 def evaluate(
     checkpoint: ModelArgument,
     data: DataOption,
     baseline: Annotated[
-        str | None, typer.Option(help="The original to compare with; a folder, hub id or zoo:NAME.")
+        str | None,
+        typer.Option(
+            help="The original to compare with; a folder, hub id or zoo:NAME.", autocompletion=zoo_models
+        ),
     ] = None,
     samples: Annotated[
         int | None, typer.Option(min=1, max=LARGEST, help="Chats to evaluate on, at most.")
@@ -87,18 +114,19 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(min=1, max=LARGEST, help="Chats per forward pass.")] = 16,
     dtype: DTypeOption = DType.auto,
     device: DeviceOption = "auto",
-) -> None:
+) -> Result:
     """Exact match of greedy answers, their cross-entropy, and the KL divergence from a baseline."""
-    from mha2mla_vlm.data.sources import load_records
-    from mha2mla_vlm.evaluation.answers import check_baseline
-    from mha2mla_vlm.evaluation.answers import evaluate as evaluate_model
+    with starting():
+        from mha2mla_vlm.data.sources import load_records
+        from mha2mla_vlm.evaluation.answers import check_baseline
+        from mha2mla_vlm.evaluation.answers import evaluate as evaluate_model
 
     records = load_records(data, limit=samples)
     if baseline is not None:
         check_baseline(checkpoint, baseline)
     model, processor = load_model(checkpoint, dtype, device)
     reference = None if baseline is None else load_model(baseline, dtype, device)[0]
-    finish(evaluate_model(model, processor, records, baseline=reference, batch_size=batch_size))
+    return Result(evaluate_model(model, processor, records, baseline=reference, batch_size=batch_size))
 
 
 def report(
@@ -108,7 +136,11 @@ def report(
     ] = None,
     baseline: Annotated[
         str | None,
-        typer.Option(help="The original; else the model it was converted from.", show_default=False),
+        typer.Option(
+            help="The original; else the model it was converted from.",
+            show_default=False,
+            autocompletion=zoo_models,
+        ),
     ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="File to write.  [default: CHECKPOINT/report.html]")
@@ -121,9 +153,10 @@ def report(
     ] = 16,
     dtype: DTypeOption = DType.auto,
     device: DeviceOption = "auto",
-) -> None:
+) -> Result:
     """Write one HTML page: what was gained and lost, layer by layer and answer by answer."""
-    from mha2mla_vlm.report.make import report_checkpoint
+    with starting():
+        from mha2mla_vlm.report.make import report_checkpoint
 
     target = output or Path(checkpoint) / "report.html"
     if output is not None:
@@ -131,7 +164,7 @@ def report(
     given: dict[str, Any] = {"data": data, "baseline": baseline}
     given |= {"samples": samples, "layer_samples": layer_samples}
     page = report_checkpoint(checkpoint, target, **given, dtype=dtype.value, device=device)
-    finish({"report": str(target), **page.quality})
+    return Result({"report": str(target), **page.quality})
 
 
 def task(
@@ -139,22 +172,26 @@ def task(
     output: OutputOption,
     name: Annotated[str, typer.Option(help="Name of the task.", show_default=False)],
     max_new_tokens: MaxNewTokensOption = 32,
-) -> None:
+) -> Result:
     """Make an lmms-eval task of chats: one question for every answer, scored by exact match."""
-    from mha2mla_vlm.data.sources import load_records
-    from mha2mla_vlm.evaluation.lmms_eval.task import write_task
-    from mha2mla_vlm.utils.folders import new_folder
+    with starting():
+        from mha2mla_vlm.data.sources import load_records
+        from mha2mla_vlm.evaluation.lmms_eval.task import write_task
 
     with new_folder(output) as folder:
         count = write_task(name, load_records(data), folder, place=output, max_new_tokens=max_new_tokens)
-    finish({"task": name, "include_path": str(output), "answers": count})
+    return Result({"task": name, "include_path": str(output), "answers": count})
 
 
 def chat(
     checkpoint: ModelArgument,
     baseline: Annotated[
         str | None,
-        typer.Option(help="A model to answer beside it, such as the original.", show_default=False),
+        typer.Option(
+            help="A model to answer beside it, such as the original.",
+            show_default=False,
+            autocompletion=zoo_models,
+        ),
     ] = None,
     host: Annotated[
         str, typer.Option(help="Address to listen at; 0.0.0.0 opens it to others.")
@@ -166,15 +203,16 @@ def chat(
     max_new_tokens: MaxNewTokensOption = 128,
     dtype: DTypeOption = DType.auto,
     device: DeviceOption = "auto",
-) -> None:
+) -> Result:
     """Serve a page that asks a model about images, beside its original."""
     need("gradio", "chat", "the page")
-    from mha2mla_vlm.evaluation.answers import check_baseline
-    from mha2mla_vlm.model.checkpoint import load_config
-    from mha2mla_vlm.serving.chat.address import find_port
-    from mha2mla_vlm.serving.chat.examples import zoo_examples
-    from mha2mla_vlm.serving.chat.question import check_answer_length
-    from mha2mla_vlm.serving.chat.uploads import uploads_folder
+    with starting():
+        from mha2mla_vlm.evaluation.answers import check_baseline
+        from mha2mla_vlm.model.checkpoint import load_config
+        from mha2mla_vlm.serving.chat.address import find_port
+        from mha2mla_vlm.serving.chat.examples import zoo_examples
+        from mha2mla_vlm.serving.chat.question import check_answer_length
+        from mha2mla_vlm.serving.chat.uploads import uploads_folder
 
     port, ended = find_port(host, port), threading.Event()
     check_answer_length(load_config(checkpoint), max_new_tokens)
@@ -183,14 +221,59 @@ def chat(
     names = [name for name in (baseline, checkpoint) if name is not None]
     loaded = [load_model(name, dtype, device) for name in names]
     with uploads_folder(), zoo_examples(loaded[-1][0].config, checkpoint) as examples:
-        from mha2mla_vlm.serving.chat.page import (  # gradio looks for the folder when imported
-            Side,
-            build_page,
-            serve,
-        )
+        with status("loading gradio"):  # which looks for the folder when imported
+            from mha2mla_vlm.serving.chat.page import Side, build_page, serve
 
         sides = [Side(name=name, model=model) for name, (model, _) in zip(names, loaded, strict=True)]
         given: dict[str, Any] = {"examples": examples, "max_new_tokens": max_new_tokens}
         page = build_page(sides, loaded[-1][1], **given, ended=ended)
         serve(page, host=host, port=port, open_browser=browser, ended=ended)
-    finish({"models": names})
+    return Result({"models": names})
+
+
+def bench(
+    checkpoint: ModelArgument,
+    baseline: Annotated[
+        str, typer.Option(help="The original model.", show_default=False, autocompletion=zoo_models)
+    ],
+    context: Annotated[
+        list[int] | None,
+        typer.Option(min=2, max=LARGEST, help="Tokens; repeat for several.  [default: 1k, 4k, 16k, 64k]"),
+    ] = None,
+    batch_size: Annotated[
+        list[int] | None,
+        typer.Option(min=1, max=LARGEST, help="Batch size; repeat for several.  [default: 1, 8]"),
+    ] = None,
+    seconds: Annotated[float, typer.Option(min=0.0, max=3600.0, help="Time for each comparison.")] = 2.0,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder for the rows and a plot; new or empty.")
+    ] = None,
+    cache_bits: CacheBitsOption = None,
+    dtype: DTypeOption = DType.bfloat16,
+    device: DeviceOption = "auto",
+) -> Result:
+    """Bytes, seconds and memory of a converted model beside its original; above 1 is a gain."""
+    if output is not None:
+        check_output(output)
+    with starting():
+        from mha2mla_vlm.bench.models import BATCHES, CONTEXTS, bench_models
+        from mha2mla_vlm.bench.report import rows_table, write_report
+        from mha2mla_vlm.evaluation.answers import check_baseline
+        from mha2mla_vlm.model.cache.quantized import QuantizationConfig
+
+    quantization = None if cache_bits is None else {"nbits": cache_bits}
+    QuantizationConfig.from_dict(quantization or {})
+    check_baseline(checkpoint, baseline)
+    with nullcontext() if output is None else claimed(output):
+        (converted, _), (original, _) = (load_model(name, dtype, device) for name in (checkpoint, baseline))
+        result = bench_models(
+            original,
+            converted,
+            contexts=context or CONTEXTS,
+            batches=batch_size or BATCHES,
+            seconds=seconds,
+            quantization=quantization,
+        )
+        if output is not None:
+            write_report(result, output)
+    return Result(result, rows_table(result))

@@ -1,9 +1,6 @@
 """What the commands share: arguments, options, and how a result is printed."""
 
 import inspect
-import json
-import os
-import sys
 from collections.abc import Callable
 from dataclasses import fields
 from enum import StrEnum
@@ -12,7 +9,8 @@ from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
 
-from mha2mla_vlm.errors import InputError
+from mha2mla_vlm.cli.results import Command
+from mha2mla_vlm.model.shipped import ZOO_NAMES, ZOO_PREFIX
 
 LARGEST = 2**31 - 1  # of whole numbers: beyond, one library or another fails
 
@@ -33,7 +31,15 @@ class SplitName(StrEnum):
     test = "test"
 
 
-ModelArgument = Annotated[str, typer.Argument(help="A folder, a hub id, or zoo:NAME.", show_default=False)]
+def zoo_models() -> list[str]:
+    """What completes the name of a model; where nothing does, the shell looks for folders."""
+    return [ZOO_PREFIX + name for name in ZOO_NAMES]
+
+
+ModelArgument = Annotated[
+    str,
+    typer.Argument(help="A folder, a hub id, or zoo:NAME.", show_default=False, autocompletion=zoo_models),
+]
 DataOption = Annotated[
     str,
     typer.Option(
@@ -65,11 +71,11 @@ DTypeOption = Annotated[DType, typer.Option(help="Data type to run in; auto is t
 DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.")]
 
 
-def mirrored(config_class: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def mirrored(config_class: type) -> Callable[[Command], Command]:
     """Give a command an option for each plain field of a configuration; what is not given is None."""
     hints = get_type_hints(config_class)
 
-    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+    def decorate(command: Command) -> Command:
         """The command with a signature that typer reads the options from."""
         signature = inspect.signature(command, eval_str=True)
         parameters = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
@@ -79,7 +85,8 @@ def mirrored(config_class: type) -> Callable[[Callable[..., None]], Callable[...
             default = "" if field.default is None else f"  [default: {field.default}]"
             kind = hints[field.name] if "None" in str(field.type) else hints[field.name] | None
             most = LARGEST if int in get_args(kind) else None
-            option = typer.Option(help=field.metadata["help"] + default, show_default=False, max=most)
+            said = {"help": field.metadata["help"] + default, "show_default": False}
+            option = typer.Option(**said, max=most, autocompletion=_completion(field.metadata["known"]))
             parameters.append(
                 inspect.Parameter(
                     field.name,
@@ -96,19 +103,13 @@ def mirrored(config_class: type) -> Callable[[Callable[..., None]], Callable[...
     return decorate
 
 
+def _completion(values: tuple[str, ...]) -> Callable[[], tuple[str, ...]] | None:
+    return (lambda: values) if values else None
+
+
 def load_model(name: str, dtype: DType, device: str) -> tuple[Any, Any]:
     """A model and its processor."""
     from mha2mla_vlm.model.checkpoint import load, load_processor, pick_device
 
     target = pick_device(device)
     return load(name, dtype=dtype.value).to(target), load_processor(name)
-
-
-def finish(result: dict[str, Any]) -> None:
-    """Print a command's result, the last line on standard output."""
-    try:
-        print(json.dumps(result), flush=True)
-    except OSError as error:
-        # what could not be written would be tried again, and fail, as Python ends
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise InputError(f"standard output cannot be written to: {error.strerror}") from None

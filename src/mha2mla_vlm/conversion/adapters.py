@@ -10,6 +10,7 @@ from mha2mla_vlm.errors import InputError, first_line, need
 from mha2mla_vlm.model.checkpoint import load, load_processor, save
 from mha2mla_vlm.utils.distributed import process_index, wait_for_all
 from mha2mla_vlm.utils.folders import check_output, discard
+from mha2mla_vlm.utils.progress import status
 from mha2mla_vlm.utils.remote import away_from
 
 logger = logging.getLogger(__name__)
@@ -44,12 +45,15 @@ def merge(name: str, adapter: str) -> Any:
     if away := away_from(adapter):  # peft asks the hub even for what is in its cache
         raise InputError(f"the adapter {adapter} is no folder here, and {away}")
     try:
-        adapted = PeftModel.from_pretrained(load(name), adapter)
-        given = load_peft_weights(adapter, device="cpu")
+        original = load(name)
+        with status(f"reading {adapter}"):
+            adapted = PeftModel.from_pretrained(original, adapter)
+            given = load_peft_weights(adapter, device="cpu")
     except InputError:
         raise
     except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
         raise InputError(f"cannot merge the adapter {adapter} into {name}: {first_line(error)}") from None
     if wrong := sorted(given.keys() ^ get_peft_model_state_dict(adapted).keys()):
         raise InputError(f"the adapter {adapter} is not one of {name}; they differ in {', '.join(wrong[:3])}")
-    return adapted.merge_and_unload(safe_merge=True)
+    with status(f"merging {adapter}"):
+        return adapted.merge_and_unload(safe_merge=True)

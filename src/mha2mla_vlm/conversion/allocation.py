@@ -91,8 +91,8 @@ def allocated(
         return _allocated_latents(mla, losses, sizes, config)
     unit = unit_dims(sizes.head_dim)
     rope, latent = ([_curves(layer, sizes)[n] for layer in losses] for n in range(2))
-    if config.rope_dim is not None:
-        rope = [{config.rope_dim // unit: 0.0}] * len(rope)
+    if config.qk_rope_head_dim is not None:
+        rope = [{config.qk_rope_head_dim // unit: 0.0}] * len(rope)
     if config.d_kv is not None:
         latent = [{config.d_kv // unit: 0.0}] * len(latent)
     chosen = allocate(rope, latent, budget_units(sizes, config))
@@ -207,7 +207,7 @@ def _write_options(
     for a, b in itertools.product(rope, latent):
         sized = _of_size(spec, layer, "write", b, dims_in_unit(sizes, config) * sizes.kv_heads)
         made = replace(sized, rope_dim=a * coarse)
-        if config.rope_dim in (None, made.rope_dim) and made.fits(sizes):
+        if config.qk_rope_head_dim in (None, made.rope_dim) and made.fits(sizes):
             units = a + b if config.bits_by_channel else 2 * (a + b)
             options[made] = Option(units, made.products(sizes) / sizes.products, rope[a] + latent[b])
     return options
@@ -221,7 +221,7 @@ def _read_options(
         curve = interpolate(layer.read, max(layer.bits["read"]))
     for units, loss in curve.items():
         sized = _of_size(spec, layer, "read", units, dims_in_unit(sizes, config) * sizes.kv_heads)
-        made = replace(sized, rope_dim=config.rope_dim or sizes.head_dim)
+        made = replace(sized, rope_dim=config.qk_rope_head_dim or sizes.head_dim)
         options[made] = Option(units, made.products(sizes) / sizes.products, loss)
     return options
 

@@ -30,29 +30,39 @@ class ConversionConfig(Strict):
     whole head dim unless given. With "auto", the default, each layer gets the mode and the sizes that are
     predicted to cost least together under the budget and under `max_decode_cost`.
 
-    `rope_dim` (R) and `d_kv`, per KV head, are instead the same in every layer; given one of them and a
-    budget, the other is allocated; given only one of them, the other is a half (R) or a quarter (d_kv) of the
-    head dim. What only goes with "write" (these sizes, another pair selection, no fold, a factorisation
+    `qk_rope_head_dim` (R) and `d_kv`, per KV head, are instead the same in every layer; given one of them and
+    a budget, the other is allocated; given only one of them, the other is a half (R) or a quarter (d_kv) of
+    the head dim. What only goes with "write" (these sizes, another pair selection, no fold, a factorisation
     without budget) makes it the default. A share of the records is held out to measure the loss on.
     """
 
     budget: float | None = option(
         None, "Share of the cache to keep, allocated to layers; else 0.125, or 0.375 at write."
     )
-    rope_dim: int | None = option(None, "R, rope dims kept per head, instead the same in every layer.")
-    d_kv: int | None = option(None, "Latent dims per KV head, instead the same in every layer.")
-    rope_selection: str = option("residual", f"Which pairs stay rotated. {PAIR_SELECTIONS.described()}")
+    qk_rope_head_dim: int | None = option(
+        None, "R, rope dims kept per KV head, instead the same in every layer."
+    )
+    d_kv: int | None = option(
+        None,
+        "Latent dims per KV head, instead the same in every layer; the latent of a token, kv_lora_rank, has "
+        "d_kv for each KV head.",
+    )
+    rope_selection: str = option(
+        "residual", f"Which pairs stay rotated. {PAIR_SELECTIONS.described()}", PAIR_SELECTIONS
+    )
     fold: bool = option(True, "Move the mean rotation of dropped pairs into the weights.")
     factorization: str = option(
         None,
         f"How keys and values are factorised. {FACTORIZATIONS.described()}  [default: output-weighted; "
         "output-weighted-shrunk at read and with auto]",
+        FACTORIZATIONS,
     )
     rotate_at: str = option(
         None,
         "write: rotated keys are cached beside the latent. read: keys are made of the latent and rotated "
         "when they are read, which is far better at small sizes and takes more arithmetic. auto: each layer "
         "as it loses least.  [default: auto; write with sizes or methods that only go with it]",
+        DEFAULT_BUDGET,
     )
     max_decode_cost: float | None = option(
         None,
@@ -63,6 +73,7 @@ class ConversionConfig(Strict):
         "16",
         "16: latents are numbers of 16 bits. mixed: 8, 4 or 2 bits for each channel, by what its error "
         "costs, which is far better in the same bytes.",
+        LATENT_BITS,
     )
     samples: int = option(128, "Chats to calibrate and measure on, at most.")
     random_chats: int = option(
@@ -105,7 +116,7 @@ class ConversionConfig(Strict):
 
     def _only_at_write(self) -> bool:
         """Whether sizes or methods are given that rotation at write alone can have."""
-        fixed = self.rope_dim is not None or self.d_kv is not None
+        fixed = self.qk_rope_head_dim is not None or self.d_kv is not None
         chosen = self.rope_selection != "residual" or not self.fold
         method = self.factorization
         known = method in FACTORIZATIONS  # else it is refused below
@@ -118,7 +129,7 @@ class ConversionConfig(Strict):
                     f"max_decode_cost goes with rotate_at {AUTO}, which chooses, not with {self.rotate_at}"
                 )
             return
-        for name in ("rope_dim", "d_kv"):
+        for name in ("qk_rope_head_dim", "d_kv"):
             if getattr(self, name) is not None:
                 raise InputError(f"rotate_at {AUTO} chooses {name} of each layer: give a budget instead")
         if self.max_decode_cost is None:
@@ -137,8 +148,8 @@ class ConversionConfig(Strict):
     def _check_budget(self, budget: float) -> None:
         if not 0 < budget <= 1:
             raise InputError(f"budget = {budget}: give a share of the original cache, above 0 and up to 1")
-        if self.rope_dim is not None and self.d_kv is not None:
-            raise InputError("budget, rope_dim and d_kv together say too much; leave one of them out")
+        if self.qk_rope_head_dim is not None and self.d_kv is not None:
+            raise InputError("budget, qk_rope_head_dim and d_kv together say too much; leave one of them out")
         if self.at_read and self.d_kv is not None:
             raise InputError(
                 "budget and d_kv together say too much at read, where all is latent; leave one out"
@@ -146,7 +157,7 @@ class ConversionConfig(Strict):
         if not factorization(self.factorization).takes_budget:
             raise InputError(
                 f"factorization {self.factorization!r} has no ranks to allocate; "
-                "give rope_dim and d_kv instead"
+                "give qk_rope_head_dim and d_kv instead"
             )
 
     @property
@@ -173,12 +184,12 @@ class ConversionConfig(Strict):
     @property
     def drops_pairs(self) -> bool:
         """Whether some pairs are not rotated any more: at read none is dropped unless rope dims are given."""
-        return "write" in self.modes or self.rope_dim is not None
+        return "write" in self.modes or self.qk_rope_head_dim is not None
 
     @property
     def share(self) -> float | None:
         """The share of the cache to allocate to layers, or None if all have the same sizes."""
-        fixed = self.d_kv is not None or (self.rope_dim is not None and not self.at_read)
+        fixed = self.d_kv is not None or (self.qk_rope_head_dim is not None and not self.at_read)
         if self.budget is None and not fixed and factorization(self.factorization).takes_budget:
             return DEFAULT_BUDGET[self.rotate_at]
         return self.budget

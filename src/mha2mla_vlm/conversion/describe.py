@@ -14,7 +14,6 @@ from mha2mla_vlm.errors import InputError
 from mha2mla_vlm.model.cache.latent import bytes_per_token
 from mha2mla_vlm.model.checkpoint import load_config, resolve
 from mha2mla_vlm.model.files import check_weights, weights_files
-from mha2mla_vlm.utils.progress import console
 from mha2mla_vlm.utils.remote import remote_tensors
 
 
@@ -87,11 +86,11 @@ def _local_pairs(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
                 yield key, file.get_tensor(key)
 
 
-def print_layers(description: dict[str, Any]) -> None:
-    """A table of the layers, on standard error."""
+def layers_table(description: dict[str, Any]) -> Table:
+    """A table of the layers."""
     ratio = description["bytes_per_token"] / description["bytes_per_token_original"]
     size = description["bytes_per_token"]
-    title = f"{description['family']}: {size} cache bytes per token, {ratio:.1%} of the original"
+    title = f"{description['family']}: {size:,} cache bytes per token, {ratio:.1%} of the original"
     table = Table(title=title)
     bits = f"r in {', '.join(map(str, CHANNEL_BITS))} bits"
     for column in ("layer", "R", "r", bits, "rotated at", "predicted KL", "pairs that stay rotated"):
@@ -109,4 +108,4 @@ def print_layers(description: dict[str, Any]) -> None:
             counts = "all in 16" if spec.bits is None else ", ".join(map(str, spec.bits))
             sizes = [str(spec.rope_dim), str(spec.rank or "-"), counts, spec.rotate_at]
         table.add_row(str(layer), *sizes, cost, shown)
-    console().print(table)
+    return table

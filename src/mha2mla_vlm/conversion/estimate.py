@@ -33,7 +33,7 @@ from mha2mla_vlm.model.modeling import decoder_layers, layer_prefixes
 from mha2mla_vlm.model.offload import empty_model, front_modules, stored_names
 from mha2mla_vlm.utils.compat import reshaped_names
 from mha2mla_vlm.utils.memory import forget_peak, peak_resident_bytes, resident_bytes
-from mha2mla_vlm.utils.progress import Phases, console
+from mha2mla_vlm.utils.progress import Phases
 from mha2mla_vlm.utils.remote import DTYPES, remote_headers
 
 WRITE_RATE = 500e6  # bytes a second, of an ordinary disk
@@ -203,7 +203,9 @@ def _evenly(mla: MLAConfig, sizes: AttentionSizes, config: ConversionConfig) -> 
         return replace(mla, kv_lora_rank=rank, latent_bits=bits, kv_bias=True)
     if config.at_read:
         return replace(mla, kv_lora_rank=units * unit * sizes.kv_heads)
-    rope = (config.rope_dim or 0) // unit or units - ((config.d_kv or 0) // unit or max(1, units // 3))
+    rope = (config.qk_rope_head_dim or 0) // unit or units - (
+        (config.d_kv or 0) // unit or max(1, units // 3)
+    )
     rope = min(rope, sizes.head_dim // unit)
     return replace(mla, qk_rope_head_dim=rope * unit, kv_lora_rank=(units - rope) * unit * sizes.kv_heads)
 
@@ -237,8 +239,8 @@ def _renamed(batch: BatchFeature, config: Any) -> BatchFeature:
     return BatchFeature({**batch, "input_ids": ids})
 
 
-def print_prediction(prediction: Prediction) -> None:
-    """The figures as a table, on standard error."""
+def prediction_table(prediction: Prediction) -> Table:
+    """The figures as a table."""
     table = Table(title="estimate", show_header=False)
     share = prediction.bytes_per_token / prediction.bytes_per_token_original
     cache = f"{prediction.bytes_per_token_original:,} to {prediction.bytes_per_token:,} ({share:.1%})"
@@ -253,7 +255,7 @@ def print_prediction(prediction: Prediction) -> None:
         table.add_row(name, value)
     for phase, seconds in prediction.phases.items():
         table.add_row(f"  {phase}", _time(seconds))
-    console().print(table)
+    return table
 
 
 def _time(seconds: float) -> str:

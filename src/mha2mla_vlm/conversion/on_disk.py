@@ -34,7 +34,7 @@ from mha2mla_vlm.utils.compat import reshaped_names, tied_names
 from mha2mla_vlm.utils.distributed import claimed_by_first, process_count
 from mha2mla_vlm.utils.folders import check_output
 from mha2mla_vlm.utils.memory import peak_resident_bytes
-from mha2mla_vlm.utils.progress import kept
+from mha2mla_vlm.utils.progress import kept, status, track
 
 SHARD_BYTES = 1_000_000_000  # of what lies beside the layers, which have a shard each
 
@@ -106,7 +106,7 @@ def _convert(
         found = replace(found, mla=replace(found.mla, **named))
         start = time.perf_counter()
         if work.main:
-            with work.writing("the rest of the model"):
+            with work.writing("the rest of the model"), status("writing the rest of the model"):
                 _write_rest(model, processor, found.mla, work)
                 write_findings(found.findings, work.result)
         work.seconds["writing"] = work.seconds.get("writing", 0.0) + time.perf_counter() - start
@@ -238,7 +238,8 @@ def rest_shards(model: PreTrainedModel) -> list[list[str]]:
 def _digest(chats: Chats) -> str:
     """What the chats are, in short."""
     found = hashlib.sha256()
-    for batch in (*chats.calibration, *chats.held_out):
+    count = sum(map(len, chats))
+    for batch in track((batch for part in chats for batch in part), "reading chats", count):
         for key, value in sorted(batch.items()):
             found.update(key.encode() + value.cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return found.hexdigest()

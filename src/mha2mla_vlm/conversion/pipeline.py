@@ -21,6 +21,7 @@ from mha2mla_vlm.data.records import EncodedRecords, Record
 from mha2mla_vlm.errors import InputError
 from mha2mla_vlm.model.families import get_family
 from mha2mla_vlm.utils.distributed import process_index
+from mha2mla_vlm.utils.progress import track
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +98,6 @@ def encode_split(
 
 def _checked(chats: Chats) -> Chats:
     """The chats, each encoded once: raises `InputError` for one that cannot be."""
-    for batches in chats:
-        for _ in batches:
-            pass
+    for _ in track((batch for part in chats for batch in part), "reading chats", sum(map(len, chats))):
+        pass
     return chats

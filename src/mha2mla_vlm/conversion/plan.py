@@ -104,7 +104,7 @@ def plan(model_config: Any, config: ConversionConfig) -> MLAConfig:
         )
     method, sizes = factorization(config.factorization), AttentionSizes.of(model_config)
     whole = sizes.head_dim if config.at_read else sizes.head_dim // 2
-    rope_dim = whole if config.rope_dim is None else config.rope_dim
+    rope_dim = whole if config.qk_rope_head_dim is None else config.qk_rope_head_dim
     mla = MLAConfig(
         qk_rope_head_dim=rope_dim,
         kv_lora_rank=_rank(method, sizes, rope_dim, config),
@@ -192,7 +192,7 @@ def _plan_factors(model_config: Any, config: ConversionConfig) -> MLAConfig:
             f"factorization {config.factorization!r} does not go with a model that has partial RoPE already; "
             f"known: {', '.join(known)}"
         )
-    if config.budget is not None or config.rope_dim not in (None, mla.qk_rope_head_dim):
+    if config.budget is not None or config.qk_rope_head_dim not in (None, mla.qk_rope_head_dim):
         raise InputError(
             f"the model has partial RoPE already, R = {mla.qk_rope_head_dim}; give only d_kv, no budget"
         )
@@ -210,8 +210,8 @@ def _plan_factors(model_config: Any, config: ConversionConfig) -> MLAConfig:
 def _check_budget(sizes: AttentionSizes, config: ConversionConfig) -> None:
     """Raise `InputError` if the least sizes of a layer, or those given, are over the budget."""
     unit, coarse = dims_in_unit(sizes, config), unit_dims(sizes.head_dim)
-    given = None if config.at_read else config.rope_dim
-    for name, value, step in (("rope_dim", given, coarse), ("d_kv", config.d_kv, unit)):
+    given = None if config.at_read else config.qk_rope_head_dim
+    for name, value, step in (("qk_rope_head_dim", given, coarse), ("d_kv", config.d_kv, unit)):
         if value is not None and value % step:
             raise InputError(f"{name} = {value}: with a budget give a multiple of {step}")
     rope = 0 if config.at_read else (given or coarse) // coarse

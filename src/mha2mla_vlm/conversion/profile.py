@@ -50,7 +50,7 @@ class Profile:
 
 
 def _of_any_size(config: ConversionConfig) -> ConversionConfig:
-    return replace(config, budget=None, rope_dim=None, d_kv=None, max_decode_cost=None)
+    return replace(config, budget=None, qk_rope_head_dim=None, d_kv=None, max_decode_cost=None)
 
 
 class KeptLayers(Sequence[LayerProfile]):

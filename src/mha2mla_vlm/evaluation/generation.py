@@ -1,5 +1,6 @@
 """One answer from a model, with the bytes of the cache that it took."""
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from mha2mla_vlm.data.records import Record, encode
 from mha2mla_vlm.errors import InputError
 from mha2mla_vlm.model.cache.latent import cache_bytes
 from mha2mla_vlm.utils.compat import cache_of
+from mha2mla_vlm.utils.progress import status
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,15 +88,23 @@ def answer(
         raise InputError("a quantised cache is for converted models; this one is an original")
     options = {"cache_implementation": "quantized", "cache_config": quantization} if quantization else {}
     inputs = encode(processor, [record], generation_prompt=True).to(model.device)
-    output = model.generate(
-        **inputs,
-        do_sample=False,
-        max_new_tokens=max_new_tokens,
-        logits_processor=LogitsProcessorList([Finite()]),
-        return_dict_in_generate=True,
-        **options,
-        streamer=_Streamer(processor.tokenizer, stream) if stream else None,
-    )
+    with contextlib.ExitStack() as waiting:
+
+        def write(text: str) -> None:
+            waiting.close()
+            if stream is not None:
+                stream(text)
+
+        waiting.enter_context(status("answering"))  # until there is text
+        output = model.generate(
+            **inputs,
+            do_sample=False,
+            max_new_tokens=max_new_tokens,
+            logits_processor=LogitsProcessorList([Finite()]),
+            return_dict_in_generate=True,
+            **options,
+            streamer=_Streamer(processor.tokenizer, write) if stream else None,
+        )
     cache, prompt_tokens = cache_of(output), inputs["input_ids"].shape[1]
     new = output.sequences[0, prompt_tokens:]
     return Answer(

@@ -11,6 +11,7 @@ from mha2mla_vlm.config import CHANNEL_BITS, AttentionSizes, LayerSpec, MLAConfi
 from mha2mla_vlm.errors import InputError, first_line
 from mha2mla_vlm.model.cache.latent import bytes_per_token
 from mha2mla_vlm.model.families import get_family
+from mha2mla_vlm.utils.progress import status
 from mha2mla_vlm.utils.remote import HUB_ERRORS, unreachable
 
 CARD = """---
@@ -125,8 +126,9 @@ def check_repository(repository: str | None) -> None:
         validate_repo_id(repository)
         if away := unreachable():
             raise InputError(f"--push-to-hub {repository}: {away}; leave it out, and send the result later")
-        HfApi().repo_exists(repository)
-        HfApi().whoami()
+        with status("asking the hub"):
+            HfApi().repo_exists(repository)
+            HfApi().whoami()
     except HFValidationError as error:
         raise InputError(f"--push-to-hub {repository!r}: {error}") from None
     except (LocalTokenNotFoundError, *HUB_ERRORS) as error:
@@ -138,8 +140,9 @@ def push(folder: Path, repository: str) -> str:
     """Send a folder to a model repository of the hub, made if it is not there; returns its address."""
     api = HfApi()
     try:
-        address = api.create_repo(repository, exist_ok=True)
-        api.upload_folder(repo_id=repository, folder_path=folder)
+        with status(f"sending {folder} to {repository}"):
+            address = api.create_repo(repository, exist_ok=True)
+            api.upload_folder(repo_id=repository, folder_path=folder)
     except HUB_ERRORS as error:
         reason = first_line(error)
         raise InputError(

@@ -23,6 +23,7 @@ from mha2mla_vlm.model.modeling import loading_errors, register
 from mha2mla_vlm.model.shipped import ZOO_PREFIX, zoo_path
 from mha2mla_vlm.model.soundness import check_config, check_stored
 from mha2mla_vlm.utils.folders import new_folder
+from mha2mla_vlm.utils.progress import status
 from mha2mla_vlm.utils.remote import HUB_ERRORS, away_from, why
 
 FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model")  # of a model, for which none is code
@@ -38,7 +39,8 @@ def load_config(name: str | Path, **kwargs: Any) -> PreTrainedConfig:
     """Config of an original or a converted model; raises `InputError` if it is not a sound one of a
     supported family. Keyword arguments go to `from_pretrained`.
     """
-    register()
+    with status(f"reading the config of {shown_path(name)}"):
+        register()
     source = resolve(name)
     folder = Path(source)
     if folder.is_dir():
@@ -47,7 +49,8 @@ def load_config(name: str | Path, **kwargs: Any) -> PreTrainedConfig:
             raise InputError(f"{source} holds no config.json; give the folder of a model")
     away = away_from(source)
     options = _cached(away) | {"trust_remote_code": False} | kwargs
-    with reading(f"a model config from {shown_path(source)}", partial(why, away=away)):
+    what = f"a model config from {shown_path(source)}"
+    with status(f"reading the config of {shown_path(name)}"), reading(what, partial(why, away=away)):
         check_stored(PreTrainedConfig.get_config_dict(source, **options)[0])
         config = AutoConfig.from_pretrained(source, **options)
         check_config(config)
@@ -70,9 +73,10 @@ def load(name: str | Path, **kwargs: Any) -> PreTrainedModel:
     if not converted:
         options["ignore_mismatched_sizes"] = True  # refused below, by name, as converted models do themselves
     stored = converted or any(folder.glob("*.safetensors*"))
-    if folder.is_dir() and stored and getattr(config, "quantization_config", None) is None:
-        check_weights(folder)
-    with reading(f"the weights of {shown_path(source)}", partial(why, away=away)):
+    what = f"the weights of {shown_path(source)}"
+    with status(f"loading the weights of {shown_path(name)}"), reading(what, partial(why, away=away)):
+        if folder.is_dir() and stored and getattr(config, "quantization_config", None) is None:
+            check_weights(folder)
         model, info = AutoModelForImageTextToText.from_pretrained(source, **options)
     if found := loading_errors(info):
         raise InputError(f"the weights of {shown_path(source)} are not those of the config: {found}")
@@ -91,7 +95,8 @@ def local_folder(name: str | Path) -> Path:
         return source
     away = away_from(str(name))
     try:
-        return Path(snapshot_download(str(name), allow_patterns=list(FILES), **_cached(away)))
+        with status(f"downloading {shown_path(name)}"):
+            return Path(snapshot_download(str(name), allow_patterns=list(FILES), **_cached(away)))
     except (*HUB_ERRORS, ValueError, HFValidationError) as error:
         reason = why(error, away)
         raise InputError(f"{name!r} is no folder, and cannot be downloaded: {reason}") from None
@@ -115,10 +120,11 @@ def pick_device(name: str) -> torch.device:
 
 def load_processor(name: str | Path) -> ProcessorMixin:
     """Load the processor that belongs to a model; its padding is on the left, for generation."""
-    register()
     source = resolve(name)
     away = away_from(source)
-    with reading(f"the processor of {shown_path(source)}", partial(why, away=away)):
+    what = f"the processor of {shown_path(source)}"
+    with status(f"loading the processor of {shown_path(name)}"), reading(what, partial(why, away=away)):
+        register()
         processor = AutoProcessor.from_pretrained(source, trust_remote_code=False, **_cached(away))
         processor.tokenizer.padding_side = "left"
     return processor
@@ -126,7 +132,7 @@ def load_processor(name: str | Path) -> ProcessorMixin:
 
 def save(model: PreTrainedModel, processor: ProcessorMixin | None, output: str | Path) -> Path:
     """Write a model and, if there is one, its processor as one transformers folder, whole or not at all."""
-    with new_folder(output) as folder:
+    with new_folder(output) as folder, status(f"writing {shown_path(output)}"):
         model.save_pretrained(folder)
         if getattr(model.config, "mla", None) is not None:
             write_card(model.config, folder)

@@ -8,6 +8,7 @@ from typing import Any
 from safetensors import safe_open
 
 from mha2mla_vlm.errors import InputError, reading
+from mha2mla_vlm.utils.progress import status
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 FLOATS = ("F64", "F32", "BF16", "F16")
@@ -54,6 +55,6 @@ def weights_digest(folder: Path) -> dict[str, str]:
     """Size and SHA-256 of each file of weights in a folder, by its name."""
     found = {}
     for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb") as file:
+        with path.open("rb") as file, status(f"reading {path.name}"):
             found[path.name] = f"{path.stat().st_size} {hashlib.file_digest(file, 'sha256').hexdigest()}"
     return found

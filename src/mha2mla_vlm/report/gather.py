@@ -84,18 +84,20 @@ def gather(
     commands: Sequence[str] = (),
     layer_samples: int = 16,
     answers: Sequence[Answered] | None = None,
+    itemsize: int | None = None,
 ) -> Report:
     """Measure a converted model beside its original on `records`, and the KL of converting only one layer,
     for each, on the first `layer_samples`.
 
-    `findings` are those of the conversion, `answers` those of the model where it was asked already.
+    `findings` are those of the conversion, `answers` those of the model where it was asked already. A number
+    in a cache has `itemsize` bytes, by default as in the model.
     Raises `InputError` for models that cannot be compared, and for records without answers.
     """
     if getattr(model.config, "mla", None) is None:
         raise InputError(f"{name!r} is not a converted model; make one with: mha2mla convert")
     if answers is None:
         answers = evaluate_answers(model, processor, records, baseline=baseline)
-    itemsize = model.dtype.itemsize
+    itemsize = itemsize or model.dtype.itemsize
     found = findings or {}
     return Report(
         name=name,

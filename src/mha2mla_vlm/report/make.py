@@ -83,7 +83,7 @@ def _commands(checkpoint: str, original: str, data: str | None, findings: dict[s
     settings = findings.get("settings", {})
     sizes = [
         f"--{key.replace('_', '-')} {settings[key]}"
-        for key in ("budget", "max_decode_cost", "rope_dim", "d_kv")
+        for key in ("budget", "max_decode_cost", "qk_rope_head_dim", "d_kv")
         if settings.get(key)
     ]
     how = [

@@ -12,6 +12,7 @@ from mha2mla_vlm.model.card import method
 from mha2mla_vlm.report.gather import Report
 from mha2mla_vlm.report.plots import cache_plot, losses_plot, pairs_plot, spectra_plot
 from mha2mla_vlm.utils.folders import new_file
+from mha2mla_vlm.utils.progress import status
 
 LARGEST_SIDE = 384  # pixels of an image that is shown
 SHOWN_TOKENS = 32_768  # of the caches that the head of the page compares
@@ -43,7 +44,8 @@ def render(report: Report) -> str:
 
 def write_report(report: Report, path: Path) -> None:
     """Write the page, whole or not at all."""
-    text = render(report)
+    with status("drawing the page"):
+        text = render(report)
     with new_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 

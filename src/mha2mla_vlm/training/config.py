@@ -9,7 +9,8 @@ import yaml
 
 from mha2mla_vlm.config import OnBadRecord, Strict, check_types, option
 from mha2mla_vlm.errors import InputError, reading, shown, shown_path
-from mha2mla_vlm.training.policies import find_policy
+from mha2mla_vlm.training.policies import ALIASES, POLICIES, find_policy
+from mha2mla_vlm.training.recipes import find_recipe
 
 _POSITIVE = (
     "learning_rate",
@@ -35,6 +36,7 @@ MAX_RECIPE = 2**20  # bytes
 _LARGEST = 2**31
 RATE = 0.05  # learning rate times width
 DTYPES = ("auto", "float32", "bfloat16")
+ATTENTION = ("sdpa", "eager", "flash_attention_2")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +46,9 @@ class FinetuneConfig(Strict):
     `training_arguments` go to `transformers.TrainingArguments` as they are, over what is set here.
     """
 
-    trains: str = option("attention-and-norms", "What trains: a policy, by name or published alias.")
+    trains: str = option(
+        "attention-and-norms", "What trains: a policy, by name or published alias.", (*POLICIES, *ALIASES)
+    )
     distillation: float = option(1.0, "Share of the original in the loss; 0 is labels only.")
     attention_loss: float = option(
         1.0, "Weight of the original's attention outputs beside the KL to its answers."
@@ -62,17 +66,19 @@ class FinetuneConfig(Strict):
     shuffle: bool = option(True, "Draw chats in random order.")
     seed: int = option(0, "Seed of the order, the held-out chats, and LoRA's weights.")
     lora_rank: int | None = option(None, "Train LoRA adapters of this rank and merge them at the end.")
-    dtype: str = option("auto", "Data type of frozen weights; what trains is float32.")
+    dtype: str = option("auto", "Data type of frozen weights; what trains is float32.", DTYPES)
     bf16: bool = option(True, "Compute in bfloat16 (autocast).")
     attn_implementation: str | None = option(
-        None, "sdpa, eager, flash_attention_2; else transformers' choice."
+        None, "sdpa, eager, flash_attention_2; else transformers' choice.", ATTENTION
     )
     gradient_checkpointing: bool = option(False, "Compute activations again instead of storing them.")
     eval_samples: int = option(128, "Chats held out from the data to measure on, unless some are given.")
     evaluate_every: int | None = option(None, "Steps between measurements; else only before and after.")
     save_every: int | None = option(None, "Steps between checkpoints; else ten per run.")
     workers: int = option(0, "Processes per GPU that read and prepare chats.")
-    on_bad_record: str = option("fail", "fail, or skip and count, for chats that cannot be read.")
+    on_bad_record: str = option(
+        "fail", "fail, or skip and count, for chats that cannot be read.", get_args(OnBadRecord)
+    )
     training_arguments: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -146,19 +152,21 @@ class _RecipeLoader(yaml.SafeLoader):
 
 
 def read_recipe(path: str | Path | None, **given: Any) -> FinetuneConfig:
-    """A recipe file's configuration with the values that are `given` (not None) over it.
+    """The configuration of a recipe, a file or one that ships (`zoo/single_stage`), with the values that are
+    `given` (not None) over it.
 
     Raises `InputError` for a file that is no plain YAML mapping, and for unknown keys and bad values.
     """
-    values = {} if path is None else _recipe(Path(path))
+    values = {} if path is None else _recipe(path)
     return FinetuneConfig.from_dict(
         values | {key: value for key, value in given.items() if value is not None}
     )
 
 
-def _recipe(path: Path) -> dict[str, Any]:
-    with reading(f"the recipe {shown_path(path)}"):
-        if path.exists() and not path.is_file():
+def _recipe(name: str | Path) -> dict[str, Any]:
+    with reading(f"the recipe {shown_path(name)}"):
+        path = find_recipe(name)
+        if not path.is_file():
             raise InputError(f"the recipe {path} is not a file")
         with path.open("rb") as file:
             content = file.read(MAX_RECIPE + 1)

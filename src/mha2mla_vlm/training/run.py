@@ -35,7 +35,7 @@ from mha2mla_vlm.training.trainer import RecoveryTrainer
 from mha2mla_vlm.utils.compat import enable_checkpointing
 from mha2mla_vlm.utils.distributed import claimed_by_first, shared_work
 from mha2mla_vlm.utils.folders import check_output, discard, put_in_place, writing
-from mha2mla_vlm.utils.progress import kept
+from mha2mla_vlm.utils.progress import kept, status
 
 logger = logging.getLogger(__name__)
 SETTINGS = "finetune.json"  # in the output: how it was trained, and the result
@@ -108,9 +108,11 @@ def _finetune(
             chosen = _chosen(folder, settings, records, eval_records, processor, config)
         chats = Chats(records, chosen.train)
         held_out = Chats(records if eval_records is None else eval_records, chosen.held_out)
-        trainer = make_trainer(model, processor, chats, held_out, config, folder, original)
-        result = _train(trainer, folder) | {"too_long": chosen.too_long, "unreadable": chosen.unreadable}
-        write_model(trainer, folder / RESULT, dtype)
+        with status("preparing to train"):  # and between its bars
+            trainer = make_trainer(model, processor, chats, held_out, config, folder, original)
+            result = _train(trainer, folder) | {"too_long": chosen.too_long, "unreadable": chosen.unreadable}
+        with status("writing the model"):
+            write_model(trainer, folder / RESULT, dtype)
         if trainer.is_world_process_zero():
             processor.save_pretrained(folder / RESULT)
             shown = {key: shared_name(settings[key]) if settings[key] else None for key in sources}

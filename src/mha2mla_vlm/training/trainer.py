@@ -33,7 +33,7 @@ from mha2mla_vlm.training.distillation import (
     share_frozen,
 )
 from mha2mla_vlm.utils.compat import prepare_inputs
-from mha2mla_vlm.utils.progress import console
+from mha2mla_vlm.utils.progress import console, displayed
 
 LOG = "training_log.jsonl"
 
@@ -212,7 +212,7 @@ class ProgressBar(TrainerCallback):
             TimeRemainingColumn(),
             TextColumn("{task.fields[loss]}"),
         )
-        self.bar = self.stack.enter_context(Progress(*columns, console=console()))
+        self.bar = self.stack.enter_context(displayed(Progress(*columns, console=console(), transient=True)))
         self.task = self.bar.add_task("training", total=state.max_steps, completed=state.global_step, loss="")
 
     def _cut_log(self, step: int) -> None:

@@ -1,10 +1,11 @@
 """Progress and messages for people, on standard error; standard output is for the result."""
 
 import contextlib
+import functools
 import time
 from collections.abc import Iterable, Iterator, Sized
 from pathlib import Path
-from typing import Self, TypeVar
+from typing import Protocol, Self, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -12,18 +13,58 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from mha2mla_vlm.errors import Interrupted
 
 
-def console() -> Console:
-    """A console on standard error, as it is now."""
-    return Console(stderr=True)
+class Display(Protocol):
+    """A bar or a spinner, which can be shown again after it was taken away."""
+
+    def start(self) -> None: ...
+
+    def stop(self) -> None: ...
 
 
 T = TypeVar("T")
+D = TypeVar("D", bound=Display)
+_displays: list[Display] = []  # that are on; only the last is shown, as a terminal has room for one
 
 
-def track(items: Iterable[T], title: str) -> Iterator[T]:
-    """Iterate with a progress bar that disappears at the end."""
-    with Progress(console=console(), transient=True) as bar:
-        task = bar.add_task(title, total=len(items) if isinstance(items, Sized) else None)
+@functools.cache
+def console() -> Console:
+    """The console on standard error, wherever that goes now; one, as lines must know of what is live."""
+    return Console(stderr=True)
+
+
+@contextlib.contextmanager
+def displayed(display: D) -> Iterator[D]:
+    """Within the context, a bar or a spinner is on, in the place of the one around it, if there is one.
+
+    Only people see it: nothing is written where standard error is no terminal.
+    """
+    if not (console().is_interactive or console().is_jupyter):
+        yield display
+        return
+    if _displays:
+        _displays[-1].stop()
+    _displays.append(display)
+    display.start()
+    try:
+        yield display
+    finally:
+        display.stop()
+        _displays.remove(display)
+        if _displays:
+            _displays[-1].start()
+
+
+@contextlib.contextmanager
+def status(text: str) -> Iterator[None]:
+    """Within the context, a spinner says what is being done, if standard error is a terminal."""
+    with displayed(console().status(text)):
+        yield
+
+
+def track(items: Iterable[T], title: str, count: int | None = None) -> Iterator[T]:
+    """Iterate with a progress bar that disappears at the end; `count` is for items that have no length."""
+    with displayed(Progress(console=console(), transient=True)) as bar:
+        task = bar.add_task(title, total=len(items) if isinstance(items, Sized) else count)
         for item in items:
             yield item
             bar.advance(task)
@@ -67,13 +108,14 @@ class Phases:
             disable=not shown,
         )
         self._task = self._bar.add_task(title, total=total, completed=done, phase="")
+        self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
-        self._bar.start()
+        self._stack.enter_context(displayed(self._bar))
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._bar.stop()
+        self._stack.close()
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:

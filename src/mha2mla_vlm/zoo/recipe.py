@@ -27,7 +27,7 @@ from mha2mla_vlm.errors import InputError
 from mha2mla_vlm.evaluation.answers import answer_log_probs, answers_right
 from mha2mla_vlm.model.checkpoint import pick_device
 from mha2mla_vlm.model.families import get_family
-from mha2mla_vlm.utils.progress import console
+from mha2mla_vlm.utils.progress import console, displayed
 from mha2mla_vlm.zoo.architectures import LAYERS, PATCH, new_model
 from mha2mla_vlm.zoo.chats import (
     MAX_SIDE,
@@ -182,7 +182,7 @@ class _Run:
             TimeElapsedColumn(),
             TextColumn("{task.fields[loss]}"),
         )
-        with Progress(*columns, console=console()) as bar:
+        with displayed(Progress(*columns, console=console())) as bar:
             task = bar.add_task(title, total=1.0, loss="")
             while clock.progress < 1:
                 for group in optimizer.param_groups:

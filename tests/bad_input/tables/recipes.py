@@ -117,6 +117,10 @@ CASES = {
         for name, (content, named) in STATES.items()
     },
     "no file": Case(command=WITH, named="recipe.yaml"),
+    "a name that does not ship": Case(command=f"{FINETUNE} --config zoo/stage9", named="zoo/single_stage"),
+    "a config of accelerate": Case(command=f"{FINETUNE} --config accelerate/ddp", named="zoo/single_stage"),
+    "a name above the recipes": Case(command=f"{FINETUNE} --config ../config", named="zoo/single_stage"),
+    "the path of one that does not ship": Case(command="recipes zoo/stage9", named="accelerate/ddp"),
     "a folder": Case(command=f"{FINETUNE} --config data", named="data"),
     "a pipe": Case(command=WITH, change=pipe("recipe.yaml"), named="recipe.yaml"),
     "a device": Case(command=f"{FINETUNE} --config /dev/zero", named="/dev/zero"),
