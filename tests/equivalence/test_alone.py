@@ -1,5 +1,6 @@
 """A checkpoint loads by transformers: with the package, and alone, by the code beside it."""
 
+import dataclasses
 import json
 import os
 import random
@@ -14,6 +15,7 @@ from helpers import prompt_inputs, random_mla, set_attention
 from safetensors.torch import load_file, save_file
 
 from mha2mla_vlm import load, save
+from mha2mla_vlm.config import MLAConfig
 from mha2mla_vlm.model.cache.latent import LatentCache
 from mha2mla_vlm.model.carried import FORMAT, READS
 from mha2mla_vlm.zoo.chats import make_page
@@ -136,3 +138,10 @@ def test_the_example_of_the_card_runs(said):
 
 def test_this_package_reads_what_it_writes():
     assert FORMAT in READS
+
+
+def test_older_code_does_not_take_what_it_cannot_read():
+    fields = "factorization folded kl kv_bias kv_lora_rank latent_bits modalities original predicted_kl"
+    fields += " qk_rope_head_dim rope_selection rotate_at"
+    known = {1: fields.split()}  # of MLAConfig, by FORMAT: a new field needs a new one
+    assert sorted(field.name for field in dataclasses.fields(MLAConfig)) == known[FORMAT]

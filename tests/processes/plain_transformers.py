@@ -1,7 +1,7 @@
 """Load checkpoints as users of transformers do, and write what they say; `test_alone.py` starts it.
 
-It does so in two forks: `alone`, where the package cannot be imported, and `with` it. It works beside a folder
-for each checkpoint, and `inputs.pt`, all inputs; `said FORK.pt` is what each said, or its error.
+It does so in two forks: `alone`, where the package cannot be imported, and `with` it. Where it is started
+are a folder for each checkpoint, and `inputs.pt`, all inputs; `said FORK.pt` is what each said, or its error.
 """
 
 import importlib
