@@ -48,6 +48,20 @@ def test_metadata_is_that_of_the_conversion_and_its_source(config):
     assert "stated as `own`" in card.text
 
 
+@pytest.mark.parametrize(
+    ("original", "link"),
+    [("org/large", "https://huggingface.co/org/large/blob/main/LICENSE"), ("large", None)],
+)
+def test_a_licence_beside_the_original_is_linked_to_where_it_can_be(config, original, link):
+    config.mla |= {"original": original}
+    findings = FINDINGS | {
+        "source": {"license": "other", "license_link": "LICENSE", "base_model": "org/first"}
+    }
+    card = read(model_card(config, name="small", findings=findings))
+    assert card.data.license_link == link
+    assert card.data.base_model == ("org/large" if link else "org/first")
+
+
 def test_what_is_not_known_is_not_said(config):
     config.mla |= {"kl": None, "original": None}
     card = read(model_card(config, name="small"))
@@ -76,10 +90,11 @@ def test_an_evaluation_is_of_the_weights_that_were_measured(config):
     ("card", "expected"),
     [
         ("---\nlicense: mit\nbase_model: org/first\n---\n", {"license": "mit", "base_model": "org/first"}),
-        ("---\nlicense: other\nlicense_link: LICENSE\n---\n", {"license": "other"}),
+        ("---\nlicense: other\nlicense_link: L\n---\n", {"license": "other", "license_link": "L"}),
         ("---\nlicense: [mit, apache-2.0]\n---\n", {}),
         ("---\nlicense: [\n---\n", {}),
         ("---\n- a list\n---\n", {}),
+        ("---\n1: 2\n---\n", {}),
         ("no metadata", {}),
         (None, {}),
     ],

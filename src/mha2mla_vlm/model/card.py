@@ -22,11 +22,11 @@ CARD = """---
 {{ card_data }}
 ---
 
-# {{ name }}
+# {{ name }}, with multi-head latent attention
 
-{{ base }} with multi-head latent attention: converted with mha2mla-vlm
-([the method](https://arxiv.org/abs/2601.11464)){{ ", then trained" if trained }}.
-The cache holds a small latent for each token instead of keys and values.
+Converted from {{ base }} with mha2mla-vlm ([the method](https://arxiv.org/abs/2601.11464))
+{{- ", then trained" if trained }}: the cache holds a
+small latent for each token instead of keys and values.
 
 | | |
 |---|---|
@@ -42,7 +42,7 @@ conversion{{ ", before training" if trained }}.
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-name = "{{ name }}"
+name = {{ name | tojson }}
 model = AutoModelForImageTextToText.from_pretrained(name, trust_remote_code=True)
 processor = AutoProcessor.from_pretrained(name, trust_remote_code=True)
 
@@ -98,13 +98,13 @@ def model_card(
     """
     mla, family, found = MLAConfig.from_dict(config.mla), get_family(config.model_type), findings or {}
     base = mla.original if mla.original and not Path(mla.original).is_absolute() else None
-    source = found.get("source", {})
+    hub, source = base if base and "/" in base else None, found.get("source", {})
     results = _results(None if trained else mla.kl, evaluation or {})
     data = ModelCardData(
         license=source.get("license"),
         license_name=source.get("license_name"),
-        license_link=source.get("license_link"),
-        base_model=base if base and "/" in base else source.get("base_model"),  # else of the zoo, or a folder
+        license_link=_link(source.get("license_link"), hub),
+        base_model=hub or source.get("base_model"),
         library_name="transformers",
         pipeline_tag=TASK,
         tags=TAGS,
@@ -167,6 +167,13 @@ def _calibration(findings: dict[str, Any]) -> str:
     return f"It was calibrated on {count} chats{parts}.{rest}"
 
 
+def _link(link: str | None, hub: str | None) -> str | None:
+    """The address of a licence that may be a file of the original's repository."""
+    if link is None or "://" in link:
+        return link
+    return None if hub is None else f"https://huggingface.co/{hub}/blob/main/{link}"
+
+
 def _licence(source: dict[str, str], of_family: str) -> str:
     """What is known of the licence."""
     stated = source.get("license_name") or source.get("license")
@@ -220,5 +227,7 @@ def by_layer(values: list[Any]) -> str:
 
 
 def write_card(config: Any, folder: Path, **known: Any) -> None:
-    """Write `README.md`; `known` is what `model_card` takes."""
-    model_card(config, **known).save(folder / "README.md")
+    """Write `README.md`, whole or not at all; `known` is what `model_card` takes."""
+    path = folder / "README.md.partial"
+    model_card(config, **known).save(path)
+    path.replace(folder / "README.md")

@@ -35,7 +35,7 @@ def read_findings(checkpoint: str | Path) -> dict[str, Any]:
 def stated_by(model: str | Path, config: Any) -> dict[str, str]:
     """Licence and base model of a model, by its card and, if that says nothing, its config's `license`.
 
-    Nothing of a card that cannot be read. A link to a file of a repository of the hub becomes its address.
+    Nothing of a card that cannot be read. A `license_link` may be that of a file beside the model.
     """
     if Path(model).parent == ZOO_FOLDER:
         return {"license": "apache-2.0"}
@@ -43,10 +43,6 @@ def stated_by(model: str | Path, config: Any) -> dict[str, str]:
     found = {key: data.get(key) for key in STATED}
     if found["license"] is None:
         found["license"] = getattr(config, "license", None)
-    link = found["license_link"]
-    if isinstance(link, str) and "://" not in link:
-        place = f"https://huggingface.co/{model}/blob/main/{link}"
-        found["license_link"] = None if Path(model).exists() else place
     return {key: value for key, value in found.items() if isinstance(value, str)}
 
 
@@ -57,7 +53,7 @@ def _card(model: str) -> ModelCardData:
         if not Path(model).is_dir():
             path = Path(hf_hub_download(model, path.name, local_files_only=away_from(model) is not None))
         return ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=True).data
-    except (*HUB_ERRORS, HFValidationError, OSError, ValueError, YAMLError):
+    except (*HUB_ERRORS, HFValidationError, OSError, ValueError, TypeError, YAMLError):
         return ModelCardData()
 
 
