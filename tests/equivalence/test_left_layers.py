@@ -140,7 +140,7 @@ def test_saved_is_loaded_and_described(models, family, tmp_path, capsys):
     assert found["bytes_per_token"] == 2 * 2 * (own + latent)
     print_layers(found)
     assert "as it was" in capsys.readouterr().err
-    assert "None, 64, None, 64" in model_card(mixed.config)
+    assert "None, 64, None, 64" in str(model_card(mixed.config, name="mixed"))
 
 
 def test_it_trains(models, family):
