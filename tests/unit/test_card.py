@@ -20,7 +20,7 @@ FINDINGS = {
 def config():
     """The config of a converted model, measured after two transforms."""
     config = random_mla("llava")[0].config
-    config.mla |= {"kl": {"partial_rope": 0.25, "factorization": 0.5}, "original": "org/large"}
+    config.mla |= {"kl": {"factorization": 0.5, "partial_rope": 0.25}, "original": "org/large"}
     return config
 
 

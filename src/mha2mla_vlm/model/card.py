@@ -12,6 +12,7 @@ from mha2mla_vlm.model.families import get_family
 
 TASK = "image-text-to-text"
 TAGS = ["mha2mla-vlm", "mla", "multi-head-latent-attention", "kv-cache"]
+STEPS = ("factorization", "partial_rope")  # of a conversion, the last one first
 METRICS = {  # what an evaluation measures: the hub's name of the metric, and ours
     "exact_match": ("exact_match", "answers exactly right"),
     "agreement": ("agreement", "answers that equal the original's"),
@@ -128,10 +129,9 @@ def model_card(
 def _results(kl: dict[str, float] | None, evaluation: dict[str, Any]) -> list[EvalResult]:
     """The last KL of the conversion, and an evaluation, as the hub's model index has them."""
     found = []
-    if kl:
-        found.append(
-            _result("calibration-chats", "held-out share of the calibration chats", "kl", [*kl.values()][-1])
-        )
+    last = next((kl[step] for step in STEPS if step in kl), None) if kl else None
+    if last is not None:
+        found.append(_result("calibration-chats", "held-out share of the calibration chats", "kl", last))
     for key in METRICS:
         if evaluation.get(key) is not None:
             found.append(_result("held-out-chats", "held-out chats", key, evaluation[key]))
