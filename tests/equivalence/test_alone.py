@@ -74,9 +74,8 @@ def place(tmp_path_factory):
     entry.write_text(entry.read_text().replace(f"{FORMAT} not in READS", "99 not in READS"))
     torch.save({"newer": inputs["llava"]} | inputs, place / "inputs.pt")
     environment = os.environ | {"HF_MODULES_CACHE": str(place / "modules"), "HF_HUB_OFFLINE": "1"}
-    make_page(random.Random(0), split="test", multiple=28, rows=1, columns=1).image.save(
-        place / "picture.png"
-    )
+    page = make_page(random.Random(0), split="test", multiple=28, rows=1, columns=1, augment=False)
+    page.image.save(place / "picture.png")
     run = subprocess.run([sys.executable, PROGRAM], env=environment, cwd=place, check=False)
     assert run.returncode == 0
     return place

@@ -81,6 +81,7 @@ does wrong this model does too.
 ## Licence
 
 The weights derive from {{ base }}: its licence holds for them too. {{ licence }}
+
 """
 
 
