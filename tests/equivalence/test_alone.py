@@ -81,22 +81,18 @@ def place(tmp_path_factory):
     return place
 
 
-@pytest.fixture(params=["with", "alone"])
-def how(request):
-    """With the package, or alone."""
-    return request.param
-
-
 @pytest.fixture
-def said(place, how):
-    """What a process said."""
-    return torch.load(place / f"said {how}.pt", weights_only=True)
+def said(place):
+    """What the checkpoints said in each process."""
+    return {how: torch.load(place / f"said {how}.pt", weights_only=True) for how in ("alone", "with")}
 
 
-@pytest.mark.parametrize("name", [*MODELS, "newer"])
-def test_logits_and_tokens_are_those_of_the_package(place, how, said, name):
+@pytest.mark.parametrize(
+    ("how", "name"), [*(("alone", name) for name in MODELS), ("with", "llava"), ("with", "newer")]
+)
+def test_logits_and_tokens_are_those_of_the_package(place, said, how, name):
     model, inputs = load(place / name), torch.load(place / "inputs.pt", weights_only=True)[name]
-    got, carried = said[name], how == "alone" or name == "newer"
+    got, carried = said[how][name], (how, name) != ("with", "llava")
     assert got["module"].startswith("transformers_modules." if carried else "mha2mla_vlm.")
     with torch.no_grad():
         assert torch.equal(got["logits"], model(**inputs, use_cache=False).logits)
@@ -112,12 +108,12 @@ def test_logits_and_tokens_are_those_of_the_package(place, how, said, name):
 
 @pytest.mark.parametrize("name", DAMAGES)
 def test_damaged_checkpoints_are_refused(said, name):
-    assert said[name]["error"].startswith("InputError: ")
-    assert DAMAGES[name][2] in said[name]["error"]
+    assert said["alone"][name]["error"].startswith("InputError: ")
+    assert DAMAGES[name][2] in said["alone"][name]["error"]
 
 
-def test_what_is_saved_again_is_the_same(place, how, said):
-    for name in MODELS:
+def test_what_is_saved_again_is_the_same(place, said):
+    for how, name in (*(("alone", name) for name in MODELS), ("with", "llava")):
         again = place / f"again {how}" / name
         code = {path.name for path in (place / name).glob("*.py")}
         assert code == {path.name for path in again.glob("*.py")}
@@ -125,14 +121,16 @@ def test_what_is_saved_again_is_the_same(place, how, said):
             assert (again / file).read_bytes() == (place / name / file).read_bytes(), file
 
 
-def test_the_package_was_there_or_not(how, said):
-    kernels = said["llava"]["kernels"]
-    assert bool(said["imported"]) == (how == "with")
-    assert kernels == "taken" if how == "with" else "pip install mha2mla-vlm" in kernels
+def test_the_package_was_there_or_not(said):
+    assert said["alone"]["imported"] == []
+    assert said["with"]["imported"]
+    assert "pip install mha2mla-vlm" in said["alone"]["llava"]["kernels"]
+    assert said["with"]["llava"]["kernels"] == "taken"
 
 
-def test_the_example_of_the_card_runs(said):
-    assert said["example"].shape[1] > 64
+@pytest.mark.parametrize("how", ["alone", "with"])
+def test_the_example_of_the_card_runs(said, how):
+    assert said[how]["example"].shape[1] > 64
 
 
 def test_this_package_reads_what_it_writes():

@@ -66,9 +66,11 @@ def card_example(folder):
 
 def run(how):
     """In a fork: all that is asked."""
+    given, again = torch.load("inputs.pt", weights_only=True), Path(f"again {how}")
     if how == "alone":
         sys.meta_path.insert(0, Absent())
-    given, again = torch.load("inputs.pt", weights_only=True), Path(f"again {how}")
+    else:  # whose code is tested elsewhere
+        given = {name: given[name] for name in ("newer", "llava")}
     said = {name: said_by(name, inputs, again / name) for name, inputs in given.items()}
     said["example"] = card_example("llava")
     said["imported"] = [name for name in sys.modules if name.partition(".")[0] == PACKAGE]
@@ -87,4 +89,5 @@ if __name__ == "__main__":
             sys.stdout.flush()
             os._exit(0)
         forks.append(fork)
-    sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(fork, 0)[1]) for fork in forks))
+    codes = [os.waitpid(fork, 0)[1] for fork in forks]
+    sys.exit(any(codes))
