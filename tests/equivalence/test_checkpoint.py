@@ -1,8 +1,6 @@
 """Saved models load alone, strictly, in every way that users load models."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -12,20 +10,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from mha2mla_vlm import InputError, load, load_processor, save
 from mha2mla_vlm.config import AttentionSizes
-from mha2mla_vlm.model.cache.latent import LatentCache
 from mha2mla_vlm.model.modeling import decoder_layers
-
-REMOTE = """
-import json, sys, torch
-from transformers import AutoModelForImageTextToText, AutoProcessor
-model = AutoModelForImageTextToText.from_pretrained(sys.argv[1], trust_remote_code=True).eval()
-processor = AutoProcessor.from_pretrained(sys.argv[1])
-inputs = torch.load(sys.argv[2], weights_only=True)
-out = model.generate(**inputs, max_new_tokens=3, do_sample=False, return_dict_in_generate=True)
-model.save_pretrained(sys.argv[3])
-cache = out.cache if hasattr(out, "cache") else out.past_key_values
-print(json.dumps([out.sequences.tolist(), type(cache).__name__, type(processor).__name__]))
-"""
 
 
 @pytest.fixture
@@ -48,23 +33,6 @@ def test_load_gives_the_same_model(family, saved):
     assert same_weights(loaded, model)
     inputs = prompt_inputs(family, load_processor(folder), ["two images"])
     assert torch.equal(whole_logits(loaded, inputs), whole_logits(model, inputs))
-
-
-def test_plain_transformers_loads_it_and_saves_it_again(family, saved, tmp_path):
-    model, processor, folder = saved
-    inputs = prompt_inputs(family, processor, ["image"])
-    torch.save(inputs, tmp_path / "inputs.pt")
-    arguments = [sys.executable, "-c", REMOTE, folder, tmp_path / "inputs.pt", tmp_path / "again"]
-    run = subprocess.run(arguments, capture_output=True, text=True, check=False, cwd=tmp_path)
-    assert run.returncode == 0, run.stderr
-    sequences, cache, processor_class = json.loads(run.stdout.splitlines()[-1])
-    expected = model.generate(**inputs, max_new_tokens=3, do_sample=False)
-    assert sequences == expected.tolist()
-    assert cache == LatentCache.__name__
-    assert processor_class == type(processor).__name__
-    for name in ("model.safetensors", "config.json", "modeling_mha2mla.py", "generation_config.json"):
-        assert (tmp_path / "again" / name).read_bytes() == (folder / name).read_bytes(), name
-    assert same_weights(load(tmp_path / "again"), model)
 
 
 def test_auto_classes_know_it_after_load(saved):

@@ -139,7 +139,7 @@ def test_saved_is_loaded_and_described(models, family, tmp_path):
     own, latent = 2 * sizes.kv_heads * 64, sizes.kv_heads * 64 + mixed.mla_config.layer(1).rank
     assert found["bytes_per_token"] == 2 * 2 * (own + latent)
     assert list(layers_table(found).columns[1].cells).count("as it was") == len(LEFT)
-    assert "None, 64, None, 64" in model_card(mixed.config)
+    assert "None, 64, None, 64" in str(model_card(mixed.config, name="mixed"))
 
 
 def test_it_trains(models, family):

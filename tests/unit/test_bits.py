@@ -8,16 +8,14 @@ import torch
 
 from mha2mla_vlm.algorithms.bits import (
     ERRORS,
-    KEY_LIMIT,
     best_bits,
     in_steps,
     key_steps,
-    rounded,
-    rounded_keys,
     with_latents,
 )
 from mha2mla_vlm.algorithms.factorization.base import Outputs
 from mha2mla_vlm.algorithms.factorization.low_rank import Latents, about_mean, pca_factors
+from mha2mla_vlm.algorithms.rounding import KEY_LIMIT, rounded, rounded_keys
 from mha2mla_vlm.algorithms.token_stats import TokenStats
 from mha2mla_vlm.config import CHANNEL_BITS, LatentBits
 from mha2mla_vlm.model.cache.packed import pack, unpack

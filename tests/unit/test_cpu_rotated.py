@@ -7,7 +7,7 @@ import torch
 from helpers import prompt_inputs, random_mla, set_attention, shallow
 from test_interpolated import DIM, RUNS, TOKENS, rotation_of
 
-from mha2mla_vlm.algorithms.bits import rounded
+from mha2mla_vlm.algorithms.rounding import rounded
 from mha2mla_vlm.config import LatentBits
 from mha2mla_vlm.model import interpolated
 from mha2mla_vlm.model.absorbed import Up, absorb, attend_pieces, dense_mask, expand

@@ -5,7 +5,7 @@ import torch
 from helpers import logits_of_backends, prompt_inputs, random_mla, shallow
 from test_kernels import DEVICE
 
-from mha2mla_vlm.algorithms.bits import rounded
+from mha2mla_vlm.algorithms.rounding import rounded
 from mha2mla_vlm.config import LatentBits
 from mha2mla_vlm.model.absorbed import Up
 from mha2mla_vlm.model.cache.packed import PackedTokens, pack

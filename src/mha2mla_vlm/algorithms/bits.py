@@ -23,8 +23,7 @@ from mha2mla_vlm.config import CHANNEL_BITS, LatentBits
 
 STEPS = {16: 1.0, 8: 1 / 16, 4: 0.4, 2: 1.0}  # of a channel's standard deviation
 ERRORS = {16: 1e-6, 8: 3.3e-4, 4: 0.0138, 2: 0.12}  # of the variance of normal numbers, rounded to such steps
-KEY_STEP, KEY_LIMIT = 1 / 12, 127  # of rotated keys
-HALF_LIMIT = 65280  # of float16, as bfloat16 has it
+KEY_STEP = 1 / 12  # of rotated keys
 CHOICES = 256  # numbers of channels of 8 bits, and of 4, that are looked at
 
 
@@ -99,28 +98,3 @@ def key_steps(weight: torch.Tensor, bias: torch.Tensor | None, tokens: TokenStat
         squares = squares + 2 * bias.double() * (rows @ tokens.mean) + bias.double().square()
     spread = squares.unflatten(1, (2, -1)).mean(1).clamp_min(0).sqrt()
     return (KEY_STEP * spread).clamp_min(torch.finfo(torch.float32).tiny)
-
-
-def rounded_keys(keys: torch.Tensor) -> torch.Tensor:
-    """Rotated keys in steps, as they are after they were kept in 8 bits; gradients pass as in `rounded`."""
-    inside = keys.clamp(-KEY_LIMIT, KEY_LIMIT)
-    if torch.is_grad_enabled() and keys.requires_grad:
-        return inside + (inside.round() - inside).detach()
-    return inside.round()
-
-
-def rounded(latent: torch.Tensor, bits: LatentBits) -> torch.Tensor:
-    """Latents `[.., r]` in steps, as they are after they were kept in `bits`: integers are middles of steps.
-
-    Gradients pass as if nothing were rounded (straight-through), but not where numbers are out of range.
-    """
-    halves, *parts = latent.split(bits.counts, dim=-1)
-    limits = [2 ** (each - 1) - 0.5 for each in CHANNEL_BITS[1:]]
-    pairs = list(zip(parts, limits, strict=True))
-    halves = halves.clamp(-HALF_LIMIT, HALF_LIMIT)
-    found = [(part.floor() + 0.5).clamp(-limit, limit) for part, limit in pairs]
-    found = torch.cat([halves.to(torch.float16).to(latent.dtype), *found], dim=-1)
-    if torch.is_grad_enabled() and latent.requires_grad:
-        inside = torch.cat([halves, *(part.clamp(-limit, limit) for part, limit in pairs)], dim=-1)
-        return inside + (found - inside).detach()
-    return found

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import AttentionInterface, PreTrainedModel
 
-from mha2mla_vlm.algorithms.bits import rounded
+from mha2mla_vlm.algorithms.rounding import rounded
 from mha2mla_vlm.bench.context import modality_of, multimodal, positions_of
 from mha2mla_vlm.bench.dense import Dense, dense_ways
 from mha2mla_vlm.bench.timing import Timing, time_in_turn

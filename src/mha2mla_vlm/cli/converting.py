@@ -56,8 +56,8 @@ def convert(
     with starting():
         from mha2mla_vlm.conversion.plan import plan
         from mha2mla_vlm.data.sources import load_records
-        from mha2mla_vlm.model.card import check_repository
         from mha2mla_vlm.model.checkpoint import load_config, pick_device
+        from mha2mla_vlm.model.hub import check_repository
         from mha2mla_vlm.utils.distributed import claimed_by_first, join_processes, shared_work
 
     config = ConversionConfig(**{key: value for key, value in options.items() if value is not None})
@@ -130,9 +130,15 @@ def _finish_conversion(
     output: Path, repository: str | None, result: dict[str, Any], report: Callable[[], dict[str, Any]]
 ) -> Result:
     """Report, and send the model where it is to go."""
-    from mha2mla_vlm.model.card import push
+    from mha2mla_vlm.model.card import write_card
+    from mha2mla_vlm.model.checkpoint import load_config
+    from mha2mla_vlm.model.hub import push
+    from mha2mla_vlm.model.origin import read_findings
 
     measured = report()
+    if measured or repository is not None:  # which the card is to say
+        known = {"findings": read_findings(output), "evaluation": measured.get("quality")}
+        write_card(load_config(output), output, name=repository or output.resolve().name, **known)
     pushed = {} if repository is None else {"pushed": push(output, repository)}
     return Result({"output": str(output), **result, **measured, **pushed})
 

@@ -15,6 +15,7 @@ from mha2mla_vlm.conversion.plan import is_allocated, plan, print_plan
 from mha2mla_vlm.conversion.profile import LayerwiseProfile, Profile
 from mha2mla_vlm.conversion.sweep import Known
 from mha2mla_vlm.conversion.work import Work
+from mha2mla_vlm.model.origin import stated_by
 from mha2mla_vlm.utils.progress import Phases, console
 
 Sink = Callable[[int, dict[str, torch.Tensor]], None]  # takes a layer's number and converted attention
@@ -65,9 +66,12 @@ def run(
     if work.main:
         for name, value in kl.items():
             console().print(f"{name.replace('_', ' ')}: KL {value:.4f}")
+    source = model.config.name_or_path
     findings = {
         "settings": config.to_dict(),
+        "source": stated_by(source, model.config) if source else {},
         "calibration_chats": len(chats.calibration),
+        "held_out_chats": len(chats.held_out),
         "spectra": work.notes["spectra"],
     }
     return Converted(mla=replace(mla, kl=kl), findings=findings)

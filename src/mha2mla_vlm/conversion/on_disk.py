@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 from mha2mla_vlm.config import AttentionSizes, MLAConfig
 from mha2mla_vlm.conversion.config import ConversionConfig
 from mha2mla_vlm.conversion.describe import conversion_summary
-from mha2mla_vlm.conversion.driver import Chats, Sink, run
+from mha2mla_vlm.conversion.driver import Chats, Converted, Sink, run
 from mha2mla_vlm.conversion.pipeline import encode_split
 from mha2mla_vlm.conversion.plan import check_attention, plan
 from mha2mla_vlm.conversion.weights import converted_config, kept_names
@@ -107,7 +107,7 @@ def _convert(
         start = time.perf_counter()
         if work.main:
             with work.writing("the rest of the model"), status("writing the rest of the model"):
-                _write_rest(model, processor, found.mla, work)
+                _write_rest(model, processor, found, work)
                 write_findings(found.findings, work.result)
         work.seconds["writing"] = work.seconds.get("writing", 0.0) + time.perf_counter() - start
     work.finish()
@@ -179,12 +179,14 @@ def _layer_tensors(
     return {attention + key: value for key, value in made.items()} | read_weights(model, kept)
 
 
-def _write_rest(model: PreTrainedModel, processor: ProcessorMixin, mla: MLAConfig, work: WorkFolder) -> None:
+def _write_rest(
+    model: PreTrainedModel, processor: ProcessorMixin, found: Converted, work: WorkFolder
+) -> None:
     """What the decoder layers are not, the index of all shards, and all that is not weights."""
     names = shard_names(model)
     for shard, keys in zip(names[AttentionSizes.of(model.config).layers :], rest_shards(model), strict=True):
         work.write(shard, read_weights(model, keys))
-    skeleton = empty_model(converted_config(model.config, mla))
+    skeleton = empty_model(converted_config(model.config, found.mla))
     _write_index(skeleton, work.result, names)
     config = skeleton.config
     config.architectures, config.dtype = [type(skeleton).__name__], model.dtype
@@ -192,7 +194,7 @@ def _write_rest(model: PreTrainedModel, processor: ProcessorMixin, mla: MLAConfi
     if model.generation_config is not None:
         model.generation_config.save_pretrained(work.result)
     skeleton.save_remote_code(work.result)
-    write_card(config, work.result)
+    write_card(config, work.result, name=work.output.name, findings=found.findings)
     processor.save_pretrained(work.result)
 
 

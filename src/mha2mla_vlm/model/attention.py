@@ -11,13 +11,14 @@ import torch
 from torch import nn
 from transformers import Cache
 
-from mha2mla_vlm.algorithms.bits import rounded, rounded_keys
+from mha2mla_vlm.algorithms.rounding import rounded, rounded_keys
 from mha2mla_vlm.config import SHARED, AttentionSizes, LayerSpec
 from mha2mla_vlm.model.absorbed import Piece, absorb_limit, dense_mask
 from mha2mla_vlm.model.cache.latent import Pieces, filled_length
 from mha2mla_vlm.model.cache.packed import cached
 from mha2mla_vlm.model.chunked import attend_chunks
-from mha2mla_vlm.model.kernels import DecodeBackend, attend_latents
+from mha2mla_vlm.model.decoding import attend_latents
+from mha2mla_vlm.model.kernels import DecodeBackend
 from mha2mla_vlm.model.modality import Kind, Run, TokenModality
 from mha2mla_vlm.model.normed import head_order, is_normed, kept_children, latent_inputs, normed_queries
 from mha2mla_vlm.model.positions import TokenPositions

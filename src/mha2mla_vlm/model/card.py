@@ -1,70 +1,184 @@
-"""The model card of a converted model, and its way to the hub."""
+"""The model card of a converted model: what it is, what was measured, what it is not known to do."""
 
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, ModelCardData
-from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError
-from huggingface_hub.utils import validate_repo_id
+import transformers
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from mha2mla_vlm.config import CHANNEL_BITS, AttentionSizes, LayerSpec, MLAConfig
-from mha2mla_vlm.errors import InputError, first_line
 from mha2mla_vlm.model.cache.latent import bytes_per_token
 from mha2mla_vlm.model.families import get_family
-from mha2mla_vlm.utils.progress import status
-from mha2mla_vlm.utils.remote import HUB_ERRORS, unreachable
 
+TASK = "image-text-to-text"
+TAGS = ["mha2mla-vlm", "mla", "multi-head-latent-attention", "kv-cache"]
+STEPS = ("factorization", "partial_rope")  # of a conversion, the last one first
+METRICS = {  # what an evaluation measures: the hub's name of the metric, and ours
+    "exact_match": ("exact_match", "answers exactly right"),
+    "agreement": ("agreement", "answers that equal the original's"),
+    "kl": ("kl_divergence", "KL from the original, nats per answer token"),
+    "cross_entropy": ("cross_entropy", "cross entropy of the answers, nats per token"),
+}
 CARD = """---
-{metadata}
+{{ card_data }}
 ---
 
-# {name} with multi-head latent attention
+# {{ name }}, with multi-head latent attention
 
-Converted from {base} with mha2mla-vlm ([the method](https://arxiv.org/abs/2601.11464)): the cache holds a
+Converted from {{ base }} with mha2mla-vlm ([the method](https://arxiv.org/abs/2601.11464))
+{{- ", then trained" if trained }}: the cache holds a
 small latent for each token instead of keys and values.
 
 | | |
 |---|---|
-{rows}
-
+{% for fact, value in facts.items() -%}
+| {{ fact }} | {{ value }} |
+{% endfor %}
 KL is the mean divergence from the original, in nats per token of held-out answers, measured by the
-conversion.
+conversion{{ ", before training" if trained }}.
 
 ## Use
 
 ```python
-from mha2mla_vlm import load, load_processor  # pip install mha2mla-vlm
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
-model, processor = load("THIS FOLDER"), load_processor("THIS FOLDER")
+name = {{ name | tojson }}
+model = AutoModelForImageTextToText.from_pretrained(name, trust_remote_code=True)
+processor = AutoProcessor.from_pretrained(name, trust_remote_code=True)
+
+content = [
+    {"type": "image", "image": Image.open("picture.png")},
+    {"type": "text", "text": "What does the picture show?"},
+]
+inputs = processor.apply_chat_template(
+    [{"role": "user", "content": content}],
+    add_generation_prompt=True,
+    tokenize=True,
+    return_dict=True,
+    return_tensors="pt",
+)
+answer = model.generate(**inputs, max_new_tokens=64)
+print(processor.batch_decode(answer[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0])
 ```
 
-Or `AutoModelForImageTextToText.from_pretrained(..., trust_remote_code=True)`, with mha2mla-vlm installed.
-A server for many users: `vllm serve`, with `mha2mla-vlm[vllm]` installed.
+This runs the Python files beside the weights, which need torch and transformers only; they were written
+with transformers {{ version }}. Where the package is installed (`pip install mha2mla-vlm`) it is used
+instead, with its kernels; its own `mha2mla_vlm.load` runs none of the files. A server for many users:
+`vllm serve`, with `mha2mla-vlm[vllm]` installed.
+
+## Data and limits
+
+{{ calibration }}
+
+Sizes and factors were chosen to keep the answers to those chats. Chats unlike them, of another kind, in
+another language, longer, or with more images, may lose more than is measured here: measure on your own
+before use, with `mha2mla evaluate {{ name }} --data CHATS --baseline ORIGINAL`.
+
+Measured was {{ measured }}. Nothing else was: no public benchmark, no safety, no bias. What the original
+does wrong this model does too.
 
 ## Licence
 
-The weights derive from {name}: its licence holds for them too. {licence}
+The weights derive from {{ base }}: its licence holds for them too. {{ licence }}
+
 """
-TAGS = ["mha2mla-vlm", "mla", "multi-head-latent-attention", "kv-cache"]
 
 
-def model_card(config: Any) -> str:
-    """A card in Markdown with the hub's metadata, from the config of a converted model."""
-    mla, family = MLAConfig.from_dict(config.mla), get_family(config.model_type)
+def model_card(
+    config: Any,
+    *,
+    name: str,
+    findings: dict[str, Any] | None = None,
+    evaluation: dict[str, Any] | None = None,
+    trained: bool = False,
+) -> ModelCard:
+    """The card of a converted model that is called `name`, a folder's or a repository's.
+
+    `findings` are those of its conversion, `evaluation` what was measured later on held-out chats, by the
+    names in `METRICS`, of these weights; `trained` says that they were trained after the conversion.
+    """
+    mla, family, found = MLAConfig.from_dict(config.mla), get_family(config.model_type), findings or {}
     base = mla.original if mla.original and not Path(mla.original).is_absolute() else None
+    hub, source = base if base and "/" in base else None, found.get("source", {})
+    results = _results(None if trained else mla.kl, evaluation or {})
     data = ModelCardData(
-        base_model=base if base and "/" in base else None,  # else of the zoo, or of a folder
+        license=source.get("license"),
+        license_name=source.get("license_name"),
+        license_link=_link(source.get("license_link"), hub),
+        base_model=hub or source.get("base_model"),
         library_name="transformers",
-        pipeline_tag="image-text-to-text",
+        pipeline_tag=TASK,
         tags=TAGS,
+        model_name=name if results else None,
+        eval_results=results or None,
     )
-    return CARD.format(
-        metadata=data.to_yaml(),
-        name=base or f"a {family.model_type} model",
-        base=f"`{base}`" if base else "its original",
-        rows="\n".join(f"| {name} | {value} |" for name, value in _facts(config, mla).items()),
-        licence=family.licence,
+    return ModelCard.from_template(
+        data,
+        template_str=CARD,
+        name=name,
+        base=f"`{base}`" if base else f"a {family.model_type} model",
+        trained=trained,
+        facts=_facts(config, mla),
+        calibration=_calibration(found),
+        measured=_measured(results),
+        licence=_licence(source, family.licence),
+        version=transformers.__version__,
     )
+
+
+def _results(kl: dict[str, float] | None, evaluation: dict[str, Any]) -> list[EvalResult]:
+    """The last KL of the conversion, and an evaluation, as the hub's model index has them."""
+    found = []
+    last = next((kl[step] for step in STEPS if step in kl), None) if kl else None
+    if last is not None:
+        found.append(_result("calibration-chats", "held-out share of the calibration chats", "kl", last))
+    for key in METRICS:
+        if evaluation.get(key) is not None:
+            found.append(_result("held-out-chats", "held-out chats", key, evaluation[key]))
+    return found
+
+
+def _result(kind: str, chats: str, key: str, value: float) -> EvalResult:
+    metric, title = METRICS[key]
+    return EvalResult(
+        task_type=TASK,
+        dataset_type=kind,
+        dataset_name=chats,
+        metric_type=metric,
+        metric_name=title,
+        metric_value=round(value, 6),
+    )
+
+
+def _measured(results: list[EvalResult]) -> str:
+    """What was measured, in words."""
+    said = [f"{each.metric_name} ({each.metric_value:.4f}, on the {each.dataset_name})" for each in results]
+    return ", ".join(said) or "nothing that is recorded here"
+
+
+def _calibration(findings: dict[str, Any]) -> str:
+    """What it was calibrated on, in words."""
+    count = findings.get("calibration_chats")
+    if count is None:
+        return "What it was calibrated on is not recorded."
+    made, held_out = findings["settings"].get("random_chats", 0), findings.get("held_out_chats")
+    parts = f", of which {made} are random tokens and pictures of noise" if made else ""
+    rest = f" {held_out} more were held out to measure the KL." if held_out else ""
+    return f"It was calibrated on {count} chats{parts}.{rest}"
+
+
+def _link(link: str | None, hub: str | None) -> str | None:
+    """The address of a licence that may be a file of the original's repository."""
+    if link is None or "://" in link:
+        return link
+    return None if hub is None else f"https://huggingface.co/{hub}/blob/main/{link}"
+
+
+def _licence(source: dict[str, str], of_family: str) -> str:
+    """What is known of the licence."""
+    stated = source.get("license_name") or source.get("license")
+    return f"It is stated as `{stated}`. {of_family}" if stated else of_family
 
 
 def _facts(config: Any, mla: MLAConfig) -> dict[str, str]:
@@ -113,40 +227,8 @@ def by_layer(values: list[Any]) -> str:
     return str(values[0]) if len(set(values)) == 1 else ", ".join(map(str, values))
 
 
-def write_card(config: Any, folder: Path) -> None:
-    """Write `README.md`."""
-    (folder / "README.md").write_text(model_card(config), encoding="utf-8")
-
-
-def check_repository(repository: str | None) -> None:
-    """Raise `InputError` if nothing could be sent there: a bad name, or no token that may write."""
-    if repository is None:
-        return
-    try:
-        validate_repo_id(repository)
-        if away := unreachable():
-            raise InputError(f"--push-to-hub {repository}: {away}; leave it out, and send the result later")
-        with status("asking the hub"):
-            HfApi().repo_exists(repository)
-            HfApi().whoami()
-    except HFValidationError as error:
-        raise InputError(f"--push-to-hub {repository!r}: {error}") from None
-    except (LocalTokenNotFoundError, *HUB_ERRORS) as error:
-        reason = first_line(error)
-        raise InputError(f"--push-to-hub {repository}: {reason}; log in with: hf auth login") from None
-
-
-def push(folder: Path, repository: str) -> str:
-    """Send a folder to a model repository of the hub, made if it is not there; returns its address."""
-    api = HfApi()
-    try:
-        with status(f"sending {folder} to {repository}"):
-            address = api.create_repo(repository, exist_ok=True)
-            api.upload_folder(repo_id=repository, folder_path=folder)
-    except HUB_ERRORS as error:
-        reason = first_line(error)
-        raise InputError(
-            f"the model is in {folder}, but cannot be sent to {repository}: {reason}; "
-            f"send it with: hf upload {repository} {folder}"
-        ) from error
-    return str(address)
+def write_card(config: Any, folder: Path, **known: Any) -> None:
+    """Write `README.md`, whole or not at all; `known` is what `model_card` takes."""
+    path = folder / "README.md.partial"
+    model_card(config, **known).save(path)
+    path.replace(folder / "README.md")

@@ -26,7 +26,8 @@ from mha2mla_vlm.utils.folders import new_folder
 from mha2mla_vlm.utils.progress import status
 from mha2mla_vlm.utils.remote import HUB_ERRORS, away_from, why
 
-FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model")  # of a model, for which none is code
+# of a model, for which none is code
+FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "README.md")
 
 
 def resolve(name: str | Path) -> str:
@@ -135,7 +136,8 @@ def save(model: PreTrainedModel, processor: ProcessorMixin | None, output: str |
     with new_folder(output) as folder, status(f"writing {shown_path(output)}"):
         model.save_pretrained(folder)
         if getattr(model.config, "mla", None) is not None:
-            write_card(model.config, folder)
+            name, findings = Path(output).resolve().name, getattr(model, "findings", None)
+            write_card(model.config, folder, name=name, findings=findings)
         if processor is not None:
             processor.save_pretrained(folder)
     return Path(output)

@@ -28,11 +28,12 @@ from mha2mla_vlm.errors import InputError
 from mha2mla_vlm.model.attention import MLAAttention
 from mha2mla_vlm.model.cache.latent import LatentCache, hold_latents, track_modality
 from mha2mla_vlm.model.cache.quantized import quantized_cache
+from mha2mla_vlm.model.carried import write_code
 from mha2mla_vlm.model.families import FAMILIES, get_family
 from mha2mla_vlm.model.families.base import Family
 from mha2mla_vlm.model.modality import TokenModality
 from mha2mla_vlm.model.positions import RecordingRotary, TokenPositions
-from mha2mla_vlm.model.soundness import check_pairs
+from mha2mla_vlm.model.soundness import check_config, check_pairs
 from mha2mla_vlm.utils.compat import (
     CACHE,
     GenerationCompat,
@@ -46,15 +47,6 @@ REMOTE_MODULE = "modeling_mha2mla"
 FINDINGS = "conversion.json"
 TOKEN_TYPES = "mm_token_type_ids"
 VISUAL_INPUTS = ("pixel_values", "pixel_values_videos", "mm_encoder_outputs")
-_REMOTE_CODE = '''"""For trust_remote_code=True; the code itself is in the package mha2mla-vlm."""
-
-try:
-    from mha2mla_vlm.model.modeling import {names}
-except ImportError as error:
-    raise ImportError("this checkpoint needs the package mha2mla-vlm: pip install mha2mla-vlm") from error
-
-__all__ = "{names}".split(", ")
-'''
 
 
 def text_model(model: PreTrainedModel) -> Any:
@@ -129,7 +121,7 @@ class MLACheckpoint(_Model):
             attention.reset_buffers(keep=is_loaded)
 
     def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
-        """As transformers does, plus the module that loads the folder with `trust_remote_code=True`."""
+        """As transformers does, plus the code that loads the folder with `trust_remote_code=True`."""
         Path(save_directory).mkdir(parents=True, exist_ok=True)
         self.save_remote_code(save_directory)
         if self.findings is not None:
@@ -138,13 +130,17 @@ class MLACheckpoint(_Model):
         super().save_pretrained(save_directory, **{"save_original_format": False, **kwargs})
 
     def save_remote_code(self, folder: str | Path) -> None:
-        """Write the module that `auto_map` names."""
-        code = _REMOTE_CODE.format(names=", ".join(class_names(self.family)))
-        Path(folder, f"{REMOTE_MODULE}.py").write_text(code, encoding="utf-8")
+        """Write the module that `auto_map` names, and those that it needs where this package is not."""
+        write_code(Path(folder), REMOTE_MODULE, self.family.model_type, class_names(self.family))
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
-        """As transformers does, but a missing or an extra key is an error: nothing is made up or dropped."""
+        """As transformers does, but a missing or an extra key is an error: nothing is made up or dropped.
+
+        A config is checked before it is built on, where it is given, as the auto classes do.
+        """
+        if isinstance(config := kwargs.get("config"), PreTrainedConfig):
+            check_config(config)
         given = kwargs | {"ignore_mismatched_sizes": True}  # here they are refused, by name, unless asked for
         model, info = super().from_pretrained(*args, output_loading_info=True, **given)
         if kwargs.get("ignore_mismatched_sizes"):
@@ -157,7 +153,7 @@ class MLACheckpoint(_Model):
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = None) -> None:
-        """Nothing to do: `save_pretrained` writes the module that the auto classes need."""
+        """Nothing to do: `save_pretrained` writes the code that the auto classes need."""
 
 
 class MLAInnerMixin(MLACheckpoint):
@@ -356,13 +352,21 @@ def mla_model_class(family: Family) -> type[PreTrainedModel]:
     return type(class_names(family).model, (MLAMixin, base, GenerationMixin), body)
 
 
+def family_classes(
+    model_type: str,
+) -> tuple[type[PreTrainedConfig], type[PreTrainedModel], type[PreTrainedModel]]:
+    """Config and model classes, without and with head, of a family's converted models."""
+    family = get_family(model_type)
+    return mla_config_class(family), mla_inner_class(family), mla_model_class(family)
+
+
 @functools.cache
 def mla_classes(model_type: str) -> tuple[type[PreTrainedConfig], type[PreTrainedModel]]:
     """Config and model class of a family's converted models, registered with the auto classes."""
     family = get_family(model_type)
-    config_class, model_class = mla_config_class(family), mla_model_class(family)
+    config_class, inner_class, model_class = family_classes(model_type)
     AutoConfig.register(family.mla_model_type, config_class, exist_ok=True)
-    AutoModel.register(config_class, mla_inner_class(family), exist_ok=True)
+    AutoModel.register(config_class, inner_class, exist_ok=True)
     AutoModelForImageTextToText.register(config_class, model_class, exist_ok=True)
     AutoModelForMultimodalLM.register(config_class, model_class, exist_ok=True)
     register_multimodal(family.mla_model_type, model_class.__name__)

@@ -1,10 +1,20 @@
-"""What a converted model was made of: its name in what is shared, and where it is found again."""
+"""What a converted model was made of: its name, its licence, and where it is found again."""
 
+import json
 from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData, hf_hub_download
+from huggingface_hub.errors import HFValidationError
+from yaml import YAMLError
 
 from mha2mla_vlm.errors import InputError
 from mha2mla_vlm.model.checkpoint import load_config, resolve
+from mha2mla_vlm.model.modeling import FINDINGS
 from mha2mla_vlm.model.shipped import ZOO_FOLDER, ZOO_PREFIX
+from mha2mla_vlm.utils.remote import HUB_ERRORS, away_from
+
+STATED = ("license", "license_name", "license_link", "base_model")
 
 
 def shared_name(name: str | Path) -> str:
@@ -14,6 +24,37 @@ def shared_name(name: str | Path) -> str:
     if path.is_absolute() and path.parent == ZOO_FOLDER:
         return ZOO_PREFIX + path.name
     return path.resolve().name if path.is_absolute() or path.exists() else text
+
+
+def read_findings(checkpoint: str | Path) -> dict[str, Any]:
+    """What the conversion found, if the folder of a checkpoint holds it."""
+    path = Path(resolve(checkpoint)) / FINDINGS
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def stated_by(model: str | Path, config: Any) -> dict[str, str]:
+    """Licence and base model of a model, by its card and, if that says nothing, its config's `license`.
+
+    Nothing of a card that cannot be read. A `license_link` may be that of a file beside the model.
+    """
+    if Path(model).parent == ZOO_FOLDER:
+        return {"license": "apache-2.0"}
+    data = _card(str(model))
+    found = {key: data.get(key) for key in STATED}
+    if found["license"] is None:
+        found["license"] = getattr(config, "license", None)
+    return {key: value for key, value in found.items() if isinstance(value, str)}
+
+
+def _card(model: str) -> ModelCardData:
+    """What the card of a model in a folder, or of the hub, says of it."""
+    path = Path(model, "README.md")
+    try:
+        if not Path(model).is_dir():
+            path = Path(hf_hub_download(model, path.name, local_files_only=away_from(model) is not None))
+        return ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=True).data
+    except (*HUB_ERRORS, HFValidationError, OSError, ValueError, TypeError, YAMLError):
+        return ModelCardData()
 
 
 def original_of(checkpoint: str | Path) -> str | None:

@@ -15,7 +15,8 @@ from torch.nn import functional
 
 from mha2mla_vlm.model.absorbed import Piece, Up, absorb_limit
 from mha2mla_vlm.model.cache.pages import Paged, as_piece
-from mha2mla_vlm.model.kernels import attend_latents, find_kernel
+from mha2mla_vlm.model.decoding import attend_latents
+from mha2mla_vlm.model.kernels import find_kernel
 from mha2mla_vlm.model.modality import Kind, Run
 from mha2mla_vlm.model.rebuilt import Angles, Rebuilt
 from mha2mla_vlm.model.rope import rotate

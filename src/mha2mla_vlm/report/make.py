@@ -1,6 +1,5 @@
 """The report of a checkpoint: what it needs is found, measured, and written."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +8,7 @@ from mha2mla_vlm.data.sources import load_records
 from mha2mla_vlm.errors import InputError, need
 from mha2mla_vlm.evaluation.answers import check_baseline
 from mha2mla_vlm.model.checkpoint import load, load_config, load_processor, pick_device, resolve
-from mha2mla_vlm.model.modeling import FINDINGS
-from mha2mla_vlm.model.origin import original_is_missing, original_of, shared_name
+from mha2mla_vlm.model.origin import original_is_missing, original_of, read_findings, shared_name
 from mha2mla_vlm.model.shipped import ZOO_PREFIX
 from mha2mla_vlm.report.gather import Report, gather
 from mha2mla_vlm.report.page import write_report
@@ -70,12 +68,6 @@ def _records(data: str | None, original: str, samples: int | None) -> list[Recor
         raise InputError("give held-out chats with --data")
     bare = original.removeprefix(ZOO_PREFIX)
     return zoo_records(bare, split="test", samples=samples or ZOO_CHATS, seed=0)
-
-
-def read_findings(checkpoint: str) -> dict[str, Any]:
-    """What the conversion found, if the folder holds it."""
-    path = Path(resolve(checkpoint)) / FINDINGS
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def _commands(checkpoint: str, original: str, data: str | None, findings: dict[str, Any]) -> list[str]:

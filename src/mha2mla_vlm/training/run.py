@@ -31,6 +31,7 @@ from mha2mla_vlm.model.origin import original_is_missing, original_of, shared_na
 from mha2mla_vlm.training.config import FinetuneConfig
 from mha2mla_vlm.training.freezing import set_trained, with_lora
 from mha2mla_vlm.training.records import Chats, Chosen, Collator, choose
+from mha2mla_vlm.training.result import RESULT, STATE, write_model, write_rest, write_trained_card
 from mha2mla_vlm.training.trainer import RecoveryTrainer
 from mha2mla_vlm.utils.compat import enable_checkpointing
 from mha2mla_vlm.utils.distributed import claimed_by_first, shared_work
@@ -38,9 +39,6 @@ from mha2mla_vlm.utils.folders import check_output, discard, put_in_place, writi
 from mha2mla_vlm.utils.progress import kept, status
 
 logger = logging.getLogger(__name__)
-SETTINGS = "finetune.json"  # in the output: how it was trained, and the result
-RESULT = "result"  # in the folder of an unfinished run: what becomes the output
-_STATE = "state.json"  # in the folder of an unfinished run: what it was started with, and measured first
 MEASURES = ("exact_match", "kl", "cross_entropy")
 Source = str | Path | Sequence[Record]
 
@@ -116,7 +114,8 @@ def _finetune(
         if trainer.is_world_process_zero():
             processor.save_pretrained(folder / RESULT)
             shown = {key: shared_name(settings[key]) if settings[key] else None for key in sources}
-            _write_rest(folder, settings | shown | {"result": result})
+            write_rest(folder, settings | shown | {"result": result})
+            write_trained_card(checkpoint, folder / RESULT, path.name, result)
             put_in_place(folder / RESULT, path)
     if trainer.is_world_process_zero():
         discard(folder, path)
@@ -228,7 +227,7 @@ def _check_numbers(arguments: dict[str, Any]) -> None:
 
 def _train(trainer: RecoveryTrainer, folder: Path) -> dict[str, Any]:
     """Measure, train from the last checkpoint there is, measure again."""
-    first = _First(folder / _STATE)
+    first = _First(folder / STATE)
     trainer.args.eval_on_start = first.measures is None
     trainer.add_callback(first)
     trainer.train(resume_from_checkpoint=last_checkpoint(folder))
@@ -307,22 +306,6 @@ def _is_state(path: Path) -> bool:
         return False
 
 
-def write_model(trainer: RecoveryTrainer, folder: Path, dtype: torch.dtype) -> None:
-    """Write the trained model whole, gathered from all processes, adapters merged, in its dtype."""
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    if hasattr(model, "merge_and_unload"):
-        model = model.merge_and_unload()
-        state = model.state_dict()
-    else:
-        state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
-    if trainer.is_world_process_zero():
-        shutil.rmtree(folder, ignore_errors=True)  # of a run that ended as it was written
-        state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()}
-        model.save_pretrained(folder, state_dict=state)
-        model.config.dtype = dtype  # which saving sets to that of the model, not of the state
-        model.config.save_pretrained(folder)
-
-
 def _weights(name: str | Path | None) -> dict[str, str] | None:
     """What the weights of a model in a folder are; None for one of the hub, which its name identifies."""
     folder = None if name is None else Path(resolve(name))
@@ -334,7 +317,7 @@ def _check_folder(folder: Path) -> None:
     if not folder.exists():
         return
     begun = folder.is_dir() and {path.name for path in folder.iterdir()} <= {"state.tmp"}
-    if not begun and not _is_state(folder / _STATE):
+    if not begun and not _is_state(folder / STATE):
         raise InputError(f"{folder} is there and holds no unfinished run; choose another output, or move it")
 
 
@@ -358,7 +341,7 @@ def _chosen(
     config: FinetuneConfig,
 ) -> Chosen:
     """The chats of a run; an interrupted run keeps those it started with."""
-    path = folder / _STATE
+    path = folder / STATE
     if path.is_file():
         state = json.loads(path.read_text())
         if state["settings"] != json.loads(json.dumps(settings)):
@@ -387,16 +370,3 @@ def _write(path: Path, value: Any) -> None:
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(value) + "\n", encoding="utf-8")
     temporary.replace(path)
-
-
-def _write_rest(folder: Path, settings: dict[str, Any]) -> None:
-    """Write settings and logs beside the model. Nothing is moved: the run may be resumed until the end."""
-    result = folder / RESULT
-    (result / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    for path in folder.iterdir():
-        if path.name in (RESULT, _STATE) or path.name.startswith("checkpoint-") or path.suffix == ".tmp":
-            continue
-        if path.is_dir():  # tensorboard's
-            shutil.copytree(path, result / path.name)
-        else:
-            shutil.copy(path, result)

@@ -3,37 +3,35 @@
 from typing import Any
 
 from mha2mla_vlm.errors import InputError, shown
-from mha2mla_vlm.model.families import (
-    idefics3,
-    internvl,
-    llava,
-    llava_next,
-    llava_onevision,
-    mistral3,
-    qwen2_5_vl,
-    qwen2_vl,
-    qwen3_vl,
-    qwen3_vl_moe,
-    smolvlm,
-    video_llama_3,
-)
 from mha2mla_vlm.model.families.base import Family
+from mha2mla_vlm.model.families.idefics3 import FAMILY as IDEFICS3
+from mha2mla_vlm.model.families.internvl import FAMILY as INTERNVL
+from mha2mla_vlm.model.families.llava import FAMILY as LLAVA
+from mha2mla_vlm.model.families.llava_next import FAMILY as LLAVA_NEXT
+from mha2mla_vlm.model.families.llava_onevision import FAMILY as LLAVA_ONEVISION
+from mha2mla_vlm.model.families.mistral3 import FAMILY as MISTRAL3
+from mha2mla_vlm.model.families.qwen2_5_vl import FAMILY as QWEN2_5_VL
+from mha2mla_vlm.model.families.qwen2_vl import FAMILY as QWEN2_VL
+from mha2mla_vlm.model.families.qwen3_vl import FAMILY as QWEN3_VL
+from mha2mla_vlm.model.families.qwen3_vl_moe import FAMILY as QWEN3_VL_MOE
+from mha2mla_vlm.model.families.smolvlm import FAMILY as SMOLVLM
+from mha2mla_vlm.model.families.video_llama_3 import FAMILY as VIDEO_LLAMA_3
 
-_MODULES = (
-    qwen3_vl,
-    qwen3_vl_moe,
-    qwen2_5_vl,
-    qwen2_vl,
-    internvl,
-    llava_onevision,
-    llava_next,
-    llava,
-    video_llama_3,
-    mistral3,
-    idefics3,
-    smolvlm,
+_ALL = (
+    QWEN3_VL,
+    QWEN3_VL_MOE,
+    QWEN2_5_VL,
+    QWEN2_VL,
+    INTERNVL,
+    LLAVA_ONEVISION,
+    LLAVA_NEXT,
+    LLAVA,
+    VIDEO_LLAMA_3,
+    MISTRAL3,
+    IDEFICS3,
+    SMOLVLM,
 )
-FAMILIES: dict[str, Family] = {module.FAMILY.model_type: module.FAMILY for module in _MODULES}
+FAMILIES: dict[str, Family] = {family.model_type: family for family in _ALL}
 
 
 def get_family(model_type: Any) -> Family:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mha2mla_vlm.algorithms.bits import rounded, rounded_keys
+from mha2mla_vlm.algorithms.rounding import rounded, rounded_keys
 from mha2mla_vlm.config import DECOUPLED, LayerSpec
 from mha2mla_vlm.errors import InputError
 from mha2mla_vlm.model.absorbed import Up
