@@ -2,6 +2,7 @@
 
     python benchmarks/decode.py                                # all shapes, d_kv 64 and 32
     python benchmarks/decode.py --shape llava-1.5-7b --d-kv 32 --contexts 1024 16384
+    python benchmarks/decode.py --estimate                     # nothing is run: OUT/estimate.md, see there
 
 Layers have random weights and caches random numbers, of the sizes that conversion with R = 32 gives; MLPs
 are left out. Layers take their turn, so that caches come from memory as in a whole model. Columns are
@@ -18,65 +19,19 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import estimate
 import torch
-import transformers
-from transformers import LlavaConfig, LlavaNextConfig, PreTrainedConfig, Qwen2_5_VLConfig
+from shapes import SHAPES, models_of
 
 from mha2mla_vlm.bench.layers import random_caches, time_attention, time_layers
 from mha2mla_vlm.bench.models import byte_counts, compared, device_name, prefill
 from mha2mla_vlm.bench.report import as_ratio, rows_table
 from mha2mla_vlm.model.cache.quantization import BITS
-from mha2mla_vlm.model.families import get_family
-from mha2mla_vlm.model.modeling import mla_classes
 from mha2mla_vlm.utils.progress import console
 
 OUT = Path(__file__).parents[1] / "docs" / "decode"
-SHAPES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
-    "qwen2.5-vl-7b": (
-        Qwen2_5_VLConfig,
-        {"hidden_size": 3584, "num_attention_heads": 28, "num_key_value_heads": 4},
-    ),
-    "llava-next-8b": (
-        LlavaNextConfig,
-        {
-            "hidden_size": 4096,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 8,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 5e5},
-        },
-    ),
-    "llava-1.5-7b": (
-        LlavaConfig,
-        {"hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 32},
-    ),
-}
+GPU = OUT.parent / "gpu"  # what was measured on one, beside which estimates stand
 ROPE_DIM = 32
-
-
-def models_of(
-    shape: str, layers: int, mla: dict[str, Any], device: torch.device, dtype: torch.dtype
-) -> tuple[Any, Any]:
-    """An original and a converted model of random weights, whose attention is of a shape and of the sizes
-    `mla`, all else tiny.
-    """
-    config_class, sizes = SHAPES[shape]
-    text: dict[str, Any] = {**sizes, "num_hidden_layers": layers, "intermediate_size": 8, "vocab_size": 16}
-    if config_class is Qwen2_5_VLConfig:
-        text["rope_parameters"] = {"rope_type": "default", "mrope_section": [16, 24, 24], "rope_theta": 1e6}
-        vision = {"depth": 1, "hidden_size": 8, "num_heads": 1, "intermediate_size": 8, "out_hidden_size": 8}
-    else:
-        text |= {"model_type": "llama"}
-        vision = {"num_hidden_layers": 1, "hidden_size": 8, "num_attention_heads": 1, "intermediate_size": 8}
-        vision |= {"model_type": "clip_vision_model", "image_size": 28, "patch_size": 14}
-    config = config_class(text_config=text, vision_config=vision, image_token_id=2)
-    model_type = config.model_type
-    mla_config_class, mla_model = mla_classes(model_type)
-    mla = {"modalities": ("text", "vision"), **mla}
-    values = config.to_dict() | {"model_type": mla_config_class.model_type, "mla": mla}
-    with torch.device(device):
-        original = getattr(transformers, get_family(model_type).model_class)(config)
-        converted = mla_model(mla_config_class(**values))
-    return original.to(dtype).eval(), converted.to(dtype).eval()
 
 
 def measure(arguments: argparse.Namespace, shape: str, d_kv: int) -> dict[str, Any]:
@@ -149,9 +104,15 @@ def main() -> None:
     parser.add_argument("--most-gigabytes", type=float, default=6.0, help="the original's caches at most")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("-o", "--output", type=Path, default=OUT)
+    parser.add_argument("--estimate", action="store_true", help="what GPUs need at least, with docs/gpu")
+    parser.add_argument("-o", "--output", type=Path, help="by default docs/decode, of estimates docs/gpu")
     arguments = parser.parse_args()
+    arguments.output = arguments.output or (GPU if arguments.estimate else OUT)
     arguments.output.mkdir(parents=True, exist_ok=True)
+    if arguments.estimate:
+        (arguments.output / "estimate.md").write_text(estimate.page(GPU))
+        print(json.dumps({"output": str(arguments.output / "estimate.md")}))
+        return
     for shape in arguments.shape:
         for d_kv in arguments.d_kv:
             result = measure(arguments, shape, d_kv)

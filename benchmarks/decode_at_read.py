@@ -20,35 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from decode import SHAPES, models_of
+from shapes import HEAD_DIM, SHAPES, models_of, modes_of
 
 from mha2mla_vlm.bench.layers import LATER, OURS, Rows, best_dense, random_caches, time_attention
 from mha2mla_vlm.bench.models import device_name
 
 OUT = Path(__file__).parents[1] / "docs" / "decode" / "read"
-HEAD_DIM = 128
 LAYERS = 28  # that share what a step makes once: tables of RoPE and the plan
-
-
-def sizes(shape: str, budget: float, layers: int) -> dict[str, dict[str, Any]]:
-    """Sizes of each mode at a share of the original's 2 * G * D numbers a token, by channel at half of it."""
-    heads = SHAPES[shape][1]["num_key_value_heads"]
-    numbers = round(2 * heads * HEAD_DIM * budget)
-    rope = max(2, round(numbers / heads / 4) // 2 * 2)
-    position = 2 * (3 if "qwen" in shape else 1) / 28  # numbers of two bytes, for one of some 28 layers
-    rank = int(numbers - position) // 8 * 8  # so that a row begins at a multiple of 16 bytes
-    at_read = {"rotate_at": "read", "kv_lora_rank": rank}
-    bits = [numbers // 8, numbers * 3 // 8, numbers // 2, numbers // 2]
-    by_channel = {"kv_lora_rank": sum(bits), "latent_bits": [bits] * layers, "kv_bias": True}
-    return {
-        "write": {"qk_rope_head_dim": rope, "kv_lora_rank": numbers - rope * heads},
-        f"read {HEAD_DIM}": {**at_read, "qk_rope_head_dim": HEAD_DIM},
-        f"read {HEAD_DIM // 4}": {**at_read, "qk_rope_head_dim": HEAD_DIM // 4},
-        f"read {HEAD_DIM}, as many in 16 bits": {
-            **at_read, "qk_rope_head_dim": HEAD_DIM, "kv_lora_rank": sum(bits),
-        },
-        f"read {HEAD_DIM}, by channel": {**at_read, "qk_rope_head_dim": HEAD_DIM, **by_channel},
-    }  # fmt: skip
 
 
 def measure(given: argparse.Namespace, shape: str) -> list[dict[str, Any]]:
@@ -60,7 +38,7 @@ def measure(given: argparse.Namespace, shape: str) -> list[dict[str, Any]]:
     for context in given.contexts:
         layers = int(given.most_gigabytes * 1e9 / (given.batch * context * numbers * dtype.itemsize))
         layers = max(1, min(given.layers, layers))
-        for mode, mla in sizes(shape, given.budget, layers).items():
+        for mode, mla in modes_of(shape, given.budget, layers).items():
             if not is_chosen(mode, given.modes):
                 continue
             _, converted = models_of(shape, layers, mla, device, dtype)
@@ -130,7 +108,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("-o", "--output", type=Path, default=OUT)
     given = parser.parse_args()
-    modes = list(sizes(given.shape[0], given.budget, given.layers))
+    modes = list(modes_of(given.shape[0], given.budget, given.layers))
     if given.modes is not None and not all(any(is_chosen(m, [name]) for m in modes) for name in given.modes):
         parser.error(f"--modes {given.modes}: give some of {', '.join(map(repr, modes))}, or read")
     if given.cpu_time:

@@ -63,7 +63,29 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {  # zoo model, and sizes of the
         "llava",
         LLAMA | {"intermediate_size": 11008, "num_key_value_heads": 32, "vocab_size": 32064},
     ),
+    "qwen2.5-vl-small": (  # for what is to take minutes
+        "qwen2_5_vl",
+        {
+            "hidden_size": 512,
+            "intermediate_size": 2048,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "vocab_size": 4096,
+        },
+    ),
 }
+TRUE = list(SHAPES)[:3]
+QWEN_VISION: dict[str, dict[str, Any]] = {
+    "qwen2.5-vl-7b": {
+        "depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16,
+        "out_hidden_size": 3584, "fullatt_block_indexes": [7, 15, 23, 31],
+    },
+    "qwen2.5-vl-small": {
+        "depth": 2, "hidden_size": 160, "intermediate_size": 640, "num_heads": 2,
+        "out_hidden_size": 512, "fullatt_block_indexes": [1],
+    },
+}  # fmt: skip
 IMAGE_SIZE = {"llava_next": 168, "llava": 294}  # of CLIP's own 336
 
 
@@ -77,10 +99,7 @@ def true_config(shape: str, layers: int | None) -> tuple[PreTrainedConfig, Proce
     values["tie_word_embeddings"] = False
     if zoo_name == "qwen2_5_vl":
         values["text_config"]["rope_parameters"]["mrope_section"] = [16, 24, 24]
-        values["vision_config"] |= {
-            "depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "patch_size": 14,
-            "window_size": 112, "out_hidden_size": 3584, "fullatt_block_indexes": [7, 15, 23, 31],
-        }  # fmt: skip
+        values["vision_config"] |= QWEN_VISION[shape] | {"patch_size": 14, "window_size": 112}
         processor.image_processor.patch_size = 14
         processor.image_processor.size = {"shortest_edge": 56 * 56, "longest_edge": 1280 * 28 * 28}
     else:
@@ -134,12 +153,12 @@ def _random(key: str, size: torch.Size) -> torch.Tensor:
     return torch.empty(size, dtype=torch.bfloat16).normal_(std=0.02)
 
 
-def write_chats(shape: str, processor: ProcessorMixin, folder: Path) -> list[int]:
+def write_chats(shape: str, processor: ProcessorMixin, folder: Path, count: int = CHATS) -> list[int]:
     """Chats of `TOKENS` tokens, most of them of an image of noise; returns their lengths."""
     rng = random.Random(0)
     width, height = {"qwen2_5_vl": (560, 560), "llava_next": (336, 168)}.get(SHAPES[shape][0], (294, 294))
     rows, lengths = [], []
-    for number in range(CHATS):
+    for number in range(count):
         image = Image.frombytes("RGB", (width, height), rng.randbytes(3 * width * height))
         image.save(folder / f"{number}.png")
         words: list[str] = []
@@ -223,7 +242,7 @@ def table(folder: Path) -> str:
 def main() -> None:
     """Measure, print, and keep."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--shape", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--shape", nargs="+", choices=SHAPES, default=TRUE)
     parser.add_argument("--layers", type=int, help="fewer than the true model has")
     parser.add_argument(
         "--budget", type=float, help="share of the cache, allocated over layers; else R = 32, d_kv = 64"

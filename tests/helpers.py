@@ -123,8 +123,9 @@ def moments_of(model, batches):
     visual = get_family(model.config.model_type).visual_token_ids(model.config)
     states = MemoryStates()
     chats = begin(model, batches, visual, torch.device("cpu"), states, ["calibration"])
+    given = (chats, states, "calibration")
     layers = enumerate(decoder_layers(model))
-    return [measure_moments(layer, index, chats, states, "calibration") for index, layer in layers]
+    return [measure_moments(layer, index, *given, total=len(chats)) for index, layer in layers]
 
 
 def record(name, prompt, seed=0):

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from forks import contents
 from helpers import original, prompt_inputs, run_command, whole_logits
 from safetensors.torch import load_file, save_file
 
@@ -239,10 +240,10 @@ def test_two_processes_give_what_one_gives(sizes, forks, checkpoints, tmp_path):
         assert together.code == 0, together.said
         printed = together.out
     one, two = (json.loads(text.splitlines()[-1]) for text in (alone.out, printed))
-    assert two["kl"] == pytest.approx(one["kl"], rel=1e-3)
-    inputs = prompt_inputs(FAMILY, load_processor(folder / "model"), ["two images"])
-    expected, found = (whole_logits(load(tmp_path / name), inputs) for name in ("one", "two"))
-    torch.testing.assert_close(found, expected, atol=1e-2, rtol=1e-2)
+    assert two["kl"] == one["kl"]
+    expected, found = (contents(tmp_path / name) for name in ("one", "two"))
+    assert found.keys() == expected.keys()
+    assert not [name for name in expected if found[name] != expected[name]]
 
 
 ALONE = """

@@ -170,10 +170,8 @@ def test_the_block_kept_whole_is_exact_and_the_other_is_not(kept, whole):
 
 
 def make_stats(**tokens):
-    stats = LayerStats()
-    for seed, (modality, count) in enumerate(tokens.items()):
-        stats.add(modality, TokenStats.of(make_inputs(count, seed=seed)))
-    return stats
+    inputs = (make_inputs(count, seed=seed) for seed, count in enumerate(tokens.values()))
+    return LayerStats(dict(zip(tokens, map(TokenStats.of, inputs), strict=True)))
 
 
 def made(weight, stats, method="md-svd", *, rank=4, layer=None):

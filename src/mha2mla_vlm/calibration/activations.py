@@ -55,10 +55,11 @@ class Chat:
     """One chat: what each layer is `given` besides hidden states, what the model adds to these between layers
     (`layer_arguments`), and what its tokens are.
 
-    `visual [T]` marks visual tokens, `weights [T]` how much each counts as a query, `answers [T - 1]`
-    where the next token is one of an answer.
+    `number` is its place among the chats of all processes, `visual [T]` marks visual tokens, `weights [T]`
+    says how much each counts as a query, `answers [T - 1]` where the next token is one of an answer.
     """
 
+    number: int
     given: Sequence[dict[str, Any]]
     added: dict[int, torch.Tensor]
     visual: torch.Tensor
@@ -86,14 +87,19 @@ def begin(
     device: torch.device,
     states: States,
     streams: Sequence[str],
+    *,
+    first: int = 0,
 ) -> list[Chat]:
-    """Chats of one row each; hidden states before the first layer begin `streams`. Vision is done here."""
+    """Chats of one row each, numbered from `first`; hidden states before the first layer begin `streams`.
+    Vision is done here.
+    """
     chats: list[Chat] = []
     with resident(front_modules(model), device):
         for batch in batches:
             hidden, given, added = layer_arguments(model, batch.to(device))
             visual = visual_mask(batch, visual_token_ids)
             chat = Chat(
+                number=first + len(chats),
                 given=given,
                 added=added,
                 visual=visual,

@@ -19,7 +19,7 @@ from mha2mla_vlm.calibration.statistics import Heads, LayerStats, layer_usage
 from mha2mla_vlm.config import AttentionSizes
 from mha2mla_vlm.errors import InputError
 from mha2mla_vlm.model.normed import latent_inputs
-from mha2mla_vlm.utils.distributed import sum_over_processes
+from mha2mla_vlm.utils.distributed import SharedSums
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,55 +98,52 @@ def measure_layer(
     method takes them from the model after partial RoPE. `total` is the number of chats in all processes.
     Raises `InputError` naming the layer for numbers that are not finite.
     """
-    found, share, pairs = LayerProfile(), 1 / total, methods.pairs
+    sums, share, pairs = SharedSums(total), 1 / total, methods.pairs
 
     def observe(chat: Chat, module: Any, hidden: torch.Tensor, tables: Tables) -> None:
         """Add one chat."""
+        one = LayerProfile()
         heads = Heads.of(module, hidden, tables)
         if pairs.chat_scores is not None:
             attended = Attended(heads.queries, heads.keys, *heads.rotated(), module.scaling)
-            found.scores = _sum(found.scores, share * pairs.chat_scores(attended))
+            one.scores = share * pairs.chat_scores(attended)
         if methods.fold or pairs.covariance_scores is not None:
             parts = (heads.queries, heads.keys, heads.cos, heads.sin)
-            covariance = pair_covariance(*parts, *chat.queries(), module.scaling)
-            found.covariance = _sum(found.covariance, share * covariance)
+            one.covariance = share * pair_covariance(*parts, *chat.queries(), module.scaling)
         if methods.factorization.statistics == "usage":
             given = (module, heads, latent_inputs(module, hidden), chat.visual.long(), chat.weights)
             looked_at = chat.some_queries() if methods.at_read else None
-            for name, tokens in layer_usage(*given, turned=looked_at).items():
-                found.stats.add(name, tokens)
+            one.stats = LayerStats(layer_usage(*given, turned=looked_at))
         elif moments:
-            add_moments(found.stats, chat, latent_inputs(module, hidden))
+            one.stats = chat_moments(chat, latent_inputs(module, hidden))
+        sums.add(chat.number, one.tensors())
 
     advance(layer, index, chats, states, stream, observe)
-    sum_over_processes(x for x in (found.scores, found.covariance) if x is not None)
-    found.stats.sum_over_processes()
+    found = LayerProfile.from_tensors(sums.over_processes())
     found.check(index)
     if pairs.covariance_scores is not None and found.covariance is not None:
         found.scores = pairs.covariance_scores(found.covariance, methods.fold)
     return found
 
 
-def _sum(so_far: torch.Tensor | None, new: torch.Tensor) -> torch.Tensor:
-    return new if so_far is None else so_far + new
-
-
 def measure_moments(
-    layer: nn.Module, index: int, chats: Sequence[Chat], states: States, stream: str
+    layer: nn.Module, index: int, chats: Sequence[Chat], states: States, stream: str, *, total: int
 ) -> LayerStats:
-    """Take a stream through a layer; moments of what latents of it are made of, by modality."""
-    stats = LayerStats()
+    """Take a stream through a layer; moments of what latents of it are made of, by modality. `total` is the
+    number of chats in all processes.
+    """
+    sums = SharedSums(total)
 
     def observe(chat: Chat, module: Any, hidden: torch.Tensor, _: Tables) -> None:
         """Add one chat."""
-        add_moments(stats, chat, latent_inputs(module, hidden))
+        one = LayerProfile(stats=chat_moments(chat, latent_inputs(module, hidden)))
+        sums.add(chat.number, one.tensors())
 
     advance(layer, index, chats, states, stream, observe)
-    stats.sum_over_processes()
-    return stats
+    return LayerProfile.from_tensors(sums.over_processes()).stats
 
 
-def add_moments(stats: LayerStats, chat: Chat, inputs: torch.Tensor) -> None:
-    """Add a chat's tokens `[1, T, C]`, apart for text and vision."""
-    for modality, mask in (("text", ~chat.visual), ("vision", chat.visual)):
-        stats.add(modality, TokenStats.of(inputs[0][mask]))
+def chat_moments(chat: Chat, inputs: torch.Tensor) -> LayerStats:
+    """Moments of a chat's tokens `[1, T, C]`, apart for text and vision."""
+    masks = {"text": ~chat.visual, "vision": chat.visual}
+    return LayerStats({modality: TokenStats.of(inputs[0][mask]) for modality, mask in masks.items()})

@@ -19,7 +19,6 @@ from mha2mla_vlm.calibration.activations import Chat, States, answer_states, cal
 from mha2mla_vlm.model.attention import MLAAttention
 from mha2mla_vlm.model.modeling import decoder_layers
 from mha2mla_vlm.model.offload import end_modules, resident
-from mha2mla_vlm.utils.distributed import process_count, process_index
 
 GRADIENT = "gradient"  # a stream of `[S, T, C]`
 
@@ -49,7 +48,7 @@ def begin_gradients(
     with resident((norm, head), device):
         for number, chat in enumerate(chats):
             hidden = states[stream, last, number].to(device).detach().requires_grad_()
-            generator = torch.Generator().manual_seed(process_index() + number * process_count())
+            generator = torch.Generator().manual_seed(chat.number)
             with torch.enable_grad():
                 logits = head(answer_states(chat, hidden, norm)).float()
             signs = torch.randint(2, (sketches, *logits.shape), generator=generator).to(device) * 2.0 - 1.0

@@ -18,7 +18,6 @@ from mha2mla_vlm.data.records import IGNORE_INDEX
 from mha2mla_vlm.model.normed import keys_and_values, normed_queries
 from mha2mla_vlm.model.rope import rotate
 from mha2mla_vlm.utils.compat import one_table
-from mha2mla_vlm.utils.distributed import sum_over_processes
 
 ANSWER_WEIGHT = 8.0  # of a query whose output is an answer's token, against other text
 VISION_WEIGHT = 0.1
@@ -30,19 +29,6 @@ class LayerStats:
     """What latents of one layer are made of (`normed.latent_inputs`), by modality."""
 
     tokens: dict[str, TokenStats] = field(default_factory=dict)
-
-    def add(self, modality: str, new: TokenStats) -> None:
-        """Add tokens of a modality."""
-        self.tokens[modality] = self.tokens[modality] + new if modality in self.tokens else new
-
-    def sum_over_processes(self) -> None:
-        """Let these be the tokens of all processes."""
-        for name in sorted(self.tokens):
-            one = self.tokens[name]
-            counts = one.moment.new_tensor([one.count, one.mass])
-            metric = [] if one.metric is None else [one.metric]
-            sum_over_processes([counts, one.moment, one.total, *metric])
-            one.count, one.mass = int(counts[0]), float(counts[1])
 
     def pooled(self) -> TokenStats:
         """Of all modalities."""

@@ -25,7 +25,7 @@ from mha2mla_vlm.evaluation.answers import as_kl, kl_sum
 from mha2mla_vlm.model.attention import MLAAttention
 from mha2mla_vlm.model.modeling import decoder_layers
 from mha2mla_vlm.model.offload import end_modules, resident
-from mha2mla_vlm.utils.distributed import sum_over_processes
+from mha2mla_vlm.utils.distributed import SharedSums
 
 CALIBRATION_PARTIAL = "calibration partial"
 ORIGINAL, PARTIAL, CONVERTED = "original", "partial", "converted"
@@ -69,7 +69,7 @@ class LayerwiseConversion(Sweep):
         self.after_rope = method.statistics == "inputs"
         self.calibration: list[Chat] = []
         self.held_out: list[Chat] = []
-        self.total = 0
+        self.total = self.held_out_total = 0
 
     def begin(
         self, calibration: Sequence[BatchFeature], held_out: Sequence[BatchFeature], *, again: bool = False
@@ -77,7 +77,7 @@ class LayerwiseConversion(Sweep):
         """Bring this process's share of the chats before the first layer; or, `again`, only what layers are
         given besides states.
         """
-        self.total = len(calibration)
+        self.total, self.held_out_total = len(calibration), len(held_out)
         wanted = [CALIBRATION] if self.is_original and self.known is None else []
         wanted += [CALIBRATION_PARTIAL] if self.after_rope else []
         self.calibration = self.chats(calibration, [] if again else wanted) if wanted else []
@@ -100,7 +100,8 @@ class LayerwiseConversion(Sweep):
             stats = profile.stats
             if self.after_rope:
                 with self.phases.phase("calibration"), attending(layer, partial):
-                    stats = measure_moments(layer, index, self.calibration, self.states, CALIBRATION_PARTIAL)
+                    given = (layer, index, self.calibration, self.states, CALIBRATION_PARTIAL)
+                    stats = measure_moments(*given, total=self.total)
                 LayerProfile(stats=stats).check(index)
             with self.phases.phase("factorisation"):
                 converted, spectra = self._factorised(layer.self_attn, partial, stats, index)
@@ -142,7 +143,7 @@ class LayerwiseConversion(Sweep):
         """After the last layer: mean divergence from the original on held-out answers, in nats a token."""
         norm, head = end_modules(self.model)
         last = len(decoder_layers(self.model))
-        sums = torch.zeros(len(self.ends) + 1, dtype=torch.float64, device=self.device)
+        sums = SharedSums(self.held_out_total)
         with resident((norm, head), self.device):
             for number, chat in enumerate(self.held_out):
 
@@ -151,8 +152,8 @@ class LayerwiseConversion(Sweep):
                     return head(answer_states(chat, hidden, norm)).float().log_softmax(-1)
 
                 expected = log_probs(ORIGINAL)
-                sums[-1] += len(expected)
-                for position, stream in enumerate(self.ends.values()):
-                    sums[position] += kl_sum(log_probs(stream), expected)
-        sum_over_processes([sums])
-        return {name: as_kl(float(total / sums[-1])) for name, total in zip(self.ends, sums, strict=False)}
+                found = [kl_sum(log_probs(stream), expected) for stream in self.ends.values()]
+                numbers = torch.tensor([*found, len(expected)], dtype=torch.float64, device=self.device)
+                sums.add(chat.number, {"kl": numbers})
+        *totals, answers = sums.over_processes()["kl"].tolist()
+        return {name: as_kl(total / answers) for name, total in zip(self.ends, totals, strict=True)}

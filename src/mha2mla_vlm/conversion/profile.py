@@ -24,7 +24,7 @@ from mha2mla_vlm.conversion.work import Work
 from mha2mla_vlm.model.attention import MLAAttention
 from mha2mla_vlm.model.modeling import decoder_layers
 from mha2mla_vlm.model.offload import resident
-from mha2mla_vlm.utils.distributed import sum_over_processes
+from mha2mla_vlm.utils.distributed import SharedSums
 
 SKETCHES = 2  # of each chat's answers
 
@@ -90,17 +90,17 @@ class LayerwiseProfile(Sweep):
                 work.keep(f"layer {index}", self._measure(index, chats, len(batches)).tensors())
                 self._finished()
             if self.methods.factorization.takes_budget:
-                self._run_down(chats, layers)
+                self._run_down(chats, layers, len(batches))
         losses = [LayerLosses.from_dict(values) for values in work.notes.get("losses", [])]
         return Profile(config=config, layers=layers, losses=losses)
 
-    def _run_down(self, chats: Sequence[Chat], layers: Sequence[LayerProfile]) -> None:
+    def _run_down(self, chats: Sequence[Chat], layers: Sequence[LayerProfile], total: int) -> None:
         work, count = self.work, self.sizes.layers
         if work.done == count:
             with self.phases.phase("sensitivity"):
                 begin_gradients(self.model, chats, self.states, CALIBRATION, sketches=SKETCHES)
         for index in reversed(range(2 * count - work.done)):
-            losses = self._losses(index, chats, layers[index])
+            losses = self._losses(index, chats, layers[index], total)
             work.notes["losses"] = [losses.to_dict(), *work.notes.get("losses", [])]
             self._finished(drop=index + 1)
 
@@ -117,7 +117,7 @@ class LayerwiseProfile(Sweep):
             return measure_layer(*given, total=total, moments=True)
 
     @torch.no_grad()
-    def _losses(self, index: int, chats: Sequence[Chat], profile: LayerProfile) -> LayerLosses:
+    def _losses(self, index: int, chats: Sequence[Chat], profile: LayerProfile, total: int) -> LayerLosses:
         """What converting a layer costs."""
         layer, modes = decoder_layers(self.model)[index], list(self.by_mode)
         with resident(layer.modules(), self.device):
@@ -133,10 +133,11 @@ class LayerwiseProfile(Sweep):
             rope, half, rest = part.split([len(part) - 1 - len(units[latent]), 1, len(units[latent])])
             errors |= {"rope": rope} if mode == "write" else {}
             errors[latent] = rest - half
-        losses = torch.cat(list(errors.values())).square().sum((1, 2)) / (2 * SKETCHES)
-        answers = losses.new_tensor(sum(int(chat.answers.sum()) for chat in chats))
-        sum_over_processes([losses, answers])
-        values = (losses / answers).split([len(part) for part in errors.values()])
+        sums, losses = SharedSums(total), torch.cat(list(errors.values())).square().sum(2) / (2 * SKETCHES)
+        for chat, column in zip(chats, losses.unbind(1), strict=True):
+            sums.add(chat.number, {"losses": column, "answers": chat.answers.sum()})
+        whole = sums.over_processes()
+        values = (whole["losses"] / whole["answers"]).split([len(part) for part in errors.values()])
         curves = zip(errors, values, strict=True)
         bits = {mode: one.bits for mode, one in zip(modes, tried, strict=True) if one.bits}
         return LayerLosses(bits=bits, **{k: dict(zip(units[k], v.tolist(), strict=True)) for k, v in curves})

@@ -68,8 +68,10 @@ class Sweep:
     def chats(self, batches: Sequence[BatchFeature], streams: Sequence[str]) -> list[Chat]:
         """This process's share of chats, brought before the first layer, where they begin `streams`."""
         visual = get_family(self.model.config.model_type).visual_token_ids(self.model.config)
+        own = own_share(len(batches))
         with self.phases.phase("vision and embeddings"):
-            return begin(self.model, own_share(batches), visual, self.device, self.states, streams)
+            given = (self.model, batches[own.start : own.stop], visual, self.device, self.states, streams)
+            return begin(*given, first=own.start)
 
     def spec(self, index: int) -> LayerSpec:
         """What a layer becomes."""
