@@ -16,7 +16,7 @@ export MALLOC_MMAP_THRESHOLD_ ?= 4294967296
 export MALLOC_TRIM_THRESHOLD_ ?= 8589934592
 
 .PHONY: demo test test-eval test-pages test-vllm test-upstream oldest oldest-quick latest nightly gpu check format \
-	constraints clean
+	constraints docs clean
 
 demo: $(STAMP)
 	$(VENV)/bin/mha2mla demo --model $(MODEL)
@@ -64,8 +64,12 @@ latest:
 	$(LATEST_VENV)/bin/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow" $(TESTS); result=$$?; \
 	$(LATEST_VENV)/bin/python scripts/versions.py changes constraints.txt; exit $$result
 
+# the documentation as a site, in site/; broken links and pages that no menu has are errors
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
+
 # what `.ci/run` runs, and all that it has no time for
-nightly: check test test-eval oldest test-pages test-vllm $(if $(TRANSFORMERS),test-upstream)
+nightly: check test test-eval docs oldest test-pages test-vllm $(if $(TRANSFORMERS),test-upstream)
 	$(VENV)/bin/python -m pytest -m slow $(TESTS)
 
 check: $(STAMP)
@@ -80,7 +84,7 @@ format: $(STAMP)
 # constraints*.txt anew, with Python 3.11: the newest versions within the bounds of pyproject.toml, the oldest, vLLM's
 constraints:
 	$(PYTHON) -m venv --clear $(SCRATCH_VENV)
-	$(SCRATCH_VENV)/bin/python -m pip install --quiet $(TORCH) --editable '.[all,dev,libraries]' selenium
+	$(SCRATCH_VENV)/bin/python -m pip install --quiet $(TORCH) --editable '.[all,dev,docs,libraries]' selenium
 	$(SCRATCH_VENV)/bin/python scripts/versions.py installed constraints.txt
 	$(PYTHON) -m venv --clear $(SCRATCH_VENV)
 	$(SCRATCH_VENV)/bin/python scripts/versions.py oldest dev > $(SCRATCH_VENV)/requirements.txt
@@ -92,7 +96,7 @@ constraints:
 	rm -rf $(SCRATCH_VENV)
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) $(OLDEST_VENV) $(LATEST_VENV) $(SCRATCH_VENV) build dist
+	rm -rf $(VENV) $(VLLM_VENV) $(OLDEST_VENV) $(LATEST_VENV) $(SCRATCH_VENV) build dist site
 
 # what tests try converted models with; torchao warns wherever it is installed, so `demo` has it not
 $(VENV)/.installed-libraries: $(STAMP)
@@ -101,6 +105,10 @@ $(VENV)/.installed-libraries: $(STAMP)
 
 $(VENV)/.installed-eval: $(STAMP)
 	$(INSTALL) --editable '.[eval]'
+	touch $@
+
+$(VENV)/.installed-docs: $(STAMP)
+	$(INSTALL) --editable '.[docs]'
 	touch $@
 
 $(VENV)/.installed-pages: $(STAMP)

@@ -17,7 +17,7 @@
 #   CALIBRATION=128 HELD_OUT=256 TRAIN=16384 EVERY=1    chats that are drawn, and of how many each is one
 #   TASKS                    of lmms-eval, the paper's eight; "chats" are the held-out ones (for zoo:NAME)
 #   NEEDED_KL=0.01           fine-tune what has a higher KL to the original on held-out chats
-#   CONFIG                   the recipe of fine-tuning, by default single_stage.yaml of the model
+#   CONFIG                   the recipe of fine-tuning, by default single_stage of the model (mha2mla recipes)
 #   FINETUNE_OPTIONS=""      options over it, as --max-steps 100
 #   BATCH=8                  questions at a time
 #   SERVER=auto              vllm or transformers; auto takes vLLM if it is installed
@@ -25,7 +25,7 @@
 #   BENCH_CONTEXTS="1024 16384 65536" BENCH_BATCHES="1 8" BENCH_SECONDS=2
 #   DEVICE=auto              cpu or cuda, for what runs in one process
 #   GPUS                     processes that share conversion, benchmarks and training; by default all GPUs
-#   ACCELERATE_CONFIG        of training in several processes, by default ddp.yaml
+#   ACCELERATE_CONFIG        of training in several processes, by default accelerate/ddp
 #   PYTHON=python            where this package is installed
 set -euo pipefail
 
@@ -64,7 +64,7 @@ defaults() { # what is not set in the environment
     PYTHON=${PYTHON:-python} SKIP=${SKIP-} DEVICE=${DEVICE:-auto} SERVER=${SERVER:-auto} PORT=${PORT:-8000}
     CONVERSIONS=${CONVERSIONS:-$SIZES} EVERY=${EVERY:-1} CALIBRATION=${CALIBRATION:-128} BATCH=${BATCH:-8}
     NEEDED_KL=${NEEDED_KL:-0.01} FINETUNE_OPTIONS=${FINETUNE_OPTIONS-} BENCH_SECONDS=${BENCH_SECONDS:-2}
-    ACCELERATE_CONFIG=${ACCELERATE_CONFIG:-$here/accelerate/ddp.yaml}
+    ACCELERATE_CONFIG=${ACCELERATE_CONFIG:-$(mha2mla recipes accelerate/ddp)}
     BENCH_BATCHES=${BENCH_BATCHES:-1 8}
     case $MODEL in
     zoo:*) HELD_OUT=${HELD_OUT:-100} TRAIN=${TRAIN:-512} TASKS=${TASKS-chats} FOLDER=zoo
@@ -78,7 +78,7 @@ defaults() { # what is not set in the environment
         *) FOLDER=qwen2.5-vl-7b ;;
         esac ;;
     esac
-    CONFIG=${CONFIG:-$here/$FOLDER/single_stage.yaml}
+    CONFIG=${CONFIG:-$FOLDER/single_stage}
     GPUS=${GPUS:-$({ nvidia-smi -L 2>/dev/null || true; } | wc -l)}
     mha2mla=("$PYTHON" -m mha2mla_vlm)
     together=("$PYTHON") trained=("$PYTHON")

@@ -84,7 +84,7 @@ def pinned(name):
 @pytest.mark.parametrize(
     ("name", "extras"),
     [
-        ("constraints.txt", ("all", "dev", "libraries")),
+        ("constraints.txt", ("all", "dev", "docs", "libraries")),
         ("constraints-oldest.txt", ("dev",)),
         ("constraints-vllm.txt", ()),
     ],
