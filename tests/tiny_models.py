@@ -108,6 +108,24 @@ def qwen3_vl_moe():
     return qwen("qwen3_vl_moe", "Qwen3VLProcessor", "Qwen3VLVideoProcessor", *given, **experts)
 
 
+def qwen3_5(stem="qwen3_5", share=0.5, **more):
+    """Every second layer is linear attention; RoPE over a part of the head's dims."""
+    vision = {"hidden_size": 32, "intermediate_size": 32, "out_hidden_size": HIDDEN}
+    vision |= {"num_position_embeddings": 256}
+    more |= {"layer_types": ["linear_attention", "full_attention"] * 2, "num_hidden_layers": 4}
+    more |= {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
+    more |= dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim"), 8)
+    rope = {"mrope_interleaved": True, "mrope_section": [2, 1, 1], "partial_rotary_factor": share}
+    return qwen(stem, "Qwen3VLProcessor", "Qwen3VLVideoProcessor", rope, vision, **more)
+
+
+def qwen3_5_moe():
+    """The same with experts, and one KV head of which a quarter is rotated, as in the released ones."""
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    experts |= {"shared_expert_intermediate_size": 32}
+    return qwen3_5("qwen3_5_moe", 0.25, kv_heads=1, head_dim=32, **experts)
+
+
 def internvl(kind="qwen2"):
     """Tiles of 24 pixels a side, 4 tokens each."""
     marks = {
@@ -234,6 +252,8 @@ def idefics3(family="idefics3", stem="Idefics3"):
 TINY = {
     "qwen2_vl": qwen2_vl,
     "qwen3_vl_moe": qwen3_vl_moe,
+    "qwen3_5": qwen3_5,
+    "qwen3_5_moe": qwen3_5_moe,
     "internvl": internvl,
     "internvl-llama": lambda: internvl("llama"),
     "internvl-qwen3": lambda: internvl("qwen3"),

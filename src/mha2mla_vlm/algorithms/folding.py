@@ -133,7 +133,11 @@ def fold_coefficients(covariance: torch.Tensor, kept: torch.Tensor) -> torch.Ten
 
 
 def fold_keys(keys: torch.Tensor, fold: torch.Tensor) -> torch.Tensor:
-    """Key rows `[G, D, ..]` (weights or biases) folded by a and b `[G, 2, P]`; rounded once."""
+    """Key rows `[G, D, ..]` (weights or biases) folded by a and b `[G, 2, P]`; rounded once. Rows beyond 2 P,
+    which the original does not rotate, stay as they are.
+    """
     a, b = (x.reshape(*x.shape, *[1] * (keys.ndim - 2)) for x in fold.unbind(1))
-    first, second = keys.to(fold.dtype).chunk(2, dim=1)
-    return torch.cat([a * first + b * second, a * second - b * first], dim=1).to(keys.dtype)
+    turned = 2 * a.shape[1]
+    first, second = keys[:, :turned].to(fold.dtype).chunk(2, dim=1)
+    folded = torch.cat([a * first + b * second, a * second - b * first], dim=1).to(keys.dtype)
+    return torch.cat([folded, keys[:, turned:]], dim=1)

@@ -67,7 +67,8 @@ def random_caches(
             rank, rope = spec.widths(sizes)
             latent[index] = (batch, 1, context, rank), (batch, heads, context, rope // heads)
     empty = LatentCache() if quantization is None else quantized_cache(**quantization)
-    hold_latents(empty, [spec is not None for spec in specs])
+    text = converted.config.get_text_config(decoder=True)
+    hold_latents(empty, [spec is not None for spec in specs], text)
     bits = [spec and spec.bits if empty.holds_rows else None for spec in specs]
     caches = random_cache(dense, like), random_cache(latent, like, empty, bits)
     remember_modality(caches[1], modality_of(context, batch, like.device))

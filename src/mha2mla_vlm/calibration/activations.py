@@ -16,7 +16,7 @@ from mha2mla_vlm.calibration.statistics import MAX_QUERIES, query_weights, visua
 from mha2mla_vlm.evaluation.answers import predicted
 from mha2mla_vlm.model.attention import MLAAttention
 from mha2mla_vlm.model.modality import TokenModality
-from mha2mla_vlm.model.modeling import text_model
+from mha2mla_vlm.model.modeling import attention_of, text_model
 from mha2mla_vlm.model.offload import front_modules, resident
 
 Tables = tuple[torch.Tensor, torch.Tensor]  # cos and sin
@@ -165,7 +165,7 @@ def advance(
     """Take a stream of hidden states through one decoder layer, of an original model or with converted
     attention.
     """
-    converted = isinstance(layer.self_attn, MLAAttention)
+    converted = isinstance(attention_of(layer), MLAAttention)
     for number, chat in enumerate(chats):
         given = chat.given[index] | ({"token_modality": chat.modality} if converted else {})
         hidden = states[stream, index, number].to(chat.visual.device)
@@ -209,8 +209,11 @@ def calls_of(module: nn.Module) -> Iterator[list[tuple[tuple[Any, ...], dict[str
 
 
 @contextlib.contextmanager
-def attending(layer: Any, attention: nn.Module) -> Iterator[None]:
-    """Within the context, a decoder layer attends by another module."""
+def attending(layer: Any, attention: nn.Module | None) -> Iterator[None]:
+    """Within the context, a decoder layer attends by another module; None leaves it as it is."""
+    if attention is None:
+        yield
+        return
     original, layer.self_attn = layer.self_attn, attention
     try:
         yield

@@ -46,7 +46,7 @@ class LayerProfile:
 
     def selection(self, rope_dim: int, sizes: AttentionSizes, methods: Methods) -> RopeSelection:
         """The pairs that stay rotated, and what the others fold to."""
-        given = {"rope_dim": rope_dim, "kv_heads": sizes.kv_heads, "head_dim": sizes.head_dim}
+        given = {"rope_dim": rope_dim, "kv_heads": sizes.kv_heads, "rotary_dim": sizes.rotary_dim}
         pairs = methods.pairs.pairs(self.scores, **given)
         if not methods.fold:
             return RopeSelection(pairs=pairs)
@@ -105,10 +105,10 @@ def measure_layer(
         heads = Heads.of(module, hidden, tables)
         if pairs.chat_scores is not None:
             attended = Attended(heads.queries, heads.keys, *heads.rotated(), module.scaling)
-            found.scores = _sum(found.scores, share * pairs.chat_scores(attended))
+            found.scores = _sum(found.scores, share * heads.of_turned(pairs.chat_scores(attended)))
         if methods.fold or pairs.covariance_scores is not None:
             parts = (heads.queries, heads.keys, heads.cos, heads.sin)
-            covariance = pair_covariance(*parts, *chat.queries(), module.scaling)
+            covariance = heads.among_turned(pair_covariance(*parts, *chat.queries(), module.scaling))
             found.covariance = _sum(found.covariance, share * covariance)
         if methods.factorization.statistics == "usage":
             given = (module, heads, latent_inputs(module, hidden), chat.visual.long(), chat.weights)

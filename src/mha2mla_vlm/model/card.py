@@ -97,7 +97,8 @@ def _bits(specs: list[LayerSpec | None]) -> str:
 
 def method(mla: MLAConfig) -> dict[str, str]:
     """How a model was converted, in words."""
-    modes = mla.rotate_at if isinstance(mla.rotate_at, list) else [mla.rotate_at]
+    listed = mla.rotate_at if isinstance(mla.rotate_at, list) else [mla.rotate_at]
+    modes = [mode for mode in listed if mode is not None]
     kept = "all stay rotated" if "write" not in modes else "not recorded"
     counts = [f"{mode} in {modes.count(mode)} layers" for mode in sorted(set(modes))]
     return {

@@ -67,9 +67,15 @@ def decoder_layers(model: PreTrainedModel) -> torch.nn.ModuleList:
     return text_model(model).layers
 
 
+def attention_of(layer: Any) -> Any:
+    """The attention of a decoder layer, None where it has another kind of mixer."""
+    return getattr(layer, "self_attn", None)
+
+
 def latent_attentions(layers: Iterable[Any]) -> list[MLAAttention]:
     """The attention of those decoder layers that are converted."""
-    return [layer.self_attn for layer in layers if isinstance(layer.self_attn, MLAAttention)]
+    found = (attention_of(layer) for layer in layers)
+    return [attention for attention in found if isinstance(attention, MLAAttention)]
 
 
 def loading_errors(info: dict[str, Any]) -> str:
@@ -152,7 +158,7 @@ class MLACheckpoint(_Model):
         if found := loading_errors(info):
             raise InputError(f"the weights do not match the config: {found}; convert the model again")
         for attention in latent_attentions(model.get_decoder().layers):
-            check_pairs(attention.rope_pairs, attention.head_dim, attention.layer_idx, attention.at_read)
+            check_pairs(attention.rope_pairs, attention.rotary_dim, attention.layer_idx, attention.at_read)
         return (model, info) if output_loading_info else model
 
     @classmethod
@@ -190,7 +196,8 @@ class MLAInnerMixin(MLACheckpoint):
             cache = LatentCache()
         if cache is not None:
             layers = self.get_decoder().layers
-            hold_latents(cache, [isinstance(layer.self_attn, MLAAttention) for layer in layers])
+            converted = [isinstance(attention_of(layer), MLAAttention) for layer in layers]
+            hold_latents(cache, converted, self.config.get_text_config(decoder=True))
         if self.mla_config.modalities != SHARED:
             inputs["token_modality"] = track_modality(cache, self._modality(inputs, cache))
         if self.reads_positions:

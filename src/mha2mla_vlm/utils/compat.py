@@ -18,7 +18,6 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import Cache, DynamicCache, LlamaForCausalLM, PreTrainedModel, StaticCache
-from transformers.cache_utils import DynamicLayer
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -89,11 +88,14 @@ def replace_layers(cache: Cache, kinds: dict[type[Any], Any], replaced: Sequence
     """
     made = []
     for layer, ours in zip(cache.layers, replaced, strict=False):
+        if not ours:
+            made.append(layer)
+            continue
         kind = kinds.get(type(layer))
         if kind is None or layer.is_initialized:
             return False
         room = {"max_cache_len": layer.max_cache_len} if isinstance(cache, StaticCache) else {}
-        made.append(kind(**room) if ours else layer)
+        made.append(kind(**room))
     replicated: Any = cache.layer_class_to_replicate
     if replicated is not None:
         if replicated not in kinds:
@@ -113,10 +115,14 @@ def add_layer(cache: Cache) -> None:
     cache.layers.append(cache.layer_class_to_replicate())
 
 
-def make_layers(cache: Cache, replicated: Sequence[bool]) -> None:
-    """Let such a cache make all its layers now, transformers' own where they are not to be `replicated`."""
+def make_layers(cache: Cache, replicated: Sequence[bool], config: Any) -> None:
+    """Let such a cache make all its layers now: those of transformers, for a language model of this config,
+    where they are not to be `replicated`.
+    """
     kind: Any = cache.layer_class_to_replicate
-    cache.layers = [kind() if ours else DynamicLayer() for ours in replicated]
+    own = DynamicCache(config=config).layers
+    cache.layers = [kind() if ours else layer for layer, ours in zip(own, replicated, strict=True)]
+    cache.layer_class_to_replicate = None  # all are there
 
 
 def static_room(layer: Any) -> int:

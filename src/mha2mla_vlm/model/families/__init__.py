@@ -12,6 +12,8 @@ from mha2mla_vlm.model.families import (
     mistral3,
     qwen2_5_vl,
     qwen2_vl,
+    qwen3_5,
+    qwen3_5_moe,
     qwen3_vl,
     qwen3_vl_moe,
     smolvlm,
@@ -20,6 +22,8 @@ from mha2mla_vlm.model.families import (
 from mha2mla_vlm.model.families.base import Family
 
 _MODULES = (
+    qwen3_5,
+    qwen3_5_moe,
     qwen3_vl,
     qwen3_vl_moe,
     qwen2_5_vl,
