@@ -283,7 +283,9 @@ class MLAConfig(Strict):
         if not any(specs):
             raise InputError("qk_rope_head_dim leaves all layers as they were; give R of at least one")
         for index, spec in enumerate(specs):
-            ranks = self.kv_lora_rank
+            ranks, modes = self.kv_lora_rank, self.rotate_at
+            if spec is not None and isinstance(modes, list) and modes[index] is None:
+                raise InputError(f"layer {index}: rotate_at is null; give {' or '.join(ROTATE_AT)}")
             if isinstance(ranks, list) and (ranks[index] is None) != (spec is None):
                 raise InputError(
                     f"layer {index}: qk_rope_head_dim is {spec and spec.rope_dim} and kv_lora_rank "

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, Cache, PreTrainedModel
 
 from mha2mla_vlm.algorithms.bits import rounded
 from mha2mla_vlm.bench.context import modality_of, multimodal, positions_of
@@ -20,7 +20,7 @@ from mha2mla_vlm.model.cache.latent import LatentCache, hold_latents, remember_m
 from mha2mla_vlm.model.cache.packed import pack, stored_tokens
 from mha2mla_vlm.model.cache.quantized import quantized_cache
 from mha2mla_vlm.model.modality import TokenModality
-from mha2mla_vlm.model.modeling import decoder_layers, latent_attentions, text_model
+from mha2mla_vlm.model.modeling import attention_of, decoder_layers, latent_attentions, text_model
 from mha2mla_vlm.model.positions import Rotation, TokenPositions
 from mha2mla_vlm.model.rebuilt import Angles
 from mha2mla_vlm.utils.compat import attention_name, cache_argument, set_attention_name
@@ -31,16 +31,18 @@ Shape = tuple[int, ...]
 
 
 def random_cache(
-    shapes: Sequence[tuple[Shape, Shape]],
+    shapes: Sequence[tuple[Shape, Shape] | None],
     like: torch.Tensor,
     cache: LatentCache | None = None,
     bits: Sequence[LatentBits | None] = (),
 ) -> LatentCache:
-    """A cache whose layers hold random tensors of these shapes, those with `bits` in bytes; its buffers grow
-    in steps in any case.
+    """A cache whose layers hold random tensors of these shapes, those with `bits` in bytes, and nothing where
+    the shape is None; its buffers grow in steps in any case.
     """
     cache = LatentCache() if cache is None else cache  # an empty one is false
     for index, (shapes_of, own) in enumerate(itertools.zip_longest(shapes, bits)):
+        if shapes_of is None:
+            continue
         keys, values = (_random(shape, like) for shape in shapes_of)
         if own is not None:
             keys, values = pack(rounded(keys, own), own), values.to(torch.int8)
@@ -57,10 +59,16 @@ def _random(shape: Shape, like: torch.Tensor) -> torch.Tensor:
 def random_caches(
     converted: PreTrainedModel, context: int, batch: int, quantization: dict[str, Any] | None = None
 ) -> tuple[LatentCache, LatentCache]:
-    """Caches of `context` tokens, of keys and values `[B, G, S, D]` and of latents and rotated keys."""
-    like, sizes = decoder_layers(converted)[0].self_attn.q_proj.weight, AttentionSizes.of(converted.config)
+    """Caches of `context` tokens, of keys and values `[B, G, S, D]` and of latents and rotated keys.
+
+    Layers of sliding windows hold keys and values in both, those of linear attention nothing yet.
+    """
+    sizes = AttentionSizes.of(converted.config)
+    like = latent_attentions(decoder_layers(converted))[0].q_proj.weight
     heads, specs = sizes.kv_heads, converted.mla_config.layers(sizes)
-    dense = [((batch, heads, context, sizes.head_dim),) * 2] * sizes.layers
+    whole = ((batch, heads, context, sizes.head_dim),) * 2
+    attends = [attention_of(layer) is not None for layer in decoder_layers(converted)]
+    dense: list[tuple[Shape, Shape] | None] = [whole if each else None for each in attends]
     latent = list(dense)
     for index, spec in enumerate(specs):
         if spec is not None:
@@ -70,11 +78,19 @@ def random_caches(
     text = converted.config.get_text_config(decoder=True)
     hold_latents(empty, [spec is not None for spec in specs], text)
     bits = [spec and spec.bits if empty.holds_rows else None for spec in specs]
-    caches = random_cache(dense, like), random_cache(latent, like, empty, bits)
+    plain = LatentCache()
+    hold_latents(plain, [index in sizes.growing for index in range(sizes.layers)], text)
+    caches = random_cache(dense, like, plain), random_cache(latent, like, empty, bits)
     remember_modality(caches[1], modality_of(context, batch, like.device))
     if any(spec is not None and spec.at_read for spec in specs):
         track_positions(caches[1], 0, positions_of(converted, context, batch, like.device).int(), context)
     return caches
+
+
+def forget_last(cache: Cache, sizes: AttentionSizes) -> None:
+    """Take the last token off layers that grow; others keep as much whatever comes."""
+    for index in sizes.growing:
+        cache.layers[index].crop(-1)
 
 
 @torch.no_grad()
@@ -95,7 +111,8 @@ def time_attention(
     """
     modules = latent_attentions(decoder_layers(converted))
     first = modules[0]
-    like, batch = dense.layers[0].keys, dense.layers[0].keys.shape[0]
+    like = dense.layers[first.layer_idx].keys
+    batch = len(like)
     theirs, own = ([cache.layers[m.layer_idx] for m in modules] for cache in (dense, latent))
     queries = [like.new_empty(batch, first.heads, 1, first.head_dim).normal_() for _ in modules]
     split = [q.split([m.rope_dim, m.nope_dim], dim=-1) for q, m in zip(queries, modules, strict=True)]
@@ -149,8 +166,9 @@ def time_layers(
     latent: LatentCache,
     seconds: float,
 ) -> Rows:
-    """Attention modules with their projections and the writing of the cache, over all layers."""
-    like = dense.layers[0].keys
+    """Attention modules with their projections and the writing of the cache, over all layers that grow."""
+    sizes = AttentionSizes.of(original.config)
+    like = dense.layers[sizes.growing[0]].keys
     context, device = dense.get_seq_length(), like.device
     hidden = like.new_empty(like.shape[0], 1, converted.config.get_text_config().hidden_size).normal_()
     embeddings = {model: rotary_tables(model, hidden, context - 1) for model in (original, converted)}
@@ -158,11 +176,11 @@ def time_layers(
 
     def through(model: PreTrainedModel, cache: LatentCache, **kwargs: Any) -> Callable[[], None]:
         def run() -> None:
-            cache.crop(-1)  # so that the new token is the last that fits, and buffers are dense
+            forget_last(cache, sizes)  # so that the new token is the last that fits, and buffers are dense
             if model is converted and converted.model.reads_positions:
                 kwargs["token_positions"] = TokenPositions(text_model(converted).rotary_emb)
-            for layer in decoder_layers(model):
-                layer.self_attn(
+            for index in sizes.growing:
+                decoder_layers(model)[index].self_attn(
                     hidden_states=hidden,
                     position_embeddings=embeddings[model],
                     attention_mask=None,

@@ -18,6 +18,7 @@ from mha2mla_vlm.conversion.weights import converted_config
 from mha2mla_vlm.errors import InputError
 from mha2mla_vlm.model.attention import MLAAttention
 from mha2mla_vlm.model.cache.latent import bytes_per_token
+from mha2mla_vlm.model.cache.state import state_bytes_per_row
 from mha2mla_vlm.model.card import by_layer
 from mha2mla_vlm.model.families import get_family
 from mha2mla_vlm.model.families.base import Family
@@ -281,3 +282,8 @@ def print_plan(original: Any, mla: MLAConfig) -> None:
         f"{before} to {after} cache bytes per token ({after / before:.1%}), "
         f"{mla.decode_cost(sizes):.3g} times the arithmetic for each when decoding"
     )
+    if sizes.left:
+        console().print(
+            f"{len(sizes.left)} of {sizes.layers} layers are not {FULL} and stay as they are; they keep "
+            f"{state_bytes_per_row(original):,} bytes for each chat, however long"
+        )

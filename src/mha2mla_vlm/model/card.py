@@ -10,6 +10,7 @@ from huggingface_hub.utils import validate_repo_id
 from mha2mla_vlm.config import CHANNEL_BITS, AttentionSizes, LayerSpec, MLAConfig
 from mha2mla_vlm.errors import InputError, first_line
 from mha2mla_vlm.model.cache.latent import bytes_per_token
+from mha2mla_vlm.model.cache.state import state_bytes_per_row
 from mha2mla_vlm.model.families import get_family
 from mha2mla_vlm.utils.remote import HUB_ERRORS, unreachable
 
@@ -72,6 +73,7 @@ def _facts(config: Any, mla: MLAConfig) -> dict[str, str]:
     specs = mla.layers(sizes := AttentionSizes.of(config))
     facts = {
         "cache bytes per token (16 bits)": f"{before:,} to {after:,} ({after / before:.1%})",
+        **_state(config),
         "rope dims per KV head (R), by layer": by_layer([spec and spec.rope_dim for spec in specs]),
         "latent dims (r), by layer": by_layer([spec and spec.rank for spec in specs]),
         "bits of latent dims": _bits(specs),
@@ -84,6 +86,12 @@ def _facts(config: Any, mla: MLAConfig) -> dict[str, str]:
     return facts | {
         f"KL after {step.replace('_', ' ')}": f"{kl:.4f} nats per answer token" for step, kl in losses
     }
+
+
+def _state(config: Any) -> dict[str, str]:
+    """What layers that are not of full attention keep, if there are any."""
+    found = state_bytes_per_row(config)
+    return {"bytes a chat in layers left as they were (16 bits)": f"{found:,}, as before"} if found else {}
 
 
 def _bits(specs: list[LayerSpec | None]) -> str:

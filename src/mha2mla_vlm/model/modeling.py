@@ -255,6 +255,11 @@ class MLAMixin(GenerationCompat, MLACheckpoint):
         if options.get("backend", "latent") == "latent":
             return quantized_cache(**options)
         text = self.config.get_text_config(decoder=True)
+        if left := AttentionSizes.of_text(text).left:
+            raise InputError(
+                f"backend {options['backend']!r} holds keys and values of all layers, but layer {left[0]} is "
+                f"{text.layer_types[left[0]]}; leave the backend out, for 8, 4 or 2 bits of latents"
+            )
         return QuantizedCache(**{"config": text, "q_group_size": self._quantization_group()} | options)
 
     def _quantization_group(self) -> int:
