@@ -201,6 +201,8 @@ def piecewise_logits(model, inputs, cuts, cache: Cache):
             "attention_mask": full["attention_mask"][:, :stop],
             "position_ids": full["position_ids"][..., start:stop],
         }
+        if "token_type_ids" in full:
+            piece["token_type_ids"] = full["token_type_ids"][:, :stop]
         shown = [i for i, at in enumerate(starts) if start <= at < stop]
         if shown and len(shown) == len(starts):
             piece = {k: v for k, v in full.items() if k != "mm_token_type_ids"} | piece

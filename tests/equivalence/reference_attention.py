@@ -69,6 +69,8 @@ class ReferenceAttention(nn.Module):
     def forward(self, hidden_states, position_embeddings, **kwargs):
         source, x = self.source, hidden_states.double()
         tables = (one_table(table, source.config) for table in position_embeddings)
+        mask = kwargs.get("attention_mask")
+        self.seen = mask if mask is not None and mask.dtype == torch.bool and mask.ndim == 4 else None
         cos, sin = (table.double().expand(len(x), -1, -1) for table in tables)
         batch, tokens, _ = x.shape
         out = torch.zeros(batch, tokens, source.heads, source.head_dim, dtype=torch.float64)
@@ -102,6 +104,7 @@ class ReferenceAttention(nn.Module):
             query = query[[*rope, *(i + half for i in rope), *others, *(i + half for i in others), *never]]
         rope = self._rotate(query[: source.rope_dim], cos, sin, head)
         query = torch.cat([rope, query[source.rope_dim :]])
-        seen = self.keep[b, : t + 1].bool()
-        scores = (keys[: t + 1] @ query)[seen] / source.head_dim**0.5
-        return scores.softmax(0) @ values[: t + 1][seen] * gate
+        seen = self.keep[b].bool() & (torch.arange(len(keys)) <= t)
+        seen = seen if self.seen is None else self.seen[b, 0, t]  # both ways within an image
+        scores = (keys @ query)[seen] * source.scaling
+        return scores.softmax(0) @ values[seen] * gate

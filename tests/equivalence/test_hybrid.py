@@ -43,7 +43,7 @@ MIXED = ["two images", "text", "image"]
 slow = pytest.mark.slow
 
 
-@pytest.fixture(params=["qwen3_5", pytest.param("qwen3_5_moe", marks=slow)])
+@pytest.fixture(params=["qwen3_5", "gemma3", pytest.param("qwen3_5_moe", marks=slow)])
 def name(request):
     """Each very small hybrid model in turn."""
     return request.param
@@ -83,7 +83,10 @@ def test_only_layers_of_full_attention_are_converted(name, rotate_at):
     assert [isinstance(layer, LatentLayer) for layer in cache.layers] == [k is MLAAttention for k in kinds]
     rows, total = inputs["input_ids"].shape
     assert cache_bytes(cache) == rows * total * bytes_per_token(model.config, itemsize=4)
-    assert state_bytes(cache) == rows * state_bytes_per_row(model.config, itemsize=4)
+    most = rows * state_bytes_per_row(
+        model.config, itemsize=4
+    )  # a window holds its tokens but for the new one
+    assert state_bytes(cache) == most if name != "gemma3" else 0 < state_bytes(cache) <= most
 
 
 @pytest.mark.parametrize("how", ["dynamic", "static", "beams", "prefill in chunks"])
@@ -177,7 +180,7 @@ def test_a_checkpoint_on_disk_is_converted_as_in_memory_also_after_a_stop(name, 
         convert_checkpoint(folder, records, tmp_path / "small", config)
     found = convert_checkpoint(folder, records, tmp_path / "small", config, resume=True)
     assert done[3] == 4
-    small, expected = load(tmp_path / "small"), convert(model, processor, records, config)
+    small, expected = load(tmp_path / "small"), convert(load(folder), processor, records, config)
     assert found.mla == small.mla_config
     assert small.mla_config == expected.mla_config
     for key, value in expected.state_dict().items():

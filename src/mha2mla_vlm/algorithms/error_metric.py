@@ -26,12 +26,14 @@ def attention_usage(
     modalities: int,
     scaling: float,
     gate: torch.Tensor | None = None,
+    unseen: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Which tokens attention uses, and in which directions errors of keys and values matter.
 
     `queries [H, T, D]` and `keys [G, T, D]` are rotated, `plain_queries` not; `output [C, H, D]` is
     `o_proj`'s weight, `modality [T]` numbers each token's, and `weights [T]` are how much each query
-    counts. A `gate [H, T, D]` multiplies the heads' outputs. Returns the squared attention that each
+    counts. A `gate [H, T, D]` multiplies the heads' outputs, `unseen [T, T]` are the tokens
+    that each query does not see, by default those after it. Returns the squared attention that each
     token receives, `[T]`, and for each modality metrics of errors in plain keys and in values,
     `[E, 2, G, D, D]` in float64: e^T metric e is the squared error of the layer's output, summed
     over queries and tokens, if every token of the modality had the error e.
@@ -48,7 +50,7 @@ def attention_usage(
         for start in range(0, total, QUERY_BLOCK):
             rows = torch.arange(start, min(start + QUERY_BLOCK, total), device=keys.device)
             given = (queries[head, rows], keys[group], values[group], seen, rows, gram, scaling)
-            attention, spread = _attend(*given)
+            attention, spread = _attend(*given, unseen)
             squared = attention.square() * weights[rows, None]
             received += squared.sum(0)
             pull = (squared * spread) @ one_hot  # [queries, E]
@@ -83,13 +85,14 @@ def _attend(
     rows: torch.Tensor,
     gram: torch.Tensor,
     scaling: float,
+    unseen: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Of one head's rotated queries `[t, D]` of the tokens `rows [t]`: their attention p_ij, and how far each
     value lies from the output, `|v_j - o_i|^2` in the metric `gram [D, D]`; both `[t, T]`. `seen` is
     `values @ gram`, the same for all queries of the head.
     """
-    later = torch.arange(len(keys), device=keys.device) > rows[:, None]
-    attention = (queries @ keys.T * scaling).masked_fill(later, -torch.inf).softmax(-1)
+    hidden = torch.arange(len(keys), device=keys.device) > rows[:, None] if unseen is None else unseen[rows]
+    attention = (queries @ keys.T * scaling).masked_fill(hidden, -torch.inf).softmax(-1)
     mean = attention @ values
     lengths = (seen * values).sum(-1)
     spread = lengths + ((mean @ gram) * mean).sum(-1, keepdim=True) - 2 * mean @ seen.T
@@ -110,6 +113,7 @@ def key_metric(
     scaling: float,
     rotated: torch.Tensor | None = None,
     gate: torch.Tensor | None = None,
+    unseen: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """In which directions errors of keys before RoPE matter, where keys are rotated when they are read.
 
@@ -134,7 +138,7 @@ def key_metric(
         for part, weight in zip(rows.split(block), weights.split(block), strict=True):
             query, plain = queries[head, part], plain_queries[head, part]
             given = (query, keys[group], values[group], seen, part, gram, scaling)
-            attention, spread = _attend(*given)
+            attention, spread = _attend(*given, unseen)
             pull = (attention.square() * spread * weight[:, None]).sqrt() * scaling
             for number, tokens in enumerate(members):
                 cos, sin = (table[tokens] for table in tables)

@@ -21,9 +21,15 @@ from mha2mla_vlm.model.cache.packed import pack, stored_tokens
 from mha2mla_vlm.model.cache.quantized import quantized_cache
 from mha2mla_vlm.model.modality import TokenModality
 from mha2mla_vlm.model.modeling import attention_of, decoder_layers, latent_attentions, text_model
-from mha2mla_vlm.model.positions import Rotation, TokenPositions
+from mha2mla_vlm.model.positions import RecordingRotary, Rotation, TokenPositions
 from mha2mla_vlm.model.rebuilt import Angles
-from mha2mla_vlm.utils.compat import attention_name, cache_argument, set_attention_name
+from mha2mla_vlm.utils.compat import (
+    attention_name,
+    cache_argument,
+    of_full_attention,
+    set_attention_name,
+    takes_layer_type,
+)
 
 OURS, LATER = "ours", "ours, later layers"
 Rows = dict[str, Timing]
@@ -147,7 +153,7 @@ def _rotation(converted: PreTrainedModel, places: torch.Tensor, like: torch.Tens
     if not converted.model.reads_positions:
         return None
     text = text_model(converted)
-    return Rotation(text.rotary_emb.rotary, places, like, text.config)
+    return Rotation(text.rotary_emb.of_full_attention, places, like, text.config)
 
 
 def _with_new_text(latent: LatentCache, batch: int, device: torch.device) -> TokenModality:
@@ -226,7 +232,9 @@ def _interface(name: str, way: Dense) -> str:
 def rotary_tables(model: PreTrainedModel, hidden: torch.Tensor, position: int) -> Any:
     """Rotary tables of one new token at `position`."""
     where = positions(model, torch.full(hidden.shape[:2], position, device=hidden.device))
-    return text_model(model).rotary_emb(hidden, where)
+    rotary = text_model(model).rotary_emb
+    inner = rotary.rotary if isinstance(rotary, RecordingRotary) else rotary
+    return (of_full_attention(rotary) if takes_layer_type(inner) else rotary)(hidden, where)
 
 
 def positions(model: PreTrainedModel, places: torch.Tensor) -> torch.Tensor:

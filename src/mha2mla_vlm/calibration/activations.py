@@ -46,8 +46,8 @@ class MemoryStates(dict[Key, torch.Tensor]):
             del self[key]
 
 
-# observe(chat, attention module, its input [1, T, C], rotary tables)
-Observe = Callable[["Chat", nn.Module, torch.Tensor, Tables], None]
+# observe(chat, attention module, its input [1, T, C], rotary tables, attention mask)
+Observe = Callable[["Chat", nn.Module, torch.Tensor, Tables, torch.Tensor | None], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,7 +184,7 @@ def _observed(layer: nn.Module, chat: Chat, observe: Observe | None) -> Iterator
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        observe(chat, module, hidden, kwargs["position_embeddings"])
+        observe(chat, module, hidden, kwargs["position_embeddings"], kwargs.get("attention_mask"))
 
     handle = layer.self_attn.register_forward_pre_hook(hook, with_kwargs=True)
     try:

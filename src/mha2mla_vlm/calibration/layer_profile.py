@@ -100,15 +100,19 @@ def measure_layer(
     """
     found, share, pairs = LayerProfile(), 1 / total, methods.pairs
 
-    def observe(chat: Chat, module: Any, hidden: torch.Tensor, tables: Tables) -> None:
+    def observe(
+        chat: Chat, module: Any, hidden: torch.Tensor, tables: Tables, mask: torch.Tensor | None
+    ) -> None:
         """Add one chat."""
-        heads = Heads.of(module, hidden, tables)
+        heads = Heads.of(module, hidden, tables, mask)
         if pairs.chat_scores is not None:
-            attended = Attended(heads.queries, heads.keys, *heads.rotated(), module.scaling)
+            attended = Attended(heads.queries, heads.keys, *heads.rotated(), module.scaling, heads.unseen)
             found.scores = _sum(found.scores, share * heads.of_turned(pairs.chat_scores(attended)))
         if methods.fold or pairs.covariance_scores is not None:
             parts = (heads.queries, heads.keys, heads.cos, heads.sin)
-            covariance = heads.among_turned(pair_covariance(*parts, *chat.queries(), module.scaling))
+            covariance = heads.among_turned(
+                pair_covariance(*parts, *chat.queries(), module.scaling, heads.unseen)
+            )
             found.covariance = _sum(found.covariance, share * covariance)
         if methods.factorization.statistics == "usage":
             given = (module, heads, latent_inputs(module, hidden), chat.visual.long(), chat.weights)
@@ -137,7 +141,7 @@ def measure_moments(
     """Take a stream through a layer; moments of what latents of it are made of, by modality."""
     stats = LayerStats()
 
-    def observe(chat: Chat, module: Any, hidden: torch.Tensor, _: Tables) -> None:
+    def observe(chat: Chat, module: Any, hidden: torch.Tensor, *_: Any) -> None:
         """Add one chat."""
         add_moments(stats, chat, latent_inputs(module, hidden))
 

@@ -57,7 +57,8 @@ class Heads:
 
     `cos, sin [T, P]` are the rotary table's first half; the other half is the same. Dims that RoPE does not
     turn are pairs that turn by nothing, behind the `turned` ones that do: queries and keys have their dims in
-    the `order [D]` in which each pair is `(i, i + P)`.
+    the `order [D]` in which each pair is `(i, i + P)`. `unseen [T, T]` are the tokens that a query does not
+    see, None for those after it.
     """
 
     queries: torch.Tensor
@@ -68,10 +69,17 @@ class Heads:
     gate: torch.Tensor | None
     order: torch.Tensor
     turned: int
+    unseen: torch.Tensor | None
 
     @classmethod
-    def of(cls, module: Any, hidden: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor]) -> Self:
-        """From the input `[1, T, hidden]` of an attention module of transformers."""
+    def of(
+        cls,
+        module: Any,
+        hidden: torch.Tensor,
+        tables: tuple[torch.Tensor, torch.Tensor],
+        mask: torch.Tensor | None = None,
+    ) -> Self:
+        """From the input `[1, T, hidden]` of an attention module of transformers, and its mask."""
         queries, gate = normed_queries(module, hidden)
         all_heads = (queries, *keys_and_values(module, hidden))
         q, k, v = (x[0].float().transpose(0, 1) for x in all_heads)
@@ -85,7 +93,8 @@ class Heads:
             order = torch.cat([parts[0], parts[2], parts[1], parts[3]])
             q, k = q[..., order], k[..., order]
         gate = None if gate is None else gate[0].float().transpose(0, 1)
-        return cls(queries=q, keys=k, values=v, cos=cos, sin=sin, gate=gate, order=order, turned=turned)
+        given = {"queries": q, "keys": k, "values": v, "cos": cos, "sin": sin, "gate": gate, "order": order}
+        return cls(**given, turned=turned, unseen=unseen_tokens(mask))
 
     def of_turned(self, scores: torch.Tensor) -> torch.Tensor:
         """Of scores `[G, P]`, those of pairs that RoPE turns."""
@@ -99,6 +108,16 @@ class Heads:
     def rotated(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Queries and keys as attention compares them."""
         return rotate(self.queries, self.cos, self.sin), rotate(self.keys, self.cos, self.sin)
+
+
+def unseen_tokens(mask: torch.Tensor | None) -> torch.Tensor | None:
+    """Which tokens each query of one chat does not see, `[T, T]`, by a mask that transformers gives; None
+    where that is none or only of padding, so that it is those after it.
+    """
+    if mask is None or mask.ndim != 4:
+        return None
+    own = mask[0, 0]
+    return ~own if own.dtype == torch.bool else own < 0
 
 
 def visual_mask(batch: BatchFeature, visual_token_ids: Sequence[int]) -> torch.Tensor:
@@ -133,7 +152,8 @@ def layer_usage(
     to look at and their weights for a third metric, of keys before RoPE (`error_metric.key_metric`).
     """
     output = module.o_proj.weight.unflatten(1, (-1, module.head_dim))
-    options = {"modalities": len(DECOUPLED), "scaling": module.scaling, "gate": heads.gate}
+    options = {"modalities": len(DECOUPLED), "scaling": module.scaling}
+    options |= {"gate": heads.gate, "unseen": heads.unseen}
     given = (*heads.rotated(), heads.values, heads.queries)
     received, metric = attention_usage(*given, output, modality, weights, **options)
     if turned is not None:

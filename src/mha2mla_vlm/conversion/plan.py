@@ -77,6 +77,8 @@ def check_attention(model: PreTrainedModel) -> None:
                 + (f", with or without {' and '.join(norms)} over a head" if norms else "")
             )
         _check_queries(attention, family, sizes, index)
+        if getattr(attention, "attn_logit_softcapping", None) is not None:
+            raise InputError(f"layer {index}: attn_logit_softcapping is not supported; supported is null")
         if not getattr(attention, "is_causal", True):
             raise InputError(f"layer {index}: attention is not causal; supported is causal attention")
 

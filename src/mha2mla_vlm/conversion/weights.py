@@ -24,7 +24,7 @@ from mha2mla_vlm.config import SHARED, AttentionSizes, LayerSpec, MLAConfig
 from mha2mla_vlm.model.attention import MLAAttention
 from mha2mla_vlm.model.modeling import decoder_layers, layer_prefixes, mla_classes, text_model
 from mha2mla_vlm.model.normed import is_normed, kept_children
-from mha2mla_vlm.utils.compat import attention_name, set_attention_name
+from mha2mla_vlm.utils.compat import attention_name, rotary_scaling, set_attention_name
 
 logger = logging.getLogger(__name__)
 REPLACED = ("k_proj.weight", "v_proj.weight")  # of `projections.Replaced`
@@ -32,7 +32,7 @@ REPLACED = ("k_proj.weight", "v_proj.weight")  # of `projections.Replaced`
 
 def table_scale(model: PreTrainedModel) -> float:
     """What the rotary tables multiply logits by (longer-context variants of RoPE)."""
-    return float(getattr(text_model(model).rotary_emb, "attention_scaling", 1.0)) ** 2
+    return rotary_scaling(text_model(model).rotary_emb) ** 2
 
 
 def partial_rope_weights(

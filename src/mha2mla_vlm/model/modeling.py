@@ -195,14 +195,17 @@ class MLAInnerMixin(MLACheckpoint):
         if inputs["use_cache"] and cache is None:
             cache = LatentCache()
         if cache is not None:
-            layers = self.get_decoder().layers
-            converted = [isinstance(attention_of(layer), MLAAttention) for layer in layers]
-            hold_latents(cache, converted, self.config.get_text_config(decoder=True))
+            self.hold(cache)
         if self.mla_config.modalities != SHARED:
             inputs["token_modality"] = track_modality(cache, self._modality(inputs, cache))
         if self.reads_positions:
             inputs["token_positions"] = TokenPositions(self.get_decoder().rotary_emb)
         return inputs | {CACHE: cache}
+
+    def hold(self, cache: Cache) -> None:
+        """Make an empty cache one of latents, in the layers that have them."""
+        converted = [isinstance(attention_of(layer), MLAAttention) for layer in self.get_decoder().layers]
+        hold_latents(cache, converted, self.config.get_text_config(decoder=True))
 
     def _modality(self, inputs: dict[str, Any], cache: Cache | None) -> TokenModality | torch.Tensor:
         """The modality of the new tokens, or their mask `[B, T]`.
@@ -217,6 +220,7 @@ class MLAInnerMixin(MLACheckpoint):
         if ids is not None:
             return torch.stack([ids == token for token in self.visual_token_ids]).any(0)
         embeds, types = inputs.get("inputs_embeds"), inputs.get(TOKEN_TYPES)
+        types = inputs.get(self.family.token_types) if types is None else types
         if embeds is None or (types is None and no_visuals):
             raise InputError(
                 "inputs_embeds do not say which tokens are visual; give mm_token_type_ids [B, T] too"
@@ -248,12 +252,12 @@ class MLAMixin(GenerationCompat, MLACheckpoint):
         """A `LatentCache` by default and a quantised one of ours unless another `backend` is asked for; all
         others are transformers', made latent when they are filled.
         """
-        if implementation in (None, "dynamic"):
-            return LatentCache()
-        if implementation != "quantized":
+        if implementation not in (None, "dynamic", "quantized"):
             return None
-        if options.get("backend", "latent") == "latent":
-            return quantized_cache(**options)
+        if implementation != "quantized" or options.get("backend", "latent") == "latent":
+            cache = quantized_cache(**options) if implementation == "quantized" else LatentCache()
+            self.model.hold(cache)  # masks are made of it before it is filled
+            return cache
         text = self.config.get_text_config(decoder=True)
         if left := AttentionSizes.of_text(text).left:
             raise InputError(

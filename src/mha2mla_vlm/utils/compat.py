@@ -7,6 +7,7 @@ torch 2.9 to 2.15 where nothing else is said. `serving/vllm/compat.py` does the 
 """
 
 import contextlib
+import functools
 import inspect
 import re
 from collections.abc import Iterator, Sequence
@@ -154,6 +155,22 @@ def one_table(table: torch.Tensor, config: Any) -> torch.Tensor:
     return torch.cat([part[i % 3] for i, part in enumerate(parts)], dim=-1)
 
 
+def takes_layer_type(rotary: Any) -> bool:
+    """Whether a rotary embedding has tables for each type of layer, as Gemma's does."""
+    return "layer_type" in inspect.signature(rotary.forward).parameters
+
+
+def of_full_attention(rotary: Any) -> Any:
+    """Such a rotary embedding as layers of full attention get it."""
+    return functools.partial(rotary, layer_type="full_attention")
+
+
+def rotary_scaling(rotary: Any) -> float:
+    """What the tables of layers of full attention are multiplied by (longer-context variants of RoPE)."""
+    own = getattr(rotary, "full_attention_attention_scaling", 1.0)
+    return float(getattr(rotary, "attention_scaling", own))
+
+
 def attention_backend(config: Any) -> Any:
     """The attention function that a text config is set to. A model's own `eager_attention_forward` is not
     among those registered; Llama's is that of all supported families.
@@ -231,6 +248,14 @@ def image_token_counts(processor: Any, sizes: list[tuple[int, int]]) -> list[int
     if count is None or (len(sizes) > 1 and hasattr(processor, "vision_aspect_ratio")):
         return None
     return count(image_sizes=sizes)["num_image_tokens"]
+
+
+def with_image_text(processor: Any, text: str) -> str:
+    """A chat's text with what Gemma's processor writes in an image's place, which other processors only
+    repeat: line breaks and marks, that tokens beside them may merge with.
+    """
+    written = getattr(processor, "full_image_sequence", None)
+    return text if written is None else text.replace(processor.image_token, written)
 
 
 def enable_checkpointing(model: Any) -> None:

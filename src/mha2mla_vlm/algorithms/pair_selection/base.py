@@ -13,13 +13,16 @@ import torch
 
 
 class Attended(NamedTuple):
-    """Queries `[H, T, D]` and keys `[G, T, D]` of one chat, as projected and as rotated, and the scaling."""
+    """Queries `[H, T, D]` and keys `[G, T, D]` of one chat, as projected and as rotated, the scaling, and
+    which tokens each query does not see `[T, T]`, by default those after it.
+    """
 
     queries: torch.Tensor
     keys: torch.Tensor
     rotated_queries: torch.Tensor
     rotated_keys: torch.Tensor
     scaling: float
+    unseen: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,6 +4,7 @@ from typing import Any
 
 from mha2mla_vlm.errors import InputError, shown
 from mha2mla_vlm.model.families import (
+    gemma3,
     idefics3,
     internvl,
     llava,
@@ -36,6 +37,7 @@ _MODULES = (
     mistral3,
     idefics3,
     smolvlm,
+    gemma3,
 )
 FAMILIES: dict[str, Family] = {module.FAMILY.model_type: module.FAMILY for module in _MODULES}
 

@@ -14,7 +14,8 @@ class Family:
     that visual features replace, and the marks around them. `norms` are what attention may hold besides
     projections: norms of each head's queries and keys (QK-norm). `left_layers` are types of layers that stay
     as the original has them. Where it is `gated`, the query projection gives a gate too, a sigmoid of which
-    multiplies what attention gives before the output projection. With `partial_rotary` RoPE may turn only the
+    multiplies what attention gives before the output projection. `token_types` is the input that marks visual
+    tokens. With `partial_rotary` RoPE may turn only the
     first dims of a head.
     """
 
@@ -29,6 +30,7 @@ class Family:
     left_layers: tuple[str, ...] = ()
     gated: bool = False
     partial_rotary: bool = False
+    token_types: str = "mm_token_type_ids"
 
     @property
     def inner_class(self) -> str:
