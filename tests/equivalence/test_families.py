@@ -38,7 +38,10 @@ BATCH = ["two images", "text", "image"]
 SMALL = {"rope_dim": 8, "rank": 20}
 
 
-@pytest.fixture(params=sorted(TINY))
+SLOW = ("qwen3_5_moe",)  # beside one of the same attention
+
+
+@pytest.fixture(params=[pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in sorted(TINY)])
 def name(request):
     """Each very small model in turn."""
     return request.param

@@ -43,7 +43,9 @@ MIXED = ["two images", "text", "image"]
 slow = pytest.mark.slow
 
 
-@pytest.fixture(params=["qwen3_5", "gemma3", pytest.param("qwen3_5_moe", marks=slow)])
+@pytest.fixture(
+    params=["qwen3_5", pytest.param("gemma3", marks=slow), pytest.param("qwen3_5_moe", marks=slow)]
+)
 def name(request):
     """Each very small hybrid model in turn."""
     return request.param
@@ -89,7 +91,9 @@ def test_only_layers_of_full_attention_are_converted(name, rotate_at):
     assert state_bytes(cache) == most if name != "gemma3" else 0 < state_bytes(cache) <= most
 
 
-@pytest.mark.parametrize("how", ["dynamic", "static", "beams", "prefill in chunks"])
+@pytest.mark.parametrize(
+    "how", ["beams", *(pytest.param(x, marks=slow) for x in ("dynamic", "static", "prefill in chunks"))]
+)
 def test_generated_tokens_are_those_of_the_original(name, rotate_at, how):
     model, small, processor = at_full_rank(name, rotate_at)
     inputs, given = prompt_inputs(name, processor, MIXED), options(small)
@@ -104,7 +108,11 @@ def test_generated_tokens_are_those_of_the_original(name, rotate_at, how):
 
 
 @pytest.mark.parametrize("limit", [0, 10**6], ids=["expanded", "absorbed"])
-@pytest.mark.parametrize("make", [LatentCache, DynamicCache, "config", "static"], ids=str)
+@pytest.mark.parametrize(
+    "make",
+    ["config", "static", pytest.param(LatentCache, marks=slow), pytest.param(DynamicCache, marks=slow)],
+    ids=str,
+)
 def test_cached_in_pieces_is_uncached(name, rotate_at, make, limit):
     model, processor = random_mla(name, **SMALL, rotate_at=rotate_at)
     set_attention(model, absorb_limit=limit)
@@ -153,9 +161,9 @@ def test_a_second_turn_over_the_cache_is_the_whole_chat(name, rotate_at):
 
 
 SIZES = [
-    {"rope_dim": 4, "d_kv": 8, "rope_selection": "mkl"},
     {"budget": 0.5},
-    {"budget": 0.4, "rotate_at": "read", "latent_bits": "mixed"},
+    pytest.param({"rope_dim": 4, "d_kv": 8, "rope_selection": "mkl"}, marks=slow),
+    pytest.param({"budget": 0.4, "rotate_at": "read", "latent_bits": "mixed"}, marks=slow),
     pytest.param({"budget": 0.4, "rotate_at": "auto", "max_decode_cost": 2.0}, marks=slow),
     pytest.param({"rope_dim": 4, "d_kv": 8, "factorization": "md-svd"}, marks=slow),
     pytest.param({"rope_dim": 8, "factorization": "none"}, marks=slow),

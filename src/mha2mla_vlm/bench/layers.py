@@ -87,15 +87,17 @@ def random_caches(
     plain = LatentCache()
     hold_latents(plain, [index in sizes.growing for index in range(sizes.layers)], text)
     caches = random_cache(dense, like, plain), random_cache(latent, like, empty, bits)
+    for layer in (layer for cache in caches for layer in cache.layers if getattr(layer, "is_sliding", False)):
+        layer.activate_past_recording()  # for `forget_last`
     remember_modality(caches[1], modality_of(context, batch, like.device))
     if any(spec is not None and spec.at_read for spec in specs):
         track_positions(caches[1], 0, positions_of(converted, context, batch, like.device).int(), context)
     return caches
 
 
-def forget_last(cache: Cache, sizes: AttentionSizes) -> None:
-    """Take the last token off layers that grow; others keep as much whatever comes."""
-    for index in sizes.growing:
+def forget_last(cache: Cache, layers: Sequence[int]) -> None:
+    """Take the last token off these layers."""
+    for index in layers:
         cache.layers[index].crop(-1)
 
 
@@ -182,7 +184,9 @@ def time_layers(
 
     def through(model: PreTrainedModel, cache: LatentCache, **kwargs: Any) -> Callable[[], None]:
         def run() -> None:
-            forget_last(cache, sizes)  # so that the new token is the last that fits, and buffers are dense
+            forget_last(
+                cache, sizes.growing
+            )  # so that the new token is the last that fits, and buffers are dense
             if model is converted and converted.model.reads_positions:
                 kwargs["token_positions"] = TokenPositions(text_model(converted).rotary_emb)
             for index in sizes.growing:

@@ -27,7 +27,7 @@ from mha2mla_vlm.bench.timing import Timing, peak_memory, time_in_turn
 from mha2mla_vlm.config import AttentionSizes
 from mha2mla_vlm.errors import InputError
 from mha2mla_vlm.model.cache.latent import LatentCache, bytes_per_token, cache_bytes
-from mha2mla_vlm.model.modeling import decoder_layers, latent_attentions
+from mha2mla_vlm.model.modeling import attention_of, decoder_layers, latent_attentions
 from mha2mla_vlm.utils.compat import cache_argument
 from mha2mla_vlm.utils.progress import track
 
@@ -175,11 +175,13 @@ def _steps(
 
 def _step(model: PreTrainedModel, cache: Cache, context: int, batch: int) -> Callable[[], None]:
     """One new token over a cache, which is then as before."""
-    inputs, sizes = _tokens(model, 1, batch, start=context), AttentionSizes.of(model.config)
+    inputs = _tokens(model, 1, batch, start=context)
+    # linear attention takes tokens into a state, which costs the same whatever is in it
+    layers = [i for i, layer in enumerate(decoder_layers(model)) if attention_of(layer) is not None]
 
     def run() -> None:
         model(**inputs, **cache_argument(cache), use_cache=True)
-        forget_last(cache, sizes)
+        forget_last(cache, layers)
 
     return run
 

@@ -203,7 +203,7 @@ def _evenly(mla: MLAConfig, sizes: AttentionSizes, config: ConversionConfig) -> 
     if config.at_read:
         return replace(mla, kv_lora_rank=units * unit * sizes.kv_heads)
     rope = (config.rope_dim or 0) // unit or units - ((config.d_kv or 0) // unit or max(1, units // 3))
-    rope = min(rope, sizes.head_dim // unit)
+    rope = min(rope, sizes.rotary_dim // unit)
     return replace(mla, qk_rope_head_dim=rope * unit, kv_lora_rank=(units - rope) * unit * sizes.kv_heads)
 
 
