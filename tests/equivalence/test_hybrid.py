@@ -19,7 +19,11 @@ from helpers import (
     with_positions,
 )
 from transformers import DynamicCache, StaticCache
+from transformers.models.qwen3_5.modeling_qwen3_5 import apply_rotary_pos_emb
 
+from mha2mla_vlm.algorithms.error_metric import attention_usage
+from mha2mla_vlm.calibration.activations import calls_of
+from mha2mla_vlm.calibration.statistics import Heads, layer_usage
 from mha2mla_vlm.config import AttentionSizes, MLAConfig
 from mha2mla_vlm.conversion.config import ConversionConfig
 from mha2mla_vlm.conversion.describe import describe
@@ -35,6 +39,7 @@ from mha2mla_vlm.model.cache.quantized import QuantizationConfig, quantized_byte
 from mha2mla_vlm.model.cache.state import state_bytes, state_bytes_per_row
 from mha2mla_vlm.model.checkpoint import load, save
 from mha2mla_vlm.model.modeling import attention_of, decoder_layers, mla_classes
+from mha2mla_vlm.model.normed import keys_and_values, latent_inputs, normed_queries
 from mha2mla_vlm.utils.compat import cache_argument, cache_of
 
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}
@@ -310,3 +315,32 @@ def test_padding_takes_no_part(name, rotate_at):
     assert isinstance(cache_of(output), LatentCache)
     one = model.generate(**rows[0], **options(model))
     assert torch.equal(output.sequences[0, -5:], one[0, -5:])
+
+
+def test_calibration_sees_the_attention_of_the_layer():
+    """Dims that are not rotated are pairs that turn by nothing; metrics are in the order of the module's
+    dims.
+    """
+    model, processor = original("qwen3_5")
+    batch = encode(processor, [record("qwen3_5", "image")])
+    layer = decoder_layers(model)[1].self_attn
+    with calls_of(layer) as calls, torch.no_grad():
+        model(**batch, use_cache=False)
+    _, given, _ = calls[0]
+    hidden, tables = given["hidden_states"], given["position_embeddings"]
+    with torch.no_grad():
+        heads = Heads.of(layer, hidden, tables, given["attention_mask"])
+        queries, _ = normed_queries(layer, hidden)
+        keys, values = (x[0].transpose(0, 1) for x in keys_and_values(layer, hidden))
+        plain = queries[0].transpose(0, 1)
+        rotated = [x[0] for x in apply_rotary_pos_emb(plain[None], keys[None], *tables)]
+        torch.testing.assert_close(heads.rotated()[0].sum(-1), rotated[0].sum(-1), **CLOSE)
+        weights = torch.ones(hidden.shape[1])
+        modality = (torch.arange(hidden.shape[1]) > 6).long()
+        output = layer.o_proj.weight.unflatten(1, (-1, layer.head_dim))
+        options = {"modalities": 2, "scaling": layer.scaling, "gate": heads.gate}
+        received, expected = attention_usage(*rotated, values, plain, output, modality, weights, **options)
+        found = layer_usage(layer, heads, latent_inputs(layer, hidden), modality, weights)
+    assert heads.turned == 4
+    torch.testing.assert_close(found["vision"].metric, expected[1].to(found["vision"].metric.dtype), **CLOSE)
+    assert received.sum() > 0
