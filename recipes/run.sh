@@ -32,7 +32,7 @@ set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 PAPER=ai2d,gqa,pope,seedbench,realworldqa,mmbench_en_dev_static,chartqa,docvqa_val
 # 25% in latents with rotated keys beside them, which decode fastest; 12.5% rotated at read; then bits by channel
-SIZES="25:--budget 0.25
+SIZES="25:--rotate-at write --budget 0.25
 12.5:--rotate-at read --budget 0.125
 6.25:--rotate-at read --latent-bits mixed --budget 0.0625"
 
@@ -64,7 +64,6 @@ defaults() { # what is not set in the environment
     PYTHON=${PYTHON:-python} SKIP=${SKIP-} DEVICE=${DEVICE:-auto} SERVER=${SERVER:-auto} PORT=${PORT:-8000}
     CONVERSIONS=${CONVERSIONS:-$SIZES} EVERY=${EVERY:-1} CALIBRATION=${CALIBRATION:-128} BATCH=${BATCH:-8}
     NEEDED_KL=${NEEDED_KL:-0.01} FINETUNE_OPTIONS=${FINETUNE_OPTIONS-} BENCH_SECONDS=${BENCH_SECONDS:-2}
-    ACCELERATE_CONFIG=${ACCELERATE_CONFIG:-$(mha2mla recipes accelerate/ddp)}
     BENCH_BATCHES=${BENCH_BATCHES:-1 8}
     case $MODEL in
     zoo:*) HELD_OUT=${HELD_OUT:-100} TRAIN=${TRAIN:-512} TASKS=${TASKS-chats} FOLDER=zoo
@@ -84,6 +83,7 @@ defaults() { # what is not set in the environment
     together=("$PYTHON") trained=("$PYTHON")
     if [ "$GPUS" -gt 1 ]; then
         together=("$PYTHON" -m accelerate.commands.launch --num_processes "$GPUS")
+        ACCELERATE_CONFIG=${ACCELERATE_CONFIG:-$("${mha2mla[@]}" recipes accelerate/ddp)}
         trained=("${together[@]}" --config_file "$ACCELERATE_CONFIG")
     fi
 }

@@ -18,11 +18,17 @@ from mha2mla_vlm.algorithms.factorization import factorization
 from mha2mla_vlm.calibration.activations import MemoryStates, begin
 from mha2mla_vlm.calibration.layer_profile import measure_moments
 from mha2mla_vlm.cli.main import main
-from mha2mla_vlm.config import SHARED
+from mha2mla_vlm.config import SHARED, AttentionSizes, MLAConfig
 from mha2mla_vlm.conversion.weights import factored_weights, layer_factors, partial_rope_weights, rebuild
 from mha2mla_vlm.data.records import Record, encode
 from mha2mla_vlm.model.families import get_family
-from mha2mla_vlm.model.modeling import decoder_layers, mla_classes, text_model
+from mha2mla_vlm.model.modeling import (
+    attention_of,
+    decoder_layers,
+    latent_attentions,
+    mla_classes,
+    text_model,
+)
 from mha2mla_vlm.model.normed import NORMS
 from mha2mla_vlm.model.shipped import ZOO_NAMES
 from mha2mla_vlm.utils.compat import cache_argument
@@ -44,14 +50,14 @@ ONE_FAST = pytest.mark.parametrize(  # for a test of the shipped models that tak
 def _original(name):
     torch.manual_seed(0)
     model, processor = new_tiny(name)
-    for layer in decoder_layers(model):
-        for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj):
+    for attention in filter(None, map(attention_of, decoder_layers(model))):
+        for projection in (attention.q_proj, attention.k_proj):
             torch.nn.init.normal_(projection.weight, std=0.12)  # sharp attention: positions and pairs matter
             if projection.bias is not None:
                 torch.nn.init.normal_(projection.bias, std=0.3)
-        if layer.self_attn.v_proj.bias is not None:
-            torch.nn.init.normal_(layer.self_attn.v_proj.bias, std=0.3)
-        for norm in norms_of(layer.self_attn):
+        if attention.v_proj.bias is not None:
+            torch.nn.init.normal_(attention.v_proj.bias, std=0.3)
+        for norm in norms_of(attention):
             torch.nn.init.normal_(norm.weight, mean=1.0, std=0.5)
     return model.eval(), processor
 
@@ -77,17 +83,17 @@ def random_mla(
     mla |= {"rotate_at": rotate_at}
     if bits is not None:
         mla |= {"kv_lora_rank": sum(bits), "latent_bits": [list(bits)] * 4, "kv_bias": True}
+    mla = MLAConfig.from_dict(mla).over_all(AttentionSizes.of(base.config)).to_dict()
     torch.manual_seed(seed)
     values = base.config.to_dict() | {"model_type": config_class.model_type, "mla": mla, "dtype": "float32"}
     model = model_class(config_class(**values))
     model.generation_config = copy.deepcopy(base.generation_config)
-    for layer in decoder_layers(model):
-        attention = layer.self_attn
+    for attention in filter(None, map(attention_of, decoder_layers(model))):
         for parameter in attention.parameters():
             torch.nn.init.normal_(parameter, std=0.12 if parameter.ndim == 2 else 0.3)
         for norm in norms_of(attention):
             torch.nn.init.normal_(norm.weight, mean=1.0, std=0.5)
-        pairs = attention.head_dim // 2
+        pairs = getattr(attention, "rotary_dim", 0) // 2
         for head in getattr(attention, "rope_pairs", ()):  # not of a layer left as it was
             head.copy_(torch.randperm(pairs)[: len(head)].sort().values)
     return model.eval(), processor
@@ -196,6 +202,8 @@ def piecewise_logits(model, inputs, cuts, cache: Cache):
             "attention_mask": full["attention_mask"][:, :stop],
             "position_ids": full["position_ids"][..., start:stop],
         }
+        if "token_type_ids" in full:
+            piece["token_type_ids"] = full["token_type_ids"][:, :stop]
         shown = [i for i, at in enumerate(starts) if start <= at < stop]
         if shown and len(shown) == len(starts):
             piece = {k: v for k, v in full.items() if k != "mm_token_type_ids"} | piece
@@ -217,9 +225,9 @@ def piecewise_logits(model, inputs, cuts, cache: Cache):
 
 def set_attention(model, **values):
     """Set attributes of every attention layer, to choose its path."""
-    for layer in decoder_layers(model):
+    for attention in latent_attentions(decoder_layers(model)):
         for key, value in values.items():
-            setattr(layer.self_attn, key, value)
+            setattr(attention, key, value)
     return model
 
 

@@ -108,6 +108,56 @@ def qwen3_vl_moe():
     return qwen("qwen3_vl_moe", "Qwen3VLProcessor", "Qwen3VLVideoProcessor", *given, **experts)
 
 
+def qwen3_5(stem="qwen3_5", share=0.5, **more):
+    """Every second layer is linear attention; RoPE over a part of the head's dims."""
+    vision = {"hidden_size": 32, "intermediate_size": 32, "out_hidden_size": HIDDEN}
+    vision |= {"num_position_embeddings": 256}
+    more |= {"layer_types": ["linear_attention", "full_attention"] * 2, "num_hidden_layers": 4}
+    more |= {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
+    more |= dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim"), 8)
+    rope = {"mrope_interleaved": True, "mrope_section": [2, 1, 1], "partial_rotary_factor": share}
+    return qwen(stem, "Qwen3VLProcessor", "Qwen3VLVideoProcessor", rope, vision, **more)
+
+
+def qwen3_5_moe():
+    """The same with experts, and one KV head of which a quarter is rotated, as in the released ones."""
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    experts |= {"shared_expert_intermediate_size": 32}
+    return qwen3_5("qwen3_5_moe", 0.25, kv_heads=1, head_dim=32, **experts)
+
+
+def gemma3():
+    """Windows of 8 tokens in every second layer; 4 tokens an image."""
+    marks = {
+        "boi_token": "<start_of_image>",
+        "eoi_token": "<end_of_image>",
+        "image_token": "<image_soft_token>",
+    }
+    tokenizer = tokenizer_of(list(marks.values()), **marks)
+    processor = transformers_class("Gemma3Processor")(
+        image_processor=transformers_class("Gemma3ImageProcessor")(size={"height": 24, "width": 24}),
+        tokenizer=tokenizer,
+        image_seq_length=4,
+        chat_template=template("<start_of_image>"),
+    )
+    layers = {"layer_types": ["sliding_attention", "full_attention"] * 2, "num_hidden_layers": 4}
+    rope = {
+        kind: {"rope_type": "default", "rope_theta": base}
+        for kind, base in zip(layers["layer_types"], (50.0, 100.0), strict=False)
+    }
+    own = text(tokenizer, "gemma3_text", sliding_window=8, query_pre_attn_scalar=HEAD_DIM, **layers)
+    config = {
+        "text_config": own | {"rope_parameters": rope},
+        "vision_config": TOWER | {"model_type": "siglip_vision_model", "image_size": 24, "patch_size": 6},
+        "mm_tokens_per_image": 4,
+        **ids(
+            tokenizer,
+            **{f"{mark.removesuffix('_token')}_token_index": token for mark, token in marks.items()},
+        ),
+    }
+    return config, processor
+
+
 def internvl(kind="qwen2"):
     """Tiles of 24 pixels a side, 4 tokens each."""
     marks = {
@@ -234,6 +284,9 @@ def idefics3(family="idefics3", stem="Idefics3"):
 TINY = {
     "qwen2_vl": qwen2_vl,
     "qwen3_vl_moe": qwen3_vl_moe,
+    "qwen3_5": qwen3_5,
+    "qwen3_5_moe": qwen3_5_moe,
+    "gemma3": gemma3,
     "internvl": internvl,
     "internvl-llama": lambda: internvl("llama"),
     "internvl-qwen3": lambda: internvl("qwen3"),

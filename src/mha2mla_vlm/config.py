@@ -1,7 +1,8 @@
 """Frozen, keyword-only configurations: what they have in common, and that of a converted model."""
 
+import itertools
 from collections.abc import Iterable
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from types import NoneType, UnionType
 from typing import Any, Literal, NamedTuple, Self, cast, get_args, get_origin
 
@@ -9,6 +10,7 @@ from mha2mla_vlm.errors import InputError, shown
 
 OnBadRecord = Literal["fail", "skip"]
 ROTATE_AT = ("write", "read")
+FULL = "full_attention"  # the type of the layers that are converted
 CHANNEL_BITS = (16, 8, 4, 2)  # of a latent channel
 POSITION_BYTES = 4  # of each number in a token's position
 SHARED: tuple[str, ...] = ("shared",)
@@ -169,21 +171,20 @@ class MLAConfig(Strict):
     """What of its attention a converted model changes; stored as `mla` in its `config.json`.
 
     `qk_rope_head_dim` (R) and `kv_lora_rank` (r) hold for all layers or list one value a layer. None in the
-    list of `qk_rope_head_dim` is a layer left as the original has it; a list of `kv_lora_rank` has None there
-    too. `kv_lora_rank` None means keys and values are not factorised. `rotate_at` says whether rotated keys
-    are cached ("write") or made of the latent when they are read ("read"), for all layers or for each.
-    `latent_bits` lists, layer by layer, how many channels of the latent have 16, 8, 4 and 2 bits; rotated
-    keys that are cached then have 8.
-    `kv_bias` says that up projections have a bias even if the original has none, `folded` that the mean
-    rotation of dropped pairs is in the weights. `kl` holds what conversion measured after each transform,
-    against the original, on held-out chats; `predicted_kl`, for each layer, what converting it only costs.
-    `original` names the model that was converted, for fine-tuning to learn from: a hub id, `zoo:NAME`, or
-    the name of a folder.
+    list of `qk_rope_head_dim` is a layer left as the original has it; other lists have None there too, but
+    for `predicted_kl`. `kv_lora_rank` None means keys and values are not factorised. `rotate_at` says whether
+    rotated keys are cached ("write") or made of the latent when they are read ("read"), for all layers or for
+    each. `latent_bits` lists, layer by layer, how many channels of the latent have 16, 8, 4 and 2 bits;
+    rotated keys that are cached then have 8. `kv_bias` says that up projections have a bias even if the
+    original has none, `folded` that the mean rotation of dropped pairs is in the weights. `kl` holds what
+    conversion measured after each transform, against the original, on held-out chats; `predicted_kl`, for
+    each layer, what converting it only costs. `original` names the model that was converted, for fine-tuning
+    to learn from: a hub id, `zoo:NAME`, or the name of a folder.
     """
 
     qk_rope_head_dim: int | list[int | None]
     kv_lora_rank: int | list[int | None] | None = None
-    rotate_at: str | list[str] = "write"
+    rotate_at: str | list[str | None] = "write"
     latent_bits: list[list[int] | None] | None = None
     modalities: tuple[str, ...] = SHARED
     rope_selection: str | None = None
@@ -207,7 +208,7 @@ class MLAConfig(Strict):
                 f"latent_bits {shown(wrong[0])}: give how many channels have 16, 8, 4 and 2 bits"
             )
         modes = self.rotate_at if isinstance(self.rotate_at, list) else [self.rotate_at]
-        if unknown := [mode for mode in modes if mode not in ROTATE_AT]:
+        if unknown := [mode for mode in modes if mode not in (*ROTATE_AT, None)]:
             raise InputError(f"rotate_at {shown(unknown[0])}: give {' or '.join(ROTATE_AT)}")
 
     def layer(self, index: int) -> LayerSpec | None:
@@ -224,7 +225,7 @@ class MLAConfig(Strict):
             rank=own(self.kv_lora_rank),
             modalities=self.modalities,
             bias=self.kv_bias,
-            rotate_at=own(self.rotate_at),
+            rotate_at=own(self.rotate_at) or "write",
             bits=LatentBits(*bits) if (bits := own(self.latent_bits)) else None,
         )
 
@@ -232,10 +233,34 @@ class MLAConfig(Strict):
         """What the attention of each decoder layer is."""
         return [self.layer(index) for index in range(sizes.layers)]
 
+    def over_all(self, sizes: "AttentionSizes") -> Self:
+        """The same of a model only some of whose layers can be converted: what holds for these, or is listed
+        for these, is listed for all, with None (of `predicted_kl` 0) where a layer stays as it was.
+        """
+
+        def listed(value: Any, left: Any = None) -> Any:
+            if isinstance(value, list) and len(value) == sizes.layers:
+                return value
+            own = iter(value) if isinstance(value, list) else itertools.repeat(value)
+            return [next(own) if index in sizes.growing else left for index in range(sizes.layers)]
+
+        if len(sizes.growing) == sizes.layers:
+            return self
+        one_rank, one_mode = self.kv_lora_rank is None, isinstance(self.rotate_at, str)
+        return replace(
+            self,
+            qk_rope_head_dim=listed(self.qk_rope_head_dim),
+            kv_lora_rank=None if one_rank else listed(self.kv_lora_rank),
+            rotate_at=self.rotate_at if one_mode else listed(self.rotate_at),
+            latent_bits=None if self.latent_bits is None else listed(self.latent_bits),
+            predicted_kl=None if self.predicted_kl is None else listed(self.predicted_kl, 0.0),
+        )
+
     def token_bytes(self, sizes: "AttentionSizes", itemsize: int) -> int:
         """Bytes that a token adds to the cache, over all layers, of `itemsize` bytes a number."""
         left = sizes.numbers_per_token * itemsize
-        layers = (spec.token_bytes(sizes, itemsize) if spec else left for spec in self.layers(sizes))
+        specs = (self.layer(index) for index in sizes.growing)
+        layers = (spec.token_bytes(sizes, itemsize) if spec else left for spec in specs)
         return sum(layers) + self.position_bytes(sizes)
 
     def position_bytes(self, sizes: "AttentionSizes") -> int:
@@ -245,8 +270,9 @@ class MLAConfig(Strict):
 
     def decode_cost(self, sizes: "AttentionSizes") -> float:
         """Multiply-adds of attention for each cached token, mean over layers, in those of the original."""
-        products = [sizes.products if spec is None else spec.products(sizes) for spec in self.layers(sizes)]
-        return sum(products) / (sizes.layers * sizes.products)
+        specs = [self.layer(index) for index in sizes.growing]
+        products = [sizes.products if spec is None else spec.products(sizes) for spec in specs]
+        return sum(products) / (len(specs) * sizes.products)
 
     def check(self, sizes: "AttentionSizes") -> None:
         """Raise `InputError` if a model of these sizes cannot have this configuration."""
@@ -258,21 +284,28 @@ class MLAConfig(Strict):
         if not any(specs):
             raise InputError("qk_rope_head_dim leaves all layers as they were; give R of at least one")
         for index, spec in enumerate(specs):
-            ranks = self.kv_lora_rank
+            ranks, modes = self.kv_lora_rank, self.rotate_at
+            if spec is not None and isinstance(modes, list) and modes[index] is None:
+                raise InputError(f"layer {index}: rotate_at is null; give {' or '.join(ROTATE_AT)}")
             if isinstance(ranks, list) and (ranks[index] is None) != (spec is None):
                 raise InputError(
                     f"layer {index}: qk_rope_head_dim is {spec and spec.rope_dim} and kv_lora_rank "
                     f"{ranks[index]}; give both, or null twice for a layer left as it was"
+                )
+            if spec is not None and index not in sizes.growing:
+                raise InputError(
+                    f"layer {index}: qk_rope_head_dim is {spec.rope_dim}; give null, for its attention is "
+                    f"not {FULL}"
                 )
             if spec is not None:
                 self._check_layer(spec, sizes)
 
     def _check_layer(self, spec: LayerSpec, sizes: "AttentionSizes") -> None:
         rope = spec.rope_dim
-        if rope % 2 or not 2 <= rope <= sizes.head_dim:
-            raise InputError(
-                f"rope dims R = {rope}: give an even number from 2 to the head dim {sizes.head_dim}"
-            )
+        if rope % 2 or not 2 <= rope <= sizes.rotary_dim:
+            whole = sizes.rotary_dim == sizes.head_dim
+            most = "the head dim" if whole else f"those that the original rotates of {sizes.head_dim},"
+            raise InputError(f"rope dims R = {rope}: give an even number from 2 to {most} {sizes.rotary_dim}")
         largest = spec.outputs(sizes)
         if spec.rank is not None and not 1 <= spec.rank <= largest:
             raise InputError(f"kv_lora_rank {spec.rank}: give 1 to {largest} at R = {rope}")
@@ -301,6 +334,18 @@ class AttentionSizes:
     head_dim: int
     hidden: int
     position_axes: int = 1  # numbers in a token's position: three with multimodal RoPE
+    rotated: int | None = None  # dims of a head that RoPE turns, if not all
+    left: tuple[int, ...] = ()  # layers that keep a state of constant size, or a window of tokens
+
+    @property
+    def rotary_dim(self) -> int:
+        """Dims of a head that RoPE turns, the first ones."""
+        return self.head_dim if self.rotated is None else self.rotated
+
+    @property
+    def growing(self) -> list[int]:
+        """The layers whose cache grows with tokens: these can be converted."""
+        return [index for index in range(self.layers) if index not in self.left]
 
     @property
     def numbers_per_token(self) -> int:
@@ -320,11 +365,23 @@ class AttentionSizes:
     @classmethod
     def of_text(cls, text: Any) -> Self:
         """Sizes under a language model's config."""
+        head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        rope, kinds = rope_parameters(text), getattr(text, "layer_types", None) or ()
+        share = rope.get("partial_rotary_factor", 1)
         return cls(
             layers=text.num_hidden_layers,
             heads=text.num_attention_heads,
             kv_heads=text.num_key_value_heads,
-            head_dim=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
+            head_dim=head_dim,
             hidden=text.hidden_size,
-            position_axes=3 if "mrope_section" in (getattr(text, "rope_parameters", None) or {}) else 1,
+            position_axes=3 if "mrope_section" in rope else 1,
+            rotated=None if share == 1 else int(head_dim * share),
+            left=tuple(index for index, kind in enumerate(kinds) if kind != FULL),
         )
+
+
+def rope_parameters(text: Any) -> dict[str, Any]:
+    """Parameters of RoPE in layers of full attention, under a language model's config."""
+    found: Any = getattr(text, "rope_parameters", None)
+    own: Any = found.get(FULL, found) if isinstance(found, dict) else None
+    return own if isinstance(own, dict) else {}

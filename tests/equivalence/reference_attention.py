@@ -51,7 +51,10 @@ class ReferenceAttention(nn.Module):
         return (made if projection.bias is None else made + projection.bias.double()).view(heads, -1)
 
     def _norm(self, norm, x):
-        return norm.weight.double() * x / (x.square().mean() + norm.variance_epsilon).sqrt()
+        weight, eps = norm.weight.double(), getattr(norm, "variance_epsilon", None)
+        if eps is None:  # as Qwen3.5's and Gemma's do
+            weight, eps = 1 + weight, norm.eps
+        return weight * x / (x.square().mean() + eps).sqrt()
 
     def _rotate(self, x, cos, sin, head):
         half = len(x) // 2
@@ -66,6 +69,8 @@ class ReferenceAttention(nn.Module):
     def forward(self, hidden_states, position_embeddings, **kwargs):
         source, x = self.source, hidden_states.double()
         tables = (one_table(table, source.config) for table in position_embeddings)
+        mask = kwargs.get("attention_mask")
+        self.seen = mask if mask is not None and mask.dtype == torch.bool and mask.ndim == 4 else None
         cos, sin = (table.double().expand(len(x), -1, -1) for table in tables)
         batch, tokens, _ = x.shape
         out = torch.zeros(batch, tokens, source.heads, source.head_dim, dtype=torch.float64)
@@ -88,14 +93,18 @@ class ReferenceAttention(nn.Module):
 
     def _one(self, x, cos, sin, keys, values, b, t, head, h):
         source = self.source
-        query = self._heads("q_proj", x, source.heads)[h]
+        query, gate = self._heads("q_proj", x, source.heads)[h], 1.0
+        if len(query) == 2 * source.head_dim:
+            query, gate = query[: source.head_dim], query[source.head_dim :].sigmoid()
         if source.is_normed:
             query = self._norm(source.q_norm, query)
-            rope, half = source.rope_pairs[head].tolist(), source.head_dim // 2
+            rope, half = source.rope_pairs[head].tolist(), source.rotary_dim // 2
             others = [pair for pair in range(half) if pair not in rope]
-            query = query[[*rope, *(i + half for i in rope), *others, *(i + half for i in others)]]
+            never = range(2 * half, source.head_dim)
+            query = query[[*rope, *(i + half for i in rope), *others, *(i + half for i in others), *never]]
         rope = self._rotate(query[: source.rope_dim], cos, sin, head)
         query = torch.cat([rope, query[source.rope_dim :]])
-        seen = self.keep[b, : t + 1].bool()
-        scores = (keys[: t + 1] @ query)[seen] / source.head_dim**0.5
-        return scores.softmax(0) @ values[: t + 1][seen]
+        seen = self.keep[b].bool() & (torch.arange(len(keys)) <= t)
+        seen = seen if self.seen is None else self.seen[b, 0, t]  # both ways within an image
+        scores = (keys @ query)[seen] * source.scaling
+        return scores.softmax(0) @ values[seen] * gate

@@ -48,7 +48,7 @@ def test_a_pair_selection_gives_different_pairs_of_each_head(name):
     if method.covariance_scores is not None:
         features = torch.randn(G, 20, 3 * D // 2, generator=generator, dtype=torch.float64)
         scores = method.covariance_scores(features.transpose(1, 2) @ features, True)
-    pairs = method.pairs(scores, rope_dim=4, kv_heads=G, head_dim=D)
+    pairs = method.pairs(scores, rope_dim=4, kv_heads=G, rotary_dim=D)
     assert pairs.shape == (G, 2)
     assert bool((pairs.diff() > 0).all())
     assert 0 <= int(pairs.min()) <= int(pairs.max()) < D // 2

@@ -44,7 +44,7 @@ def rotary_tables(tokens, head_dim=D, theta=100.0):
     ],
 )
 def test_fixed_pairs_of_sixteen_dims_are_those_worked_out_by_hand(kind, rope_dim, expected):
-    pairs = pair_selection(kind).pairs(None, kv_heads=3, head_dim=16, rope_dim=rope_dim)
+    pairs = pair_selection(kind).pairs(None, kv_heads=3, rotary_dim=16, rope_dim=rope_dim)
     assert pairs.tolist() == [expected] * 3
     assert pairs.dtype == torch.int64
 
@@ -52,7 +52,7 @@ def test_fixed_pairs_of_sixteen_dims_are_those_worked_out_by_hand(kind, rope_dim
 @pytest.mark.parametrize("head_dim", [8, 64, 96, 128])
 def test_uniform_pairs_are_distinct_ascending_and_in_range_for_every_rope_dim(head_dim):
     for rope_dim in range(2, head_dim + 1, 2):
-        pairs = pair_selection("uniform").pairs(None, kv_heads=1, head_dim=head_dim, rope_dim=rope_dim)[0]
+        pairs = pair_selection("uniform").pairs(None, kv_heads=1, rotary_dim=head_dim, rope_dim=rope_dim)[0]
         assert len(pairs) == rope_dim // 2
         assert bool((pairs.diff() > 0).all())
         assert pairs[0] == 0

@@ -1,7 +1,9 @@
 """How much an error in a key or a value matters to what attention gives out. Pure functions.
 
-Errors of tokens are taken as independent. An error e in the key of token j moves the output of
-query i by p_ij (q_i . e) (v_j - o_i), one in its value by p_ij e, both seen through `o_proj`.
+Errors of tokens are taken as independent. An error e in the key of token j moves the output of query i by
+p_ij (q_i . e) (v_j - o_i), one in its value by p_ij e, both seen through `o_proj`. Where a gate s_i
+multiplies the output of a head, `gram` of `o_proj` becomes `gram * s_i s_i^T`: exact for values; for keys by
+its mean over queries.
 
 Shapes: T tokens, H query heads, G KV heads, M = H / G, D head dim, C hidden.
 """
@@ -23,12 +25,15 @@ def attention_usage(
     *,
     modalities: int,
     scaling: float,
+    gate: torch.Tensor | None = None,
+    unseen: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Which tokens attention uses, and in which directions errors of keys and values matter.
 
     `queries [H, T, D]` and `keys [G, T, D]` are rotated, `plain_queries` not; `output [C, H, D]` is
     `o_proj`'s weight, `modality [T]` numbers each token's, and `weights [T]` are how much each query
-    counts. Returns the squared attention that each
+    counts. A `gate [H, T, D]` multiplies the heads' outputs, `unseen [T, T]` are the tokens
+    that each query does not see, by default those after it. Returns the squared attention that each
     token receives, `[T]`, and for each modality metrics of errors in plain keys and in values,
     `[E, 2, G, D, D]` in float64: e^T metric e is the squared error of the layer's output, summed
     over queries and tokens, if every token of the modality had the error e.
@@ -40,19 +45,36 @@ def attention_usage(
     one_hot = torch.nn.functional.one_hot(modality, modalities).float()
     for head in range(heads):
         group = head // (heads // kv_heads)
-        gram = output[:, head].float().T @ output[:, head].float()
+        plain_gram, gram = _grams(output[:, head], None if gate is None else gate[head], weights)
         seen = values[group] @ gram
         for start in range(0, total, QUERY_BLOCK):
             rows = torch.arange(start, min(start + QUERY_BLOCK, total), device=keys.device)
             given = (queries[head, rows], keys[group], values[group], seen, rows, gram, scaling)
-            attention, spread = _attend(*given)
+            attention, spread = _attend(*given, unseen)
             squared = attention.square() * weights[rows, None]
             received += squared.sum(0)
             pull = (squared * spread) @ one_hot  # [queries, E]
             plain = plain_queries[head, rows] * scaling
             metric[:, 0, group] += torch.einsum("te,ta,tb->eab", pull, plain, plain).double()
-            metric[:, 1, group] += (squared.sum(0) @ one_hot).double()[:, None, None] * gram.double()
+            if gate is None:
+                gates = (squared.sum(0) @ one_hot).double()[:, None, None]
+            else:
+                own = gate[head, rows]
+                gates = torch.einsum("te,ta,tb->eab", squared @ one_hot, own, own).double()
+            metric[:, 1, group] += gates * plain_gram.double()
     return received, metric
+
+
+def _grams(
+    output: torch.Tensor, gate: torch.Tensor | None, weights: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`output^T output [D, D]` of one head `[C, D]`, and the same under the mean of what its `gate [T, D]`
+    does to products, by the `weights [T]` of queries.
+    """
+    gram = output.float().T @ output.float()
+    if gate is None:
+        return gram, gram
+    return gram, gram * (gate.T @ (gate * (weights / weights.sum())[:, None]))
 
 
 def _attend(
@@ -63,13 +85,14 @@ def _attend(
     rows: torch.Tensor,
     gram: torch.Tensor,
     scaling: float,
+    unseen: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Of one head's rotated queries `[t, D]` of the tokens `rows [t]`: their attention p_ij, and how far each
     value lies from the output, `|v_j - o_i|^2` in the metric `gram [D, D]`; both `[t, T]`. `seen` is
     `values @ gram`, the same for all queries of the head.
     """
-    later = torch.arange(len(keys), device=keys.device) > rows[:, None]
-    attention = (queries @ keys.T * scaling).masked_fill(later, -torch.inf).softmax(-1)
+    hidden = torch.arange(len(keys), device=keys.device) > rows[:, None] if unseen is None else unseen[rows]
+    attention = (queries @ keys.T * scaling).masked_fill(hidden, -torch.inf).softmax(-1)
     mean = attention @ values
     lengths = (seen * values).sum(-1)
     spread = lengths + ((mean @ gram) * mean).sum(-1, keepdim=True) - 2 * mean @ seen.T
@@ -89,6 +112,8 @@ def key_metric(
     modalities: int,
     scaling: float,
     rotated: torch.Tensor | None = None,
+    gate: torch.Tensor | None = None,
+    unseen: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """In which directions errors of keys before RoPE matter, where keys are rotated when they are read.
 
@@ -107,12 +132,13 @@ def key_metric(
     block = max(1, TURNED_NUMBERS // (total * dim))
     for head in range(heads):
         group = head // (heads // kv_heads)
-        gram = output[:, head].float().T @ output[:, head].float()
+        # by the queries that are looked at
+        _, gram = _grams(output[:, head], None if gate is None else gate[head, rows], weights)
         seen, kept = values[group] @ gram, None if rotated is None else rotated[group]
         for part, weight in zip(rows.split(block), weights.split(block), strict=True):
             query, plain = queries[head, part], plain_queries[head, part]
             given = (query, keys[group], values[group], seen, part, gram, scaling)
-            attention, spread = _attend(*given)
+            attention, spread = _attend(*given, unseen)
             pull = (attention.square() * spread * weight[:, None]).sqrt() * scaling
             for number, tokens in enumerate(members):
                 cos, sin = (table[tokens] for table in tables)

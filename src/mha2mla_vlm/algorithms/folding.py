@@ -21,16 +21,18 @@ def pair_covariance(
     rows: torch.Tensor,
     weights: torch.Tensor,
     scaling: float,
+    unseen: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Covariance of the features under causal attention, `[G, 3 P, 3 P]` in float64.
 
     `queries [H, T, D]` and `keys [G, T, D]` are not rotated, `cos, sin [T, P]`; `rows [t]` are the
-    queries to look at and `weights [t]` theirs. Each query's keys are weighted by its attention and
+    queries to look at and `weights [t]` theirs; `unseen [T, T]` are tokens that each query does not see, by
+    default those after it. Each query's keys are weighted by its attention and
     centred, for softmax ignores constants; the sum is over queries and the group's heads. Half of
     the variance of an error is the KL divergence in the attention, to second order.
     """
     kv_heads, total, dim = keys.shape
-    later = torch.arange(total, device=keys.device) > rows[:, None]
+    later = torch.arange(total, device=keys.device) > rows[:, None] if unseen is None else unseen[rows]
     q = torch.view_as_complex(torch.stack(queries[:, rows].float().chunk(2, -1), -1) * scaling)
     k = torch.view_as_complex(torch.stack(keys.float().chunk(2, -1), -1))
     turn = torch.complex(cos, sin)  # a rotary table may scale, too, so this is not of length 1
@@ -133,7 +135,11 @@ def fold_coefficients(covariance: torch.Tensor, kept: torch.Tensor) -> torch.Ten
 
 
 def fold_keys(keys: torch.Tensor, fold: torch.Tensor) -> torch.Tensor:
-    """Key rows `[G, D, ..]` (weights or biases) folded by a and b `[G, 2, P]`; rounded once."""
+    """Key rows `[G, D, ..]` (weights or biases) folded by a and b `[G, 2, P]`; rounded once. Rows beyond 2 P,
+    which the original does not rotate, stay as they are.
+    """
     a, b = (x.reshape(*x.shape, *[1] * (keys.ndim - 2)) for x in fold.unbind(1))
-    first, second = keys.to(fold.dtype).chunk(2, dim=1)
-    return torch.cat([a * first + b * second, a * second - b * first], dim=1).to(keys.dtype)
+    turned = 2 * a.shape[1]
+    first, second = keys[:, :turned].to(fold.dtype).chunk(2, dim=1)
+    folded = torch.cat([a * first + b * second, a * second - b * first], dim=1).to(keys.dtype)
+    return torch.cat([folded, keys[:, turned:]], dim=1)

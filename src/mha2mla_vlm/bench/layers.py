@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, Cache, PreTrainedModel
 
 from mha2mla_vlm.algorithms.rounding import rounded
 from mha2mla_vlm.bench.context import modality_of, multimodal, positions_of
@@ -20,10 +20,16 @@ from mha2mla_vlm.model.cache.latent import LatentCache, hold_latents, remember_m
 from mha2mla_vlm.model.cache.packed import pack, stored_tokens
 from mha2mla_vlm.model.cache.quantized import quantized_cache
 from mha2mla_vlm.model.modality import TokenModality
-from mha2mla_vlm.model.modeling import decoder_layers, latent_attentions, text_model
-from mha2mla_vlm.model.positions import Rotation, TokenPositions
+from mha2mla_vlm.model.modeling import attention_of, decoder_layers, latent_attentions, text_model
+from mha2mla_vlm.model.positions import RecordingRotary, Rotation, TokenPositions
 from mha2mla_vlm.model.rebuilt import Angles
-from mha2mla_vlm.utils.compat import attention_name, cache_argument, set_attention_name
+from mha2mla_vlm.utils.compat import (
+    attention_name,
+    cache_argument,
+    of_full_attention,
+    set_attention_name,
+    takes_layer_type,
+)
 
 OURS, LATER = "ours", "ours, later layers"
 Rows = dict[str, Timing]
@@ -31,16 +37,18 @@ Shape = tuple[int, ...]
 
 
 def random_cache(
-    shapes: Sequence[tuple[Shape, Shape]],
+    shapes: Sequence[tuple[Shape, Shape] | None],
     like: torch.Tensor,
     cache: LatentCache | None = None,
     bits: Sequence[LatentBits | None] = (),
 ) -> LatentCache:
-    """A cache whose layers hold random tensors of these shapes, those with `bits` in bytes; its buffers grow
-    in steps in any case.
+    """A cache whose layers hold random tensors of these shapes, those with `bits` in bytes, and nothing where
+    the shape is None; its buffers grow in steps in any case.
     """
     cache = LatentCache() if cache is None else cache  # an empty one is false
     for index, (shapes_of, own) in enumerate(itertools.zip_longest(shapes, bits)):
+        if shapes_of is None:
+            continue
         keys, values = (_random(shape, like) for shape in shapes_of)
         if own is not None:
             keys, values = pack(rounded(keys, own), own), values.to(torch.int8)
@@ -57,23 +65,40 @@ def _random(shape: Shape, like: torch.Tensor) -> torch.Tensor:
 def random_caches(
     converted: PreTrainedModel, context: int, batch: int, quantization: dict[str, Any] | None = None
 ) -> tuple[LatentCache, LatentCache]:
-    """Caches of `context` tokens, of keys and values `[B, G, S, D]` and of latents and rotated keys."""
-    like, sizes = decoder_layers(converted)[0].self_attn.q_proj.weight, AttentionSizes.of(converted.config)
+    """Caches of `context` tokens, of keys and values `[B, G, S, D]` and of latents and rotated keys.
+
+    Layers of sliding windows hold keys and values in both, those of linear attention nothing yet.
+    """
+    sizes = AttentionSizes.of(converted.config)
+    like = latent_attentions(decoder_layers(converted))[0].q_proj.weight
     heads, specs = sizes.kv_heads, converted.mla_config.layers(sizes)
-    dense = [((batch, heads, context, sizes.head_dim),) * 2] * sizes.layers
+    whole = ((batch, heads, context, sizes.head_dim),) * 2
+    attends = [attention_of(layer) is not None for layer in decoder_layers(converted)]
+    dense: list[tuple[Shape, Shape] | None] = [whole if each else None for each in attends]
     latent = list(dense)
     for index, spec in enumerate(specs):
         if spec is not None:
             rank, rope = spec.widths(sizes)
             latent[index] = (batch, 1, context, rank), (batch, heads, context, rope // heads)
     empty = LatentCache() if quantization is None else quantized_cache(**quantization)
-    hold_latents(empty, [spec is not None for spec in specs])
+    text = converted.config.get_text_config(decoder=True)
+    hold_latents(empty, [spec is not None for spec in specs], text)
     bits = [spec and spec.bits if empty.holds_rows else None for spec in specs]
-    caches = random_cache(dense, like), random_cache(latent, like, empty, bits)
+    plain = LatentCache()
+    hold_latents(plain, [index in sizes.growing for index in range(sizes.layers)], text)
+    caches = random_cache(dense, like, plain), random_cache(latent, like, empty, bits)
+    for layer in (layer for cache in caches for layer in cache.layers if getattr(layer, "is_sliding", False)):
+        layer.activate_past_recording()  # for `forget_last`
     remember_modality(caches[1], modality_of(context, batch, like.device))
     if any(spec is not None and spec.at_read for spec in specs):
         track_positions(caches[1], 0, positions_of(converted, context, batch, like.device).int(), context)
     return caches
+
+
+def forget_last(cache: Cache, layers: Sequence[int]) -> None:
+    """Take the last token off these layers."""
+    for index in layers:
+        cache.layers[index].crop(-1)
 
 
 @torch.no_grad()
@@ -94,7 +119,8 @@ def time_attention(
     """
     modules = latent_attentions(decoder_layers(converted))
     first = modules[0]
-    like, batch = dense.layers[0].keys, dense.layers[0].keys.shape[0]
+    like = dense.layers[first.layer_idx].keys
+    batch = len(like)
     theirs, own = ([cache.layers[m.layer_idx] for m in modules] for cache in (dense, latent))
     queries = [like.new_empty(batch, first.heads, 1, first.head_dim).normal_() for _ in modules]
     split = [q.split([m.rope_dim, m.nope_dim], dim=-1) for q, m in zip(queries, modules, strict=True)]
@@ -129,7 +155,7 @@ def _rotation(converted: PreTrainedModel, places: torch.Tensor, like: torch.Tens
     if not converted.model.reads_positions:
         return None
     text = text_model(converted)
-    return Rotation(text.rotary_emb.rotary, places, like, text.config)
+    return Rotation(text.rotary_emb.of_full_attention, places, like, text.config)
 
 
 def _with_new_text(latent: LatentCache, batch: int, device: torch.device) -> TokenModality:
@@ -148,8 +174,9 @@ def time_layers(
     latent: LatentCache,
     seconds: float,
 ) -> Rows:
-    """Attention modules with their projections and the writing of the cache, over all layers."""
-    like = dense.layers[0].keys
+    """Attention modules with their projections and the writing of the cache, over all layers that grow."""
+    sizes = AttentionSizes.of(original.config)
+    like = dense.layers[sizes.growing[0]].keys
     context, device = dense.get_seq_length(), like.device
     hidden = like.new_empty(like.shape[0], 1, converted.config.get_text_config().hidden_size).normal_()
     embeddings = {model: rotary_tables(model, hidden, context - 1) for model in (original, converted)}
@@ -157,11 +184,13 @@ def time_layers(
 
     def through(model: PreTrainedModel, cache: LatentCache, **kwargs: Any) -> Callable[[], None]:
         def run() -> None:
-            cache.crop(-1)  # so that the new token is the last that fits, and buffers are dense
+            forget_last(
+                cache, sizes.growing
+            )  # so that the new token is the last that fits, and buffers are dense
             if model is converted and converted.model.reads_positions:
                 kwargs["token_positions"] = TokenPositions(text_model(converted).rotary_emb)
-            for layer in decoder_layers(model):
-                layer.self_attn(
+            for index in sizes.growing:
+                decoder_layers(model)[index].self_attn(
                     hidden_states=hidden,
                     position_embeddings=embeddings[model],
                     attention_mask=None,
@@ -207,7 +236,9 @@ def _interface(name: str, way: Dense) -> str:
 def rotary_tables(model: PreTrainedModel, hidden: torch.Tensor, position: int) -> Any:
     """Rotary tables of one new token at `position`."""
     where = positions(model, torch.full(hidden.shape[:2], position, device=hidden.device))
-    return text_model(model).rotary_emb(hidden, where)
+    rotary = text_model(model).rotary_emb
+    inner = rotary.rotary if isinstance(rotary, RecordingRotary) else rotary
+    return (of_full_attention(rotary) if takes_layer_type(inner) else rotary)(hidden, where)
 
 
 def positions(model: PreTrainedModel, places: torch.Tensor) -> torch.Tensor:

@@ -3,6 +3,7 @@
 All ratios are the original's figure over the converted model's: above 1 is a gain.
 """
 
+import copy
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from mha2mla_vlm.bench.layers import (
     LATER,
     OURS,
     best_dense,
+    forget_last,
     positions,
     random_caches,
     time_attention,
@@ -25,7 +27,7 @@ from mha2mla_vlm.bench.timing import Timing, peak_memory, time_in_turn
 from mha2mla_vlm.config import AttentionSizes
 from mha2mla_vlm.errors import InputError
 from mha2mla_vlm.model.cache.latent import LatentCache, bytes_per_token, cache_bytes
-from mha2mla_vlm.model.modeling import decoder_layers, latent_attentions
+from mha2mla_vlm.model.modeling import attention_of, decoder_layers, latent_attentions
 from mha2mla_vlm.utils.compat import cache_argument
 from mha2mla_vlm.utils.progress import track
 
@@ -95,7 +97,7 @@ def bench_row(
     row: dict[str, Any] = {"context": context, "batch": batch}
     row |= byte_counts(converted, dense, latent)
     row |= compared("attention", attention, len(latent_attentions(layers)))
-    row |= compared("layer", modules, len(layers))
+    row |= compared("layer", modules, len(AttentionSizes.of(original.config).growing))
     row |= _steps(original, converted, dense, latent, seconds)
     row |= prefill(original, converted, context, batch, seconds)
     return row
@@ -103,8 +105,9 @@ def bench_row(
 
 def byte_counts(converted: PreTrainedModel, dense: LatentCache, latent: LatentCache) -> dict[str, Any]:
     """What the caches hold, and what the formula says of the converted model's."""
-    tokens = dense.layers[0].keys.shape[0] * dense.get_seq_length()
-    itemsize = latent.layers[0].keys.element_size()
+    first = AttentionSizes.of(converted.config).growing[0]
+    tokens = len(dense.layers[first].keys) * dense.get_seq_length(first)
+    itemsize = dense.layers[first].keys.element_size()
     return {
         "cache_bytes": cache_bytes(latent),
         "cache_bytes_original": cache_bytes(dense),
@@ -140,11 +143,15 @@ def _steps(
     seconds: float,
 ) -> dict[str, Any]:
     """A step of the whole models as `generate` takes it: the original over transformers' DynamicCache."""
-    like, context = keys_and_values.layers[0].keys, keys_and_values.get_seq_length()
+    growing = AttentionSizes.of(original.config).growing
+    like, context = keys_and_values.layers[growing[0]].keys, keys_and_values.get_seq_length()
     device, batch = like.device, len(like)
-    dense = DynamicCache()
+    dense = DynamicCache(config=original.config)
     for index, layer in enumerate(keys_and_values.layers):
-        dense.update(layer.keys, layer.values, index)
+        if index in growing:
+            dense.update(layer.keys, layer.values, index)
+        else:
+            dense.layers[index] = copy.deepcopy(layer)
     steps = {
         "original": _step(original, dense, context, batch),
         "ours": _step(converted, latent, context, batch),
@@ -169,10 +176,12 @@ def _steps(
 def _step(model: PreTrainedModel, cache: Cache, context: int, batch: int) -> Callable[[], None]:
     """One new token over a cache, which is then as before."""
     inputs = _tokens(model, 1, batch, start=context)
+    # linear attention takes tokens into a state, which costs the same whatever is in it
+    layers = [i for i, layer in enumerate(decoder_layers(model)) if attention_of(layer) is not None]
 
     def run() -> None:
         model(**inputs, **cache_argument(cache), use_cache=True)
-        cache.crop(-1)
+        forget_last(cache, layers)
 
     return run
 

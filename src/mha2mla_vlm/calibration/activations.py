@@ -16,7 +16,7 @@ from mha2mla_vlm.calibration.statistics import MAX_QUERIES, query_weights, visua
 from mha2mla_vlm.evaluation.answers import predicted
 from mha2mla_vlm.model.attention import MLAAttention
 from mha2mla_vlm.model.modality import TokenModality
-from mha2mla_vlm.model.modeling import text_model
+from mha2mla_vlm.model.modeling import attention_of, text_model
 from mha2mla_vlm.model.offload import front_modules, resident
 
 Tables = tuple[torch.Tensor, torch.Tensor]  # cos and sin
@@ -46,8 +46,8 @@ class MemoryStates(dict[Key, torch.Tensor]):
             del self[key]
 
 
-# observe(chat, attention module, its input [1, T, C], rotary tables)
-Observe = Callable[["Chat", nn.Module, torch.Tensor, Tables], None]
+# observe(chat, attention module, its input [1, T, C], rotary tables, attention mask)
+Observe = Callable[["Chat", nn.Module, torch.Tensor, Tables, torch.Tensor | None], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,7 +171,7 @@ def advance(
     """Take a stream of hidden states through one decoder layer, of an original model or with converted
     attention.
     """
-    converted = isinstance(layer.self_attn, MLAAttention)
+    converted = isinstance(attention_of(layer), MLAAttention)
     for number, chat in enumerate(chats):
         given = chat.given[index] | ({"token_modality": chat.modality} if converted else {})
         hidden = states[stream, index, number].to(chat.visual.device)
@@ -190,7 +190,7 @@ def _observed(layer: nn.Module, chat: Chat, observe: Observe | None) -> Iterator
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        observe(chat, module, hidden, kwargs["position_embeddings"])
+        observe(chat, module, hidden, kwargs["position_embeddings"], kwargs.get("attention_mask"))
 
     handle = layer.self_attn.register_forward_pre_hook(hook, with_kwargs=True)
     try:
@@ -215,8 +215,11 @@ def calls_of(module: nn.Module) -> Iterator[list[tuple[tuple[Any, ...], dict[str
 
 
 @contextlib.contextmanager
-def attending(layer: Any, attention: nn.Module) -> Iterator[None]:
-    """Within the context, a decoder layer attends by another module."""
+def attending(layer: Any, attention: nn.Module | None) -> Iterator[None]:
+    """Within the context, a decoder layer attends by another module; None leaves it as it is."""
+    if attention is None:
+        yield
+        return
     original, layer.self_attn = layer.self_attn, attention
     try:
         yield

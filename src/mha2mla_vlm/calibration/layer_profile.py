@@ -46,7 +46,7 @@ class LayerProfile:
 
     def selection(self, rope_dim: int, sizes: AttentionSizes, methods: Methods) -> RopeSelection:
         """The pairs that stay rotated, and what the others fold to."""
-        given = {"rope_dim": rope_dim, "kv_heads": sizes.kv_heads, "head_dim": sizes.head_dim}
+        given = {"rope_dim": rope_dim, "kv_heads": sizes.kv_heads, "rotary_dim": sizes.rotary_dim}
         pairs = methods.pairs.pairs(self.scores, **given)
         if not methods.fold:
             return RopeSelection(pairs=pairs)
@@ -100,16 +100,21 @@ def measure_layer(
     """
     sums, share, pairs = SharedSums(total), 1 / total, methods.pairs
 
-    def observe(chat: Chat, module: Any, hidden: torch.Tensor, tables: Tables) -> None:
+    def observe(
+        chat: Chat, module: Any, hidden: torch.Tensor, tables: Tables, mask: torch.Tensor | None
+    ) -> None:
         """Add one chat."""
         one = LayerProfile()
-        heads = Heads.of(module, hidden, tables)
+        heads = Heads.of(module, hidden, tables, mask)
         if pairs.chat_scores is not None:
-            attended = Attended(heads.queries, heads.keys, *heads.rotated(), module.scaling)
-            one.scores = share * pairs.chat_scores(attended)
+            attended = Attended(heads.queries, heads.keys, *heads.rotated(), module.scaling, heads.unseen)
+            one.scores = share * heads.of_turned(pairs.chat_scores(attended))
         if methods.fold or pairs.covariance_scores is not None:
             parts = (heads.queries, heads.keys, heads.cos, heads.sin)
-            one.covariance = share * pair_covariance(*parts, *chat.queries(), module.scaling)
+            covariance = heads.among_turned(
+                pair_covariance(*parts, *chat.queries(), module.scaling, heads.unseen)
+            )
+            one.covariance = share * covariance
         if methods.factorization.statistics == "usage":
             given = (module, heads, latent_inputs(module, hidden), chat.visual.long(), chat.weights)
             looked_at = chat.some_queries() if methods.at_read else None
@@ -134,7 +139,7 @@ def measure_moments(
     """
     sums = SharedSums(total)
 
-    def observe(chat: Chat, module: Any, hidden: torch.Tensor, _: Tables) -> None:
+    def observe(chat: Chat, module: Any, hidden: torch.Tensor, *_: Any) -> None:
         """Add one chat."""
         one = LayerProfile(stats=chat_moments(chat, latent_inputs(module, hidden)))
         sums.add(chat.number, one.tensors())

@@ -67,8 +67,11 @@ def project_errors(
 ) -> torch.Tensor:
     """What errors do that converted `candidates` make in an original layer, `[candidates, chats, S]`.
 
-    The stream of gradients is taken down through the layer.
+    The stream of gradients is taken down through the layer; without candidates that is all.
     """
+    if not candidates:
+        _gradients_below(layer, index, chats, states, stream)
+        return torch.zeros(0, len(chats), 1)
     found = []
     for number, chat in enumerate(chats):
         hidden = states[stream, index, number].to(chat.visual.device).detach().requires_grad_()
@@ -83,6 +86,17 @@ def project_errors(
         states[GRADIENT, index, number] = below
         found.append(_projected(candidates, here, attended.detach(), chat, args, kwargs))
     return torch.stack(found, dim=1)
+
+
+def _gradients_below(layer: Any, index: int, chats: Sequence[Chat], states: States, stream: str) -> None:
+    """Take the stream of gradients down through a layer."""
+    for number, chat in enumerate(chats):
+        hidden = states[stream, index, number].to(chat.visual.device).detach().requires_grad_()
+        with torch.enable_grad():
+            output = layer(hidden, **chat.given[index])
+        gradients = states[GRADIENT, index + 1, number].to(hidden.device)
+        below = [torch.autograd.grad(output, hidden, one[None], retain_graph=True)[0] for one in gradients]
+        states[GRADIENT, index, number] = torch.cat(below)
 
 
 @torch.no_grad()

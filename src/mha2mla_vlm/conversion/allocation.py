@@ -61,11 +61,16 @@ def tried_units(sizes: AttentionSizes, config: ConversionConfig) -> dict[str, li
     unit, tried = dims_in_unit(sizes, config), {}
     if not config.at_read:
         coarse = unit_dims(sizes.head_dim)
-        tried["rope"] = [units for units in ROPE_UNITS if units * coarse < sizes.head_dim]
+        tried["rope"] = [units for units in ROPE_UNITS if units * coarse < sizes.rotary_dim]
     at = BY_CHANNEL_UNITS if config.bits_by_channel else READ_UNITS if config.at_read else LATENT_UNITS
-    most = most_latent(sizes, 0 if config.at_read else sizes.head_dim // 2) // unit
+    most = most_latent(sizes, 0 if config.at_read else measured_rope_dim(sizes)) // unit
     tried["read" if config.at_read else "latent"] = [units for units in at if units <= most]
     return tried
+
+
+def measured_rope_dim(sizes: AttentionSizes) -> int:
+    """R at which losses of latents are measured: about half of the dims that the original rotates."""
+    return max(2, sizes.rotary_dim // 4 * 2)
 
 
 def most_latent(sizes: AttentionSizes, rope_dim: int) -> int:
@@ -75,7 +80,7 @@ def most_latent(sizes: AttentionSizes, rope_dim: int) -> int:
 
 def budget_units(sizes: AttentionSizes, config: ConversionConfig) -> int:
     """The budget in units of `dims_in_unit`, over all layers; positions, if they are kept, come out of it."""
-    kept = (config.share or 0.0) * 2 * sizes.head_dim * sizes.layers
+    kept = (config.share or 0.0) * 2 * sizes.head_dim * len(sizes.growing)
     if config.at_read:  # as numbers of 16 bits
         kept -= POSITION_BYTES / 2 * sizes.position_axes / sizes.kv_heads
     return int(kept / dims_in_unit(sizes, config) + 1e-9)
@@ -84,11 +89,22 @@ def budget_units(sizes: AttentionSizes, config: ConversionConfig) -> int:
 def allocated(
     mla: MLAConfig, losses: Sequence[LayerLosses], sizes: AttentionSizes, config: ConversionConfig
 ) -> MLAConfig:
-    """`mla` with the sizes of each layer that cost least together under the budget of `config`."""
+    """`mla` with the sizes of each layer that cost least together under the budget of `config`.
+
+    Layers that stay as they were take no part in it.
+    """
+    losses = [losses[index] for index in sizes.growing]
     if config.rotate_at == AUTO or config.bits_by_channel:
-        return _allocated_specs(mla, losses, sizes, config)
+        return _allocated_specs(mla, losses, sizes, config).over_all(sizes)
     if config.at_read:
-        return _allocated_latents(mla, losses, sizes, config)
+        return _allocated_latents(mla, losses, sizes, config).over_all(sizes)
+    return _allocated_sizes(mla, losses, sizes, config).over_all(sizes)
+
+
+def _allocated_sizes(
+    mla: MLAConfig, losses: Sequence[LayerLosses], sizes: AttentionSizes, config: ConversionConfig
+) -> MLAConfig:
+    """The same where keys are rotated at write."""
     unit = unit_dims(sizes.head_dim)
     rope, latent = ([_curves(layer, sizes)[n] for layer in losses] for n in range(2))
     if config.qk_rope_head_dim is not None:
@@ -107,8 +123,8 @@ def allocated(
 def _curves(layer: LayerLosses, sizes: AttentionSizes) -> tuple[dict[int, float], dict[int, float]]:
     """Losses of a layer by units of rope dims and of latent dims."""
     unit = unit_dims(sizes.head_dim)
-    whole = sizes.head_dim // unit
-    most = min(whole, most_latent(sizes, sizes.head_dim) // unit)
+    whole = sizes.rotary_dim // unit
+    most = most_latent(sizes, sizes.rotary_dim) // unit
     return interpolate(layer.rope, whole - 1) | {whole: 0.0}, interpolate(layer.latent, most)
 
 
@@ -142,7 +158,7 @@ def _allocated_specs(
         listed = [list(layer.items()) for layer in options]
         given = ([[option for _, option in layer] for layer in listed], units)
         try:
-            numbers = choose(*given, (config.max_decode_cost or math.inf) * sizes.layers)
+            numbers = choose(*given, (config.max_decode_cost or math.inf) * len(losses))
         except ValueError:
             continue
         found = [layer[number] for layer, number in zip(listed, numbers, strict=True)]
@@ -176,18 +192,19 @@ def least_decode_cost(mla: MLAConfig, sizes: AttentionSizes, config: ConversionC
     by_mode = dict.fromkeys(config.modes, bits) if config.bits_by_channel else {}
     flat = LayerLosses(rope={1: 0.0}, latent={1: 0.0}, read={1: 0.0}, bits=by_mode)
     found = []
-    for options, units in _ways(mla, [flat] * sizes.layers, sizes, config):
+    layers = len(sizes.growing)
+    for options, units in _ways(mla, [flat] * layers, sizes, config):
         with contextlib.suppress(ValueError):
             found.append(least_work([list(layer.values()) for layer in options], units))
-    return min(found) / sizes.layers
+    return min(found) / layers
 
 
 def _ways(
     mla: MLAConfig, losses: Sequence[LayerLosses], sizes: AttentionSizes, config: ConversionConfig
 ) -> list[tuple[list[Options], int]]:
     """Options of each layer and the finest units that they take at most: all at write; any."""
-    spec, finest = mla.layer(0), unit_dims(sizes.head_dim) // 2
-    assert spec is not None, "all layers are converted"
+    spec, finest = mla.layer(sizes.growing[0]), unit_dims(sizes.head_dim) // 2
+    assert spec is not None, "a layer that is converted"
     ways, found = [], [Options() for _ in losses]
     for mode, options in (("write", _write_options), ("read", _read_options)):
         if mode in config.modes:
@@ -221,7 +238,7 @@ def _read_options(
         curve = interpolate(layer.read, max(layer.bits["read"]))
     for units, loss in curve.items():
         sized = _of_size(spec, layer, "read", units, dims_in_unit(sizes, config) * sizes.kv_heads)
-        made = replace(sized, rope_dim=config.qk_rope_head_dim or sizes.head_dim)
+        made = replace(sized, rope_dim=config.qk_rope_head_dim or sizes.rotary_dim)
         options[made] = Option(units, made.products(sizes) / sizes.products, loss)
     return options
 

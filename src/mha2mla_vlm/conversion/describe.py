@@ -12,6 +12,7 @@ from mha2mla_vlm.config import CHANNEL_BITS, AttentionSizes, MLAConfig
 from mha2mla_vlm.conversion.weights import converted_config
 from mha2mla_vlm.errors import InputError
 from mha2mla_vlm.model.cache.latent import bytes_per_token
+from mha2mla_vlm.model.cache.state import state_bytes_per_row
 from mha2mla_vlm.model.checkpoint import load_config, resolve
 from mha2mla_vlm.model.files import check_weights, weights_files
 from mha2mla_vlm.utils.remote import remote_tensors
@@ -24,6 +25,8 @@ def describe(name: str) -> dict[str, Any]:
     it was; of a checkpoint on the hub only they are read. `predicted_kl` is, for each layer, the KL
     that converting only this layer was predicted to cost, by which sizes were allocated. `decode_cost` is the
     arithmetic of attention for each cached token, in that of the original (`MLAConfig.decode_cost`).
+    `state_bytes_per_row` are what layers that are not of full attention keep besides, before and after
+    (`cache.state.state_bytes_per_row`).
     """
     config = load_config(name)
     if getattr(config, "mla", None) is None:
@@ -41,6 +44,7 @@ def describe(name: str) -> dict[str, Any]:
         "modalities": list(mla.modalities),
         "bytes_per_token": bytes_per_token(config),
         "bytes_per_token_original": bytes_per_token(config, original=True),
+        "state_bytes_per_row": state_bytes_per_row(config),
         "rope_selection": mla.rope_selection,
         "factorization": mla.factorization,
         "folded": mla.folded,
@@ -91,6 +95,8 @@ def layers_table(description: dict[str, Any]) -> Table:
     ratio = description["bytes_per_token"] / description["bytes_per_token_original"]
     size = description["bytes_per_token"]
     title = f"{description['family']}: {size:,} cache bytes per token, {ratio:.1%} of the original"
+    if state := description["state_bytes_per_row"]:
+        title += f"; and {state:,} bytes a chat in layers left as they were, as in the original"
     table = Table(title=title)
     bits = f"r in {', '.join(map(str, CHANNEL_BITS))} bits"
     for column in ("layer", "R", "r", bits, "rotated at", "predicted KL", "pairs that stay rotated"):

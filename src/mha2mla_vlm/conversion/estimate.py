@@ -14,7 +14,7 @@ from safetensors import safe_open
 from transformers import AutoModelForImageTextToText, BatchFeature, PreTrainedModel
 
 from mha2mla_vlm.calibration.activations import advance
-from mha2mla_vlm.config import AttentionSizes, MLAConfig
+from mha2mla_vlm.config import FULL, AttentionSizes, MLAConfig
 from mha2mla_vlm.conversion.allocation import budget_units, dims_in_unit, most_latent
 from mha2mla_vlm.conversion.config import AUTO, ConversionConfig
 from mha2mla_vlm.conversion.layer import LayerwiseConversion
@@ -37,7 +37,6 @@ from mha2mla_vlm.utils.progress import Phases
 from mha2mla_vlm.utils.remote import DTYPES, remote_headers
 
 WRITE_RATE = 500e6  # bytes a second, of an ordinary disk
-FIRST_LAYER = ".layers.0."
 SMALL_VOCABULARY = 16
 
 
@@ -71,40 +70,40 @@ def predict(
     """Estimate what `on_disk.convert_checkpoint` takes; raises `InputError` for what it would refuse."""
     source = resolve(name)
     model_config = load_config(name)
-    mla = plan(model_config, config)
+    mla, sizes = plan(model_config, config), AttentionSizes.of(model_config)
     if getattr(model_config, "mla", None) is not None:
         raise InputError(
             f"{str(name)!r} has partial RoPE already; only conversions of originals can be estimated"
         )
     allocated = is_allocated(model_config, config)
     if allocated:
-        mla = _evenly(mla, AttentionSizes.of(model_config), config)
+        mla = _evenly(mla, sizes, config).over_all(sizes)
     if Path(source).is_dir():
         check_weights(Path(source))
-    number = _stored_dtype(source) if dtype == "auto" else getattr(torch, dtype)
+    number = _stored_dtype(source, sizes.growing[0]) if dtype == "auto" else getattr(torch, dtype)
     original, converted = empty_model(model_config), empty_model(converted_config(model_config, mla))
     check_attention(original)
     calibration, held_out = encode_split(original, load_processor(name), records, config)
     tokens, others = (sum(x["input_ids"].shape[1] for x in chats) for chats in (calibration, held_out))
     target, base = torch.device(device), resident_bytes() or 0
     phases, peak, kept = _one_layer(
-        model_config, config, mla, calibration[0], number, target, allocated=allocated
+        model_config, config, _of_one(mla, sizes), calibration[0], number, target, allocated=allocated
     )
     output_bytes = _bytes(converted, stored_names(converted), number)
-    layers = AttentionSizes.of(model_config).layers
+    layers, converted_layers = sizes.layers, len(sizes.growing)
     counts = {"calibration": len(calibration) * layers, "held-out loss": len(held_out) * layers}
     counts["sensitivity"] = counts["calibration"]
     counts["vision and embeddings"] = (len(calibration) + len(held_out)) * _vision_depth(model_config)
-    seconds = {phase: taken * counts.get(phase, layers) for phase, taken in phases.items()}
-    seconds["writing"] = (output_bytes + layers * kept) / WRITE_RATE
+    seconds = {phase: taken * counts.get(phase, converted_layers) for phase, taken in phases.items()}
+    seconds["writing"] = (output_bytes + converted_layers * kept) / WRITE_RATE
     # all layers' states stay until their gradients have come down; else those of two layers are there
     hidden = (layers + 2 * SKETCHES) * tokens if allocated else 2 * (tokens + 3 * others)
     return Prediction(
         bytes_per_token=bytes_per_token(converted.config, itemsize=number.itemsize),
         bytes_per_token_original=bytes_per_token(model_config, itemsize=number.itemsize),
         output_bytes=output_bytes,
-        states_bytes=hidden * AttentionSizes.of(model_config).hidden * number.itemsize
-        + layers * kept
+        states_bytes=hidden * sizes.hidden * number.itemsize
+        + converted_layers * kept
         + _bytes(original, reshaped_names(original), number),
         peak_bytes=None if peak is None else max(peak, base + _front_and_shards(original, number)),
         seconds=sum(seconds.values()),
@@ -112,11 +111,11 @@ def predict(
     )
 
 
-def _stored_dtype(source: str) -> torch.dtype:
-    """The dtype of the first decoder layer, from the headers of the shards."""
+def _stored_dtype(source: str, layer: int) -> torch.dtype:
+    """The dtype of a decoder layer's attention, from the headers of the shards."""
     for header in _headers(source):
         for key, dtype in header:
-            if FIRST_LAYER in key and key.endswith("q_proj.weight"):
+            if f".layers.{layer}." in key and key.endswith("q_proj.weight"):
                 return DTYPES[dtype]
     raise InputError(f"{source} holds no decoder layer")
 
@@ -196,7 +195,7 @@ def _evenly(mla: MLAConfig, sizes: AttentionSizes, config: ConversionConfig) -> 
     if config.rotate_at == AUTO:
         return _evenly(mla, sizes, config.of("read"))
     unit = dims_in_unit(sizes, config)
-    units = budget_units(sizes, config) // sizes.layers
+    units = budget_units(sizes, config) // len(sizes.growing)
     if config.bits_by_channel:  # of 4 bits, all latent
         rank = min(4 * units * unit, most_latent(sizes, 0) // 2 * 2) * sizes.kv_heads
         bits: list[list[int] | None] = [[0, 0, rank, 0]] * sizes.layers
@@ -206,17 +205,27 @@ def _evenly(mla: MLAConfig, sizes: AttentionSizes, config: ConversionConfig) -> 
     rope = (config.qk_rope_head_dim or 0) // unit or units - (
         (config.d_kv or 0) // unit or max(1, units // 3)
     )
-    rope = min(rope, sizes.head_dim // unit)
+    rope = min(rope, sizes.rotary_dim // unit)
     return replace(mla, qk_rope_head_dim=rope * unit, kv_lora_rank=(units - rope) * unit * sizes.kv_heads)
 
 
+def _of_one(mla: MLAConfig, sizes: AttentionSizes) -> MLAConfig:
+    """The same of a model with one layer, which is converted."""
+    spec = mla.layer(sizes.growing[0])
+    assert spec is not None, "a layer that is converted"
+    one: dict[str, Any] = {"qk_rope_head_dim": spec.rope_dim, "kv_lora_rank": spec.rank}
+    one["latent_bits"] = None if spec.bits is None else [list(spec.bits)]
+    return replace(mla, rotate_at=spec.rotate_at, **one)
+
+
 def _small(config: Any) -> Any:
-    """The config with one layer and one of vision, and hardly a vocabulary."""
+    """The config with one layer, which is converted, and one of vision, and hardly a vocabulary."""
     values = config.to_dict()
     text, vision = values["text_config"], values["vision_config"]
     text |= {"num_hidden_layers": 1, "vocab_size": SMALL_VOCABULARY, "bos_token_id": None}
     text |= {"eos_token_id": None, "pad_token_id": None}
-    text.pop("layer_types", None)
+    if text.get("layer_types"):
+        text["layer_types"] = [FULL]
     depth = "depth" if "depth" in vision else "num_hidden_layers"
     vision[depth] = 1
     for number, name in enumerate(_token_names(values)):

@@ -67,6 +67,7 @@ class LayerwiseConversion(Sweep):
         self.ends = {"partial_rope": PARTIAL} if self.is_original and drops_pairs else {}
         self.ends |= {"factorization": CONVERTED} if self.factorises else {}
         self.after_rope = method.statistics == "inputs"
+        self.calibrating: list[str] = []  # streams
         self.calibration: list[Chat] = []
         self.held_out: list[Chat] = []
         self.total = self.held_out_total = 0
@@ -80,16 +81,19 @@ class LayerwiseConversion(Sweep):
         self.total, self.held_out_total = len(calibration), len(held_out)
         wanted = [CALIBRATION] if self.is_original and self.known is None else []
         wanted += [CALIBRATION_PARTIAL] if self.after_rope else []
+        self.calibrating = wanted
         self.calibration = self.chats(calibration, [] if again else wanted) if wanted else []
         self.held_out = self.chats(held_out, [] if again else [ORIGINAL, *self.ends.values()])
 
     @torch.no_grad()
     def layer(self, index: int) -> ConvertedLayer:
-        """Convert a layer.
+        """Convert a layer; one that stays as it was only takes the chats along.
 
         Raises `InputError` naming the layer if calibration gives numbers that are not finite.
         """
         layer = decoder_layers(self.model)[index]
+        if self.stays(index):
+            return self._passed(layer, index)
         with resident(layer.modules(), self.device):
             with self.phases.phase("calibration"):
                 profile = self._profile(layer, index)
@@ -112,6 +116,17 @@ class LayerwiseConversion(Sweep):
                         advance(layer, index, self.held_out, self.states, stream)
         return ConvertedLayer(weights=converted.new_weights(), spectra=spectra)
 
+    def _passed(self, layer: nn.Module, index: int) -> ConvertedLayer:
+        """A layer that stays as it was, with nothing new."""
+        with resident(layer.modules(), self.device):
+            with self.phases.phase("calibration"):
+                for stream in self.calibrating:
+                    advance(layer, index, self.calibration, self.states, stream)
+            with self.phases.phase("held-out loss"):
+                for stream in (ORIGINAL, *self.ends.values()):
+                    advance(layer, index, self.held_out, self.states, stream)
+        return ConvertedLayer(weights={}, spectra={})
+
     def _profile(self, layer: nn.Module, index: int) -> LayerProfile:
         """What calibration shows about the original layer; nothing of one that is converted already."""
         if self.known is not None:
@@ -129,7 +144,8 @@ class LayerwiseConversion(Sweep):
             return partial, {}
         spec = self.spec(index)
         whole, warned = self.whole(partial, spec), index if self.warn else None
-        given: dict[str, Any] = {"head_dim": self.sizes.head_dim, "by_importance": spec.bits is not None}
+        given: dict[str, Any] = {"head_dim": self.sizes.head_dim, "rotary_dim": self.sizes.rotary_dim}
+        given["by_importance"] = spec.bits is not None
         factors = layer_factors(whole, stats, spec, self.methods.factorization, **given, layer=warned)
         spectra = {k: thinned(f.spectrum) for k, f in factors.items() if f.spectrum is not None}
         if spec.bits is not None:

@@ -11,17 +11,19 @@ from mha2mla_vlm.algorithms.budget import unit_dims
 from mha2mla_vlm.algorithms.factorization import FACTORIZATIONS, factorization
 from mha2mla_vlm.algorithms.factorization.base import Factorization
 from mha2mla_vlm.algorithms.factorization.blocks import block_ranks
-from mha2mla_vlm.config import DECOUPLED, SHARED, AttentionSizes, MLAConfig
+from mha2mla_vlm.config import DECOUPLED, FULL, SHARED, AttentionSizes, LayerSpec, MLAConfig
 from mha2mla_vlm.conversion.allocation import budget_units, dims_in_unit, least_decode_cost
 from mha2mla_vlm.conversion.config import AUTO, ConversionConfig
 from mha2mla_vlm.conversion.weights import converted_config
 from mha2mla_vlm.errors import InputError
 from mha2mla_vlm.model.attention import MLAAttention
 from mha2mla_vlm.model.cache.latent import bytes_per_token
+from mha2mla_vlm.model.cache.state import state_bytes_per_row
 from mha2mla_vlm.model.card import by_layer
 from mha2mla_vlm.model.families import get_family
-from mha2mla_vlm.model.modeling import decoder_layers
-from mha2mla_vlm.model.normed import NORMS, PROJECTIONS
+from mha2mla_vlm.model.families.base import Family
+from mha2mla_vlm.model.modeling import attention_of, decoder_layers
+from mha2mla_vlm.model.normed import NORMS, PROJECTIONS, is_normed
 from mha2mla_vlm.model.origin import shared_name
 from mha2mla_vlm.utils.compat import is_plain_tensor
 from mha2mla_vlm.utils.progress import console
@@ -35,7 +37,8 @@ def check_model(model: PreTrainedModel) -> None:
             f"the model lies on {', '.join(map(str, devices))}; load it on one device to convert it"
         )
     check_attention(model)
-    for layer in decoder_layers(model):
+    for index in AttentionSizes.of(model.config).growing:
+        layer = decoder_layers(model)[index]
         for name, child in layer.self_attn.named_children():
             if name in NORMS:
                 continue
@@ -43,20 +46,24 @@ def check_model(model: PreTrainedModel) -> None:
             wrong = [m for m in modules if any(True for _ in m.parameters()) and not _is_linear(m)]
             if wrong:
                 raise InputError(
-                    f"layer {layer.self_attn.layer_idx}: {name} ({type(wrong[0]).__name__}) is not a plain "
+                    f"layer {index}: {name} ({type(wrong[0]).__name__}) is not a plain "
                     "linear layer; merge adapters first (merge_and_unload), load quantised models in bfloat16"
                 )
 
 
 def check_attention(model: PreTrainedModel) -> None:
     """Raise `InputError` unless attention of an original model is causal, of four projections and of the
-    norms that its family has: what else a module does would be lost without a word.
+    norms and the gate that its family has: what else a module does would be lost without a word. Layers that
+    stay as they are may hold anything.
     """
-    norms = get_family(model.config.model_type).norms
-    for index, layer in enumerate(decoder_layers(model)):
-        attention = layer.self_attn
+    family, sizes = get_family(model.config.model_type), AttentionSizes.of(model.config)
+    norms = family.norms
+    for index in sizes.growing:
+        attention = attention_of(decoder_layers(model)[index])
         if isinstance(attention, MLAAttention):
             continue
+        if attention is None:
+            raise InputError(f"layer {index}: no attention, though the config says {FULL}")
         children = dict(attention.named_children())
         own = [name for name, _ in attention.named_parameters(recurse=False)]
         unknown = [name for name in (*children, *own) if name not in (*PROJECTIONS, *norms)]
@@ -69,8 +76,23 @@ def check_attention(model: PreTrainedModel) -> None:
                 f"supported is {', '.join(PROJECTIONS)}"
                 + (f", with or without {' and '.join(norms)} over a head" if norms else "")
             )
+        _check_queries(attention, family, sizes, index)
+        if getattr(attention, "attn_logit_softcapping", None) is not None:
+            raise InputError(f"layer {index}: attn_logit_softcapping is not supported; supported is null")
         if not getattr(attention, "is_causal", True):
             raise InputError(f"layer {index}: attention is not causal; supported is causal attention")
+
+
+def _check_queries(attention: Any, family: Family, sizes: AttentionSizes, index: int) -> None:
+    """Raise `InputError` unless queries have a gate where the family says so, which goes with norms here."""
+    numbers, queries = attention.q_proj.out_features, sizes.heads * sizes.head_dim
+    plain = not is_normed(attention)
+    if numbers != queries * (2 if family.gated else 1) or (plain and (family.gated or family.partial_rotary)):
+        raise InputError(
+            f"layer {index}: attention ({type(attention).__name__}) projects to {numbers} numbers of "
+            f"queries, {'without' if plain else 'with'} norms; supported in {family.model_type} are {queries}"
+            + (" and as many of a gate, with norms" if family.gated else "")
+        )
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -96,14 +118,9 @@ def plan(model_config: Any, config: ConversionConfig) -> MLAConfig:
             f"language model {text.model_type!r} is not supported in {family.model_type}; "
             f"supported: {', '.join(family.text_model_types)}"
         )
-    if "sliding_attention" in (getattr(text, "layer_types", None) or ()) or getattr(
-        text, "sliding_window", None
-    ):
-        raise InputError(
-            "sliding-window attention is not supported; supported is full attention in every layer"
-        )
+    _check_layer_types(text, family)
     method, sizes = factorization(config.factorization), AttentionSizes.of(model_config)
-    whole = sizes.head_dim if config.at_read else sizes.head_dim // 2
+    whole = sizes.rotary_dim if config.at_read else min(sizes.head_dim // 2, sizes.rotary_dim)
     rope_dim = whole if config.qk_rope_head_dim is None else config.qk_rope_head_dim
     mla = MLAConfig(
         qk_rope_head_dim=rope_dim,
@@ -119,7 +136,25 @@ def plan(model_config: Any, config: ConversionConfig) -> MLAConfig:
     _check_sizes(mla, method, sizes)
     if config.share is not None:
         _check_budget(sizes, config)
-    return mla
+    return mla.over_all(sizes)
+
+
+def _check_layer_types(text: Any, family: Family) -> None:
+    """Raise `InputError` for layers that are neither of full attention nor of a type that stays in the
+    family.
+    """
+    kinds, left = set(getattr(text, "layer_types", None) or ()), family.left_layers
+    if "sliding_attention" not in left and (
+        "sliding_attention" in kinds or getattr(text, "sliding_window", None)
+    ):
+        raise InputError(
+            "sliding-window attention is not supported; supported is full attention in every layer"
+        )
+    if unknown := sorted(kinds - {FULL, *left}):
+        raise InputError(
+            f"layers of {', '.join(map(str, unknown))} are not supported in {family.model_type}; supported: "
+            f"{', '.join((FULL, *left))}"
+        )
 
 
 def _rank(
@@ -136,7 +171,7 @@ def _rank(
 
 def _check_sizes(mla: MLAConfig, method: Factorization, sizes: AttentionSizes) -> None:
     """Raise `InputError` for sizes that the model or the method cannot have; they are the same by layer."""
-    replace(mla, kv_lora_rank=None, rotate_at="write").check(sizes)
+    replace(mla, kv_lora_rank=None, rotate_at="write").over_all(sizes).check(sizes)
     rope, rank = cast(int, mla.qk_rope_head_dim), cast(int | None, mla.kv_lora_rank)
     if rank is None:
         return
@@ -192,19 +227,19 @@ def _plan_factors(model_config: Any, config: ConversionConfig) -> MLAConfig:
             f"factorization {config.factorization!r} does not go with a model that has partial RoPE already; "
             f"known: {', '.join(known)}"
         )
-    if config.budget is not None or config.qk_rope_head_dim not in (None, mla.qk_rope_head_dim):
-        raise InputError(
-            f"the model has partial RoPE already, R = {mla.qk_rope_head_dim}; give only d_kv, no budget"
-        )
+    rope_dim = cast(LayerSpec, mla.layer(sizes.growing[0])).rope_dim  # the same in all that are converted
+    if config.budget is not None or config.qk_rope_head_dim not in (None, rope_dim):
+        raise InputError(f"the model has partial RoPE already, R = {rope_dim}; give only d_kv, no budget")
     mla = replace(
         mla,
-        kv_lora_rank=_rank(method, sizes, cast(int, mla.qk_rope_head_dim), config),
+        qk_rope_head_dim=rope_dim,
+        kv_lora_rank=_rank(method, sizes, rope_dim, config),
         modalities=DECOUPLED if method.per_modality else SHARED,
         factorization=config.factorization,
         kv_bias=method.centered,
     )
     _check_sizes(mla, method, sizes)
-    return mla
+    return mla.over_all(sizes)
 
 
 def _check_budget(sizes: AttentionSizes, config: ConversionConfig) -> None:
@@ -215,9 +250,10 @@ def _check_budget(sizes: AttentionSizes, config: ConversionConfig) -> None:
         if value is not None and value % step:
             raise InputError(f"{name} = {value}: with a budget give a multiple of {step}")
     rope = 0 if config.at_read else (given or coarse) // coarse
-    least = sizes.layers * (rope + (config.d_kv or unit) // unit)
+    layers = len(sizes.growing)
+    least = layers * (rope + (config.d_kv or unit) // unit)
     if budget_units(sizes, config) < least:
-        share = least * unit / (2 * sizes.head_dim * sizes.layers)  # positions at read come on top
+        share = least * unit / (2 * sizes.head_dim * layers)  # positions at read come on top
         raise InputError(f"budget = {config.share}: the least for these sizes is {share:g}")
 
 
@@ -248,3 +284,8 @@ def print_plan(original: Any, mla: MLAConfig) -> None:
         f"{before} to {after} cache bytes per token ({after / before:.1%}), "
         f"{mla.decode_cost(sizes):.3g} times the arithmetic for each when decoding"
     )
+    if sizes.left:
+        console().print(
+            f"{len(sizes.left)} of {sizes.layers} layers are not {FULL} and stay as they are; they keep "
+            f"{state_bytes_per_row(original):,} bytes for each chat, however long"
+        )

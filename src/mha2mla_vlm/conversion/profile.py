@@ -12,11 +12,17 @@ from transformers import BatchFeature
 
 from mha2mla_vlm.algorithms.bits import best_bits, importance, in_steps
 from mha2mla_vlm.algorithms.budget import unit_dims
-from mha2mla_vlm.calibration.activations import Chat
+from mha2mla_vlm.calibration.activations import Chat, advance
 from mha2mla_vlm.calibration.layer_profile import LayerProfile, measure_layer
 from mha2mla_vlm.calibration.sensitivity import begin_gradients, project_errors
 from mha2mla_vlm.config import LayerSpec
-from mha2mla_vlm.conversion.allocation import BitsBySize, LayerLosses, dims_in_unit, tried_units
+from mha2mla_vlm.conversion.allocation import (
+    BitsBySize,
+    LayerLosses,
+    dims_in_unit,
+    measured_rope_dim,
+    tried_units,
+)
 from mha2mla_vlm.conversion.config import ConversionConfig
 from mha2mla_vlm.conversion.sweep import CALIBRATION, Sweep
 from mha2mla_vlm.conversion.weights import converted_layer, factored_weights, keys_in_steps, layer_factors
@@ -113,12 +119,17 @@ class LayerwiseProfile(Sweep):
         """Take the chats through a layer; raises `InputError` naming it for numbers that are not finite."""
         layer = decoder_layers(self.model)[index]
         with self.phases.phase("calibration"), resident(layer.modules(), self.device):
+            if self.stays(index):
+                advance(layer, index, chats, self.states, CALIBRATION)
+                return LayerProfile()
             given = (layer, index, chats, self.states, CALIBRATION, self.methods)
             return measure_layer(*given, total=total, moments=True)
 
     @torch.no_grad()
     def _losses(self, index: int, chats: Sequence[Chat], profile: LayerProfile, total: int) -> LayerLosses:
-        """What converting a layer costs."""
+        """What converting a layer costs; nothing of one that stays."""
+        if self.stays(index):
+            return self._gradients_only(index, chats)
         layer, modes = decoder_layers(self.model)[index], list(self.by_mode)
         with resident(layer.modules(), self.device):
             with self.phases.phase("tried sizes"):
@@ -142,6 +153,12 @@ class LayerwiseProfile(Sweep):
         bits = {mode: one.bits for mode, one in zip(modes, tried, strict=True) if one.bits}
         return LayerLosses(bits=bits, **{k: dict(zip(units[k], v.tolist(), strict=True)) for k, v in curves})
 
+    def _gradients_only(self, index: int, chats: Sequence[Chat]) -> LayerLosses:
+        layer = decoder_layers(self.model)[index]
+        with self.phases.phase("sensitivity"), resident(layer.modules(), self.device):
+            project_errors(layer, index, chats, self.states, CALIBRATION, [])
+        return LayerLosses()
+
     def _units(self, mode: str) -> dict[str, list[int]]:
         return tried_units(self.sizes, self.config.of(mode))
 
@@ -163,10 +180,11 @@ class LayerwiseProfile(Sweep):
         numbers = dims_in_unit(self.sizes, self.config.of(spec.rotate_at)) * self.sizes.kv_heads
         spec = replace(spec, rank=units[-1] * numbers)
         if not spec.at_read:
-            spec = replace(spec, rope_dim=self.sizes.head_dim // 2)
+            spec = replace(spec, rope_dim=measured_rope_dim(self.sizes))
         partial = self.partial(source, profile, spec)
         whole, by_channel = self.whole(partial, spec), self.config.bits_by_channel
-        options: dict[str, Any] = {"head_dim": self.sizes.head_dim, "by_importance": by_channel}
+        options: dict[str, Any] = {"head_dim": self.sizes.head_dim, "rotary_dim": self.sizes.rotary_dim}
+        options["by_importance"] = by_channel
         given = (whole, profile.stats, spec, self.methods.factorization)
         factors, made = layer_factors(*given, **options), [partial]
         bits: BitsBySize = {}

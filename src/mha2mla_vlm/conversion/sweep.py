@@ -58,7 +58,8 @@ class Sweep:
         self.by_mode = {mode: methods(config.of(mode)) for mode in config.modes}
         self.phases, self.work, self.states = phases, work, work.states
         self.sizes = AttentionSizes.of(model.config)
-        normed = any(is_normed(layer.self_attn) for layer in decoder_layers(model))
+        layers = [decoder_layers(model)[index] for index in self.sizes.growing]
+        normed = any(is_normed(layer.self_attn) for layer in layers)
         if normed and config.bits_by_channel and "write" in config.modes:
             raise InputError(  # steps of keys would have to be in the queries, behind their norm
                 f"latent_bits mixed with rotate_at {config.rotate_at} does not go with normed keys; "
@@ -76,8 +77,12 @@ class Sweep:
     def spec(self, index: int) -> LayerSpec:
         """What a layer becomes."""
         spec = self.mla.layer(index)
-        assert spec is not None, "all layers are converted"
+        assert spec is not None, "a layer that is converted"
         return spec
+
+    def stays(self, index: int) -> bool:
+        """Whether a layer stays as the original has it."""
+        return index in self.sizes.left
 
     def partial(self, source: Any, profile: LayerProfile, spec: LayerSpec) -> MLAAttention:
         """A layer's attention with partial RoPE only."""

@@ -20,11 +20,11 @@ from mha2mla_vlm.algorithms.folding import fold_keys
 from mha2mla_vlm.algorithms.pair_selection.base import RopeSelection, split_dims
 from mha2mla_vlm.algorithms.token_stats import TokenStats
 from mha2mla_vlm.calibration.statistics import LayerStats
-from mha2mla_vlm.config import SHARED, LayerSpec, MLAConfig
+from mha2mla_vlm.config import SHARED, AttentionSizes, LayerSpec, MLAConfig
 from mha2mla_vlm.model.attention import MLAAttention
 from mha2mla_vlm.model.modeling import decoder_layers, layer_prefixes, mla_classes, text_model
 from mha2mla_vlm.model.normed import is_normed, kept_children
-from mha2mla_vlm.utils.compat import attention_name, set_attention_name
+from mha2mla_vlm.utils.compat import attention_name, rotary_scaling, set_attention_name
 
 logger = logging.getLogger(__name__)
 REPLACED = ("k_proj.weight", "v_proj.weight")  # of `projections.Replaced`
@@ -32,7 +32,7 @@ REPLACED = ("k_proj.weight", "v_proj.weight")  # of `projections.Replaced`
 
 def table_scale(model: PreTrainedModel) -> float:
     """What the rotary tables multiply logits by (longer-context variants of RoPE)."""
-    return float(getattr(text_model(model).rotary_emb, "attention_scaling", 1.0)) ** 2
+    return rotary_scaling(text_model(model).rotary_emb) ** 2
 
 
 def partial_rope_weights(
@@ -47,7 +47,7 @@ def partial_rope_weights(
     if is_normed(attention):
         return _normed_weights(attention, selection, scale)
     pairs = selection.pairs.to(attention.k_proj.weight.device)
-    rope, others = split_dims(pairs, attention.head_dim)
+    rope, others = split_dims(pairs, attention.head_dim)  # all dims are rotated where there are no norms
     kv_heads, rope_dim = rope.shape
     order = torch.cat([rope, others], dim=1)
     weights = {"rope_pairs": selection.pairs}
@@ -74,12 +74,15 @@ def partial_rope_weights(
 def _normed_weights(attention: Any, selection: RopeSelection, scale: float) -> dict[str, torch.Tensor]:
     """`partial_rope_weights` where keys are normed: `T` over `normed.latent_inputs`, `[.., 2 G D]`."""
     like, head_dim = attention.k_proj.weight, attention.head_dim
-    pairs = selection.pairs.to(like.device)
-    rope, others = split_dims(pairs, head_dim)
+    pairs, rotary_dim = selection.pairs.to(like.device), AttentionSizes.of_text(attention.config).rotary_dim
+    rope, others = split_dims(pairs, head_dim, rotary_dim)
     plain = torch.eye(2 * len(pairs) * head_dim, dtype=like.dtype, device=like.device)
     keys, values = plain.unflatten(0, (len(pairs), 2, head_dim)).unbind(1)
     turned = torch.cat([head[rows] for head, rows in zip(keys, rope, strict=True)])
-    keys = keys * scale if selection.fold is None else fold_keys(keys, selection.fold.to(pairs.device))
+    if selection.fold is None:
+        keys = torch.cat([keys[:, :rotary_dim] * scale, keys[:, rotary_dim:]], dim=1)
+    else:
+        keys = fold_keys(keys, selection.fold.to(pairs.device))
     both = [torch.cat([kh[rows], vh]) for kh, vh, rows in zip(keys, values, others, strict=True)]
     return {
         "rope_pairs": selection.pairs,
@@ -149,6 +152,7 @@ def layer_factors(
     method: Factorization,
     *,
     head_dim: int,
+    rotary_dim: int | None = None,
     by_importance: bool = False,
     layer: int | None = None,
 ) -> dict[str, Factors]:
@@ -160,7 +164,7 @@ def layer_factors(
     """
     assert method.factors is not None, "keys and values stay whole"
     assert spec.rank is not None, "keys and values stay whole"
-    rope, others = split_dims(whole["rope_pairs"], head_dim)
+    rope, others = split_dims(whole["rope_pairs"], head_dim, rotary_dim)
     key_dims = torch.cat([rope, others], dim=1) if spec.at_read else others
     outputs = Outputs(whole["kv_a_proj.shared.weight"], key_dims, rope.shape[1] if spec.at_read else 0)
     rank, factors = min(outputs.weight.shape) if by_importance else spec.rank, {}
@@ -219,23 +223,32 @@ def kept_names(model: PreTrainedModel, names: Iterable[str]) -> list[str]:
     """Of `names` in a model's state, those that conversion leaves as they are: all beside attention, and of
     that `normed.kept_children`.
     """
-    prefixes = [prefix + "self_attn." for prefix in layer_prefixes(model)]
-    pairs = zip(prefixes, decoder_layers(model), strict=True)
-    kept = tuple(f"{a}{child}." for a, layer in pairs for child in kept_children(layer.self_attn))
-    return [name for name in names if name.startswith(kept) or not name.startswith(tuple(prefixes))]
+    prefixes = _attention_prefixes(model)
+    kept = tuple(
+        f"{prefix}{child}."
+        for index, prefix in prefixes.items()
+        for child in kept_children(decoder_layers(model)[index].self_attn)
+    )
+    return [name for name in names if name.startswith(kept) or not name.startswith(tuple(prefixes.values()))]
+
+
+def _attention_prefixes(model: PreTrainedModel) -> dict[int, str]:
+    """Where the attention of each layer is that can be converted, by the layer's number."""
+    places = layer_prefixes(model)
+    return {index: places[index] + "self_attn." for index in AttentionSizes.of(model.config).growing}
 
 
 def rebuild(
     model: PreTrainedModel, mla: MLAConfig, weights: Sequence[dict[str, torch.Tensor]]
 ) -> PreTrainedModel:
-    """A converted model with `weights` in its attention layers and copies of all else in `model`."""
+    """A converted model with `weights`, of each layer, in its attention and copies of all else in `model`."""
     config = converted_config(model.config, mla)
-    prefixes = [prefix + "self_attn." for prefix in layer_prefixes(model)]
-    state = {prefix + key: torch.zeros(1) for prefix in prefixes for key in REPLACED}
+    prefixes = _attention_prefixes(model)
+    state = {prefix + key: torch.zeros(1) for prefix in prefixes.values() for key in REPLACED}
     known = model.state_dict()
     state |= {key: known[key].clone() for key in kept_names(model, known)}
-    for prefix, made in zip(prefixes, weights, strict=True):
-        state |= {prefix + key: value for key, value in made.items()}
+    for index, prefix in prefixes.items():
+        state |= {prefix + key: value for key, value in weights[index].items()}
     model_class = mla_classes(model.config.model_type)[1]
     made_model = model_class.from_pretrained(None, config=config, state_dict=state, dtype=model.dtype)
     made_model.generation_config = copy.deepcopy(model.generation_config)

@@ -14,7 +14,7 @@ from PIL import Image, UnidentifiedImageError
 from transformers import BatchFeature, ProcessorMixin
 
 from mha2mla_vlm.errors import InputError, first_line, shown, shown_path
-from mha2mla_vlm.utils.compat import image_token_counts
+from mha2mla_vlm.utils.compat import image_token_counts, with_image_text
 
 IGNORE_INDEX = -100  # label of a token that is not part of an answer
 ROLES = ("system", "user", "assistant")
@@ -147,8 +147,12 @@ def encode(
         ) from error
 
 
-def _render(processor: ProcessorMixin, messages: list[dict[str, Any]], *, prompt: bool = False) -> str:
-    return processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+def _render(
+    processor: ProcessorMixin, messages: list[dict[str, Any]], *, prompt: bool = False, written: bool = False
+) -> str:
+    """A chat's text; `written` with what the processor writes in an image's place (`with_image_text`)."""
+    text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+    return with_image_text(processor, text) if written else text
 
 
 def _special(processor: ProcessorMixin, text: str) -> dict[str, bool]:
@@ -161,7 +165,8 @@ def _process(processor: ProcessorMixin, texts: list[str], images: list[list[Imag
     kwargs: dict[str, Any] = _special(processor, texts[0])
     if any(images):
         # a chat without images is an empty list to processors that keep images apart by chat, else left out
-        by_chat = "pixel_attention_mask" in processor.image_processor.model_input_names
+        own = processor.image_processor.model_input_names
+        by_chat = "pixel_attention_mask" in own or "num_crops" in own  # Gemma's
         kwargs["images"] = images if by_chat else [chat for chat in images if chat]
     return processor(text=texts, **kwargs, padding=True, return_tensors="pt")
 
@@ -243,15 +248,15 @@ def _answer_tokens(processor: ProcessorMixin, record: Record) -> tuple[list[int]
 
     A line break that a template writes behind the token that ends an answer is no part of it.
     """
-    text = _render(processor, record.messages)
+    text = _render(processor, record.messages, written=True)
     encoded = processor.tokenizer(text, return_offsets_mapping=True, **_special(processor, text))
     offsets = torch.tensor(encoded["offset_mapping"])
     special = torch.tensor(processor.tokenizer.all_special_ids)
     is_special = torch.isin(torch.tensor(encoded["input_ids"]), special)
     is_answer = torch.zeros(len(offsets), dtype=torch.bool)
     for index in record.answers():
-        start = _render(processor, record.messages[:index], prompt=True)
-        through = _render(processor, record.messages[: index + 1])
+        start = _render(processor, record.messages[:index], prompt=True, written=True)
+        through = _render(processor, record.messages[: index + 1], written=True)
         if not text.startswith(start) or not text.startswith(through):
             raise InputError(
                 f"{record.source}: the chat template rewrites earlier turns; cannot label answers"
@@ -282,6 +287,8 @@ def chat_length(processor: ProcessorMixin, record: Record) -> int:
     plain = len(processor.tokenizer(text, **_special(processor, text))["input_ids"])
     if not images:
         return plain
+    if with_image_text(processor, text) != text:  # and crops, perhaps
+        return encode(processor, [record])["input_ids"].shape[1]
     sizes = [(image.height, image.width) for image in images]
     try:
         visual = image_token_counts(processor, sizes)

@@ -40,10 +40,10 @@ EXPAND_CHUNK = 1024  # cached tokens expanded at a time when many new ones meet 
 class MLAAttention(nn.Module):
     """Takes the place of a decoder layer's `self_attn`; caches `G * R + r` numbers a token, or r.
 
-    `source` is the attention module that it replaces, original or converted; it gives sizes and biases,
-    and its `o_proj` is kept. A `spec` without rank leaves keys and values unfactorised: `kv_a_proj` then
-    computes them and `kv_b_proj` is the identity. Where queries and keys are normed, all of `source` is kept,
-    and latents are made of its normed keys and its values (`model.normed`).
+    `source` is the attention module that it replaces, original or converted; it gives sizes and biases, and
+    its `o_proj` is kept. A `spec` without rank leaves keys and values unfactorised: `kv_a_proj` then computes
+    them and `kv_b_proj` is the identity. Where queries and keys are normed, all of `source` is kept, and
+    latents are made of its normed keys and its values (`model.normed`); a gate multiplies the heads' outputs.
 
     Two paths give the same result. The expanded one builds keys and values of all tokens from their
     latents and calls the model's attention backend. The absorbed one moves the up projections to
@@ -57,6 +57,8 @@ class MLAAttention(nn.Module):
         rope_dim, rank, modalities = spec.rope_dim, spec.rank, spec.modalities
         self.layer_idx = source.layer_idx
         self.head_dim, self.rope_dim, self.nope_dim = source.head_dim, rope_dim, source.head_dim - rope_dim
+        sizes = AttentionSizes.of_text(self.config)
+        self.rotary_dim = sizes.rotary_dim
         self.heads, self.kv_heads = self.config.num_attention_heads, self.config.num_key_value_heads
         self.num_key_value_groups = self.heads // self.kv_heads  # the name attention backends look for
         self.scaling = source.scaling
@@ -66,7 +68,7 @@ class MLAAttention(nn.Module):
         self.expand_chunk = EXPAND_CHUNK
         self.decode_backend: DecodeBackend = "auto"
         self.absorb_limit = absorb_limit(self.heads, self.kv_heads, self.nope_dim, self.head_dim)
-        hidden, outputs = source.q_proj.in_features, spec.outputs(AttentionSizes.of_text(self.config))
+        hidden, outputs = source.q_proj.in_features, spec.outputs(sizes)
         self.is_normed, bias = is_normed(source), _key_bias(source)
         down_bias = bias if rank is None else spec.bits is not None  # what integers count from
         new: dict[str, Any] = {"device": source.q_proj.weight.device, "dtype": source.q_proj.weight.dtype}
@@ -127,7 +129,7 @@ class MLAAttention(nn.Module):
         cos, sin = (one_table(table, self.config) for table in position_embeddings)
         angles = Angles(cos, sin, self.rope_pairs)
         columns = angles.columns(0, new)
-        q_rope, q_nope = self._queries(hidden_states, *columns)
+        q_rope, q_nope, gate = self._queries(hidden_states, *columns)
         written = latent_inputs(self, hidden_states)
         k_rope = self._rotated_keys(written, *columns)
         latent = self._down(written, token_modality)[:, None]
@@ -142,6 +144,7 @@ class MLAAttention(nn.Module):
         known = (token_modality, angles if self.at_read else None, attention_mask, filled)
         output, weights = self._over(stored, q_rope, q_nope, *known, **kwargs)
         record_attentions(weights)
+        output = output if gate is None else output * gate
         return self.o_proj(output.reshape(batch, new, -1)), weights
 
     def _over(
@@ -185,20 +188,18 @@ class MLAAttention(nn.Module):
 
     def _queries(
         self, hidden_states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rotated and other query parts, `[B, H, T, R]` and `[B, H, T, N]`."""
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Rotated and other query parts, `[B, H, T, R]` and `[B, H, T, N]`, and the gate `[B, T, H, D]`."""
         batch, new, _ = hidden_states.shape
         groups = (self.kv_heads, self.num_key_value_groups)
-        queries = normed_queries(self, hidden_states).view(batch, new, *groups, self.head_dim)
-        queries = queries.permute(0, 2, 3, 1, 4)
+        queries, gate = normed_queries(self, hidden_states)
+        queries = queries.view(batch, new, *groups, self.head_dim).permute(0, 2, 3, 1, 4)
         if self.is_normed:  # else the rows of `q_proj` are in this order
-            order = head_order(self.rope_pairs, self.head_dim)[:, None, None].expand(
-                batch, *queries.shape[1:]
-            )
-            queries = queries.gather(-1, order)
+            order = head_order(self.rope_pairs, self.head_dim, self.rotary_dim)[:, None, None]
+            queries = queries.gather(-1, order.expand(batch, *queries.shape[1:]))
         rope, nope = queries.split([self.rope_dim, self.nope_dim], dim=-1)
         rope = rotate(rope, cos[:, :, None], sin[:, :, None])
-        return rope.flatten(1, 2), nope.flatten(1, 2)
+        return rope.flatten(1, 2), nope.flatten(1, 2), gate
 
     def _down(self, written: torch.Tensor, modality: TokenModality | None) -> torch.Tensor:
         """Latents of the new tokens, `[B, T, r]`."""

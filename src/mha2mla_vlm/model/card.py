@@ -8,6 +8,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from mha2mla_vlm.config import CHANNEL_BITS, AttentionSizes, LayerSpec, MLAConfig
 from mha2mla_vlm.model.cache.latent import bytes_per_token
+from mha2mla_vlm.model.cache.state import state_bytes_per_row
 from mha2mla_vlm.model.families import get_family
 
 TASK = "image-text-to-text"
@@ -187,6 +188,7 @@ def _facts(config: Any, mla: MLAConfig) -> dict[str, str]:
     specs = mla.layers(sizes := AttentionSizes.of(config))
     facts = {
         "cache bytes per token (16 bits)": f"{before:,} to {after:,} ({after / before:.1%})",
+        **_state(config),
         "rope dims per KV head (R), by layer": by_layer([spec and spec.rope_dim for spec in specs]),
         "latent dims (r), by layer": by_layer([spec and spec.rank for spec in specs]),
         "bits of latent dims": _bits(specs),
@@ -201,6 +203,12 @@ def _facts(config: Any, mla: MLAConfig) -> dict[str, str]:
     }
 
 
+def _state(config: Any) -> dict[str, str]:
+    """What layers that are not of full attention keep, if there are any."""
+    found = state_bytes_per_row(config)
+    return {"bytes a chat in layers left as they were (16 bits)": f"{found:,}, as before"} if found else {}
+
+
 def _bits(specs: list[LayerSpec | None]) -> str:
     """How many latent dims have how many bits, in all layers together."""
     if not any(spec and spec.bits for spec in specs):
@@ -212,7 +220,8 @@ def _bits(specs: list[LayerSpec | None]) -> str:
 
 def method(mla: MLAConfig) -> dict[str, str]:
     """How a model was converted, in words."""
-    modes = mla.rotate_at if isinstance(mla.rotate_at, list) else [mla.rotate_at]
+    listed = mla.rotate_at if isinstance(mla.rotate_at, list) else [mla.rotate_at]
+    modes = [mode for mode in listed if mode is not None]
     kept = "all stay rotated" if "write" not in modes else "not recorded"
     counts = [f"{mode} in {modes.count(mode)} layers" for mode in sorted(set(modes))]
     return {

@@ -59,9 +59,15 @@ def decoder_layers(model: PreTrainedModel) -> torch.nn.ModuleList:
     return text_model(model).layers
 
 
+def attention_of(layer: Any) -> Any:
+    """The attention of a decoder layer, None where it has another kind of mixer."""
+    return getattr(layer, "self_attn", None)
+
+
 def latent_attentions(layers: Iterable[Any]) -> list[MLAAttention]:
     """The attention of those decoder layers that are converted."""
-    return [layer.self_attn for layer in layers if isinstance(layer.self_attn, MLAAttention)]
+    found = (attention_of(layer) for layer in layers)
+    return [attention for attention in found if isinstance(attention, MLAAttention)]
 
 
 def loading_errors(info: dict[str, Any]) -> str:
@@ -148,7 +154,7 @@ class MLACheckpoint(_Model):
         if found := loading_errors(info):
             raise InputError(f"the weights do not match the config: {found}; convert the model again")
         for attention in latent_attentions(model.get_decoder().layers):
-            check_pairs(attention.rope_pairs, attention.head_dim, attention.layer_idx, attention.at_read)
+            check_pairs(attention.rope_pairs, attention.rotary_dim, attention.layer_idx, attention.at_read)
         return (model, info) if output_loading_info else model
 
     @classmethod
@@ -185,13 +191,17 @@ class MLAInnerMixin(MLACheckpoint):
         if inputs["use_cache"] and cache is None:
             cache = LatentCache()
         if cache is not None:
-            layers = self.get_decoder().layers
-            hold_latents(cache, [isinstance(layer.self_attn, MLAAttention) for layer in layers])
+            self.hold(cache)
         if self.mla_config.modalities != SHARED:
             inputs["token_modality"] = track_modality(cache, self._modality(inputs, cache))
         if self.reads_positions:
             inputs["token_positions"] = TokenPositions(self.get_decoder().rotary_emb)
         return inputs | {CACHE: cache}
+
+    def hold(self, cache: Cache) -> None:
+        """Make an empty cache one of latents, in the layers that have them."""
+        converted = [isinstance(attention_of(layer), MLAAttention) for layer in self.get_decoder().layers]
+        hold_latents(cache, converted, self.config.get_text_config(decoder=True))
 
     def _modality(self, inputs: dict[str, Any], cache: Cache | None) -> TokenModality | torch.Tensor:
         """The modality of the new tokens, or their mask `[B, T]`.
@@ -206,6 +216,7 @@ class MLAInnerMixin(MLACheckpoint):
         if ids is not None:
             return torch.stack([ids == token for token in self.visual_token_ids]).any(0)
         embeds, types = inputs.get("inputs_embeds"), inputs.get(TOKEN_TYPES)
+        types = inputs.get(self.family.token_types) if types is None else types
         if embeds is None or (types is None and no_visuals):
             raise InputError(
                 "inputs_embeds do not say which tokens are visual; give mm_token_type_ids [B, T] too"
@@ -237,13 +248,18 @@ class MLAMixin(GenerationCompat, MLACheckpoint):
         """A `LatentCache` by default and a quantised one of ours unless another `backend` is asked for; all
         others are transformers', made latent when they are filled.
         """
-        if implementation in (None, "dynamic"):
-            return LatentCache()
-        if implementation != "quantized":
+        if implementation not in (None, "dynamic", "quantized"):
             return None
-        if options.get("backend", "latent") == "latent":
-            return quantized_cache(**options)
+        if implementation != "quantized" or options.get("backend", "latent") == "latent":
+            cache = quantized_cache(**options) if implementation == "quantized" else LatentCache()
+            self.model.hold(cache)  # masks are made of it before it is filled
+            return cache
         text = self.config.get_text_config(decoder=True)
+        if left := AttentionSizes.of_text(text).left:
+            raise InputError(
+                f"backend {options['backend']!r} holds keys and values of all layers, but layer {left[0]} is "
+                f"{text.layer_types[left[0]]}; leave the backend out, for 8, 4 or 2 bits of latents"
+            )
         return QuantizedCache(**{"config": text, "q_group_size": self._quantization_group()} | options)
 
     def _quantization_group(self) -> int:

@@ -3,9 +3,10 @@
 A normed key is not linear in the hidden state, so a latent is made of the outputs: with `y` the normed keys
 and the values of a token, its latent is `kv_a_proj(y)` and what it caches rotated is `k_rope_proj(y)`. The
 module's own projections and norms stay as they are in a converted layer, and everything behind the latent is
-as it is without norms. Functions over attention modules, original or converted.
+as it is without norms. The query projection may give a gate too: per head D numbers behind the query's.
+Functions over attention modules, original or converted.
 
-Shapes: B batch, T tokens, H query heads, G KV heads, D head dim, R rope dims.
+Shapes: B batch, T tokens, H query heads, G KV heads, D head dim, P rotary pairs, R rope dims.
 """
 
 from typing import Any
@@ -26,10 +27,22 @@ def kept_children(attention: Any) -> tuple[str, ...]:
     return (*PROJECTIONS, *NORMS) if is_normed(attention) else ("o_proj",)
 
 
-def normed_queries(attention: Any, hidden: torch.Tensor) -> torch.Tensor:
-    """Queries `[B, T, H, D]` before RoPE, of `hidden [B, T, hidden]`; normed if the module does that."""
-    queries: torch.Tensor = attention.q_proj(hidden).unflatten(-1, (-1, attention.head_dim))
-    return attention.q_norm(queries) if is_normed(attention) else queries
+def is_gated(attention: Any) -> bool:
+    """Whether the query projection gives a gate too."""
+    queries: int = attention.config.num_attention_heads * attention.head_dim
+    return is_normed(attention) and attention.q_proj.out_features == 2 * queries
+
+
+def normed_queries(attention: Any, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Queries `[B, T, H, D]` before RoPE, of `hidden [B, T, hidden]`, normed if the module does that; and
+    what multiplies the output of each head, of the same shape, if it is gated.
+    """
+    queries, gate = attention.q_proj(hidden), None
+    if is_gated(attention):
+        queries, gate = queries.unflatten(-1, (-1, 2 * attention.head_dim)).chunk(2, dim=-1)
+        gate = gate.sigmoid()
+    queries = queries.unflatten(-1, (-1, attention.head_dim)) if gate is None else queries
+    return (attention.q_norm(queries) if is_normed(attention) else queries), gate
 
 
 def keys_and_values(attention: Any, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -50,15 +63,16 @@ def latent_inputs(attention: Any, hidden: torch.Tensor) -> torch.Tensor:
     return torch.cat(keys_and_values(attention, hidden), dim=-1).flatten(-2)
 
 
-def head_order(pairs: torch.Tensor, head_dim: int) -> torch.Tensor:
+def head_order(pairs: torch.Tensor, head_dim: int, rotary_dim: int) -> torch.Tensor:
     """Dims of each KV head in the order of a converted layer's: those of its rotated `pairs [G, R/2]`, then
-    the others, `[G, D]`.
+    the others, `[G, D]`. Pairs are of the first `rotary_dim` dims (2 P).
 
     It has one shape whatever the pairs are, so that it can be compiled.
     """
-    half = head_dim // 2
+    half = rotary_dim // 2
     places = torch.arange(pairs.shape[1], device=pairs.device).expand_as(pairs)
     last = torch.full((len(pairs), half), half, device=pairs.device)
     order = last.scatter(1, pairs, places).argsort(dim=-1, stable=True)
     parts = order.split([pairs.shape[1], half - pairs.shape[1]], dim=-1)
-    return torch.cat([dims for part in parts for dims in (part, part + half)], dim=-1)
+    never = torch.arange(rotary_dim, head_dim, device=pairs.device).expand(len(pairs), -1)
+    return torch.cat([*(dims for part in parts for dims in (part, part + half)), never], dim=-1)

@@ -4,7 +4,7 @@ Shapes: A axes of a position (three numbers with multimodal RoPE, else one), B b
 tokens, D head dim, P = D / 2 pairs.
 """
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from functools import cached_property
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import nn
 from transformers import Cache
 
 from mha2mla_vlm.model.cache.latent import track_positions
-from mha2mla_vlm.utils.compat import one_table
+from mha2mla_vlm.utils.compat import of_full_attention, one_table, takes_layer_type
 
 Tables = tuple[torch.Tensor, torch.Tensor]  # cos and sin
 
@@ -25,18 +25,27 @@ class RecordingRotary(nn.Module):
         super().__init__()
         self.rotary = rotary
         self.positions: torch.Tensor | None = None
+        self.by_type = takes_layer_type(rotary)
 
-    def forward(self, x: torch.Tensor, position_ids: torch.Tensor, **kwargs: Any) -> Tables:
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Tables:
         """Tables of `position_ids [B, T]` or `[A, B, T]`."""
         self.positions = position_ids if position_ids.ndim == 3 else position_ids[None]
-        tables: Tables = self.rotary(x, position_ids, **kwargs)
+        tables: Tables = self.rotary(x, position_ids, *args, **kwargs)
         return tables
+
+    @property
+    def of_full_attention(self) -> Callable[..., Tables]:
+        """The embedding that it wraps, as layers of full attention get it."""
+        found: Callable[..., Tables] = of_full_attention(self.rotary) if self.by_type else self.rotary
+        return found
 
 
 class Rotation:
     """Rotary tables `cos, sin [B, S, D]` of tokens at `positions [A, B, S]`, and of places between them."""
 
-    def __init__(self, rotary: nn.Module, positions: torch.Tensor, like: torch.Tensor, config: Any) -> None:
+    def __init__(
+        self, rotary: Callable[..., Tables], positions: torch.Tensor, like: torch.Tensor, config: Any
+    ) -> None:
         self.rotary, self.positions, self.config, self._like = rotary, positions, config, like
         self.plans: dict[Hashable, Any] = {}  # of blocks, for all layers that need the same
         self._known: Tables | None = None
@@ -92,5 +101,5 @@ class TokenPositions:
             assert positions is not None, "set as the language model begins"
             rows = positions.expand(-1, len(new), -1).int()
             known = track_positions(cache, layer_idx, rows, total)
-            self._rotation = Rotation(self.rotary.rotary, known, new, config)
+            self._rotation = Rotation(self.rotary.of_full_attention, known, new, config)
         return self._rotation

@@ -5,9 +5,10 @@ from typing import Any
 
 import torch
 
-from mha2mla_vlm.config import AttentionSizes, MLAConfig
+from mha2mla_vlm.config import FULL, AttentionSizes, MLAConfig, rope_parameters
 from mha2mla_vlm.errors import InputError, shown
 from mha2mla_vlm.model.families import get_family
+from mha2mla_vlm.model.families.base import Family
 
 _LARGEST = 2**31
 _COUNTS = (  # of whichever towers have them
@@ -33,6 +34,7 @@ def check_config(config: Any) -> None:
     """Raise `InputError`, naming the key, for a config that no sound model of a supported family has."""
     family = get_family(config.model_type)
     text = config.get_text_config(decoder=True)
+    _check_rope(text, family)
     sizes = AttentionSizes.of(config)
     if not _is_count(sizes.kv_heads) or sizes.heads % sizes.kv_heads:
         raise InputError(
@@ -41,7 +43,13 @@ def check_config(config: Any) -> None:
         )
     if not _is_count(sizes.head_dim) or sizes.head_dim % 2:
         raise InputError(f"head_dim = {shown(sizes.head_dim)}: give an even number above 0")
-    _check_rope(text)
+    if sizes.rotary_dim % 2 or not 0 < sizes.rotary_dim <= sizes.head_dim:
+        raise InputError(
+            f"partial_rotary_factor gives RoPE over {sizes.rotary_dim} of {sizes.head_dim} dims; give one "
+            "for an even number above 0"
+        )
+    if not sizes.growing:
+        raise InputError(f"layer_types has no {FULL}, so that there is no layer to convert")
     dtype = config.dtype
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise InputError(f"dtype = {shown(dtype)}: give float32, bfloat16 or float16")
@@ -68,16 +76,19 @@ def _check_counts(place: str, values: dict[str, Any]) -> None:
             raise InputError(f"{place}: {name} = {shown(value)}: give a whole number above 0")
 
 
-def _check_rope(text: Any) -> None:
-    rope: Any = getattr(text, "rope_parameters", None)
-    theta: Any = rope.get("rope_theta") if isinstance(rope, dict) else None
+def _check_rope(text: Any, family: Family) -> None:
+    rope = rope_parameters(text)
+    theta: Any = rope.get("rope_theta")
     if type(theta) not in (int, float) or not 0 < theta < math.inf:
-        raise InputError(f"rope_parameters = {shown(rope)}: give a mapping with rope_theta, above 0")
-    if rope.get("partial_rotary_factor", 1) != 1:
+        given = getattr(text, "rope_parameters", None)
+        raise InputError(f"rope_parameters = {shown(given)}: give a mapping with rope_theta, above 0")
+    share: Any = rope.get("partial_rotary_factor", 1)
+    if share != 1 and not family.partial_rotary:
         raise InputError(
-            f"partial_rotary_factor = {shown(rope['partial_rotary_factor'])} is not supported; supported is "
-            "RoPE over the whole head"
+            f"partial_rotary_factor = {shown(share)} is not supported; supported is RoPE over the whole head"
         )
+    if type(share) not in (int, float) or not 0 < share <= 1:
+        raise InputError(f"partial_rotary_factor = {shown(share)}: give a share of the head dim, up to 1")
 
 
 def _check_visual_tokens(names: tuple[str, ...], config: Any, vocabulary: int) -> None:
@@ -97,24 +108,26 @@ def _check_feature_layers(config: Any) -> None:
             raise InputError(f"vision_feature_layer = {shown(value)}: the vision model has {layers} layers")
 
 
-def check_pairs(pairs: torch.Tensor, head_dim: int, layer: int, at_read: bool = False) -> None:
-    """Raise `InputError` unless a layer's `rope_pairs [G, R/2]` are different pairs of each KV head.
+def check_pairs(pairs: torch.Tensor, rotary_dim: int, layer: int, at_read: bool = False) -> None:
+    """Raise `InputError` unless a layer's `rope_pairs [G, R/2]` are different pairs of each KV head, of whose
+    dims the original rotates the first `rotary_dim`.
 
     All of them, rotated `at_read`, have to be in order: then layers share what a step makes of positions.
     """
     if pairs.is_meta:
         return
-    inside = not pairs.is_floating_point() and bool(((pairs >= 0) & (pairs < head_dim // 2)).all())
+    inside = not pairs.is_floating_point() and bool(((pairs >= 0) & (pairs < rotary_dim // 2)).all())
     if not inside or any(len(set(head)) < len(head) for head in pairs.tolist()):
         raise InputError(
             f"layer {layer}: rope_pairs {pairs.tolist()} are not different whole numbers from 0 "
-            f"to {head_dim // 2 - 1}; the checkpoint is broken, convert the model again"
+            f"to {rotary_dim // 2 - 1}; the checkpoint is broken, convert the model again"
         )
-    every = torch.arange(head_dim // 2).expand(len(pairs), -1)
+    every = torch.arange(rotary_dim // 2).expand(len(pairs), -1)
     if at_read and pairs.shape == every.shape and not torch.equal(pairs.cpu(), every):
         raise InputError(
-            f"layer {layer}: rope_pairs are all pairs in another order than 0 to {head_dim // 2 - 1}, which "
-            "keys that are rotated at read do not have; the checkpoint is broken, convert the model again"
+            f"layer {layer}: rope_pairs are all pairs in another order than 0 to {rotary_dim // 2 - 1}, "
+            "which keys that are rotated at read do not have; the checkpoint is broken, convert the model "
+            "again"
         )
 
 

@@ -16,7 +16,7 @@ from mha2mla_vlm.evaluation.answers import Answered, as_kl, by_kind, evaluate_an
 from mha2mla_vlm.model.cache.latent import bytes_per_token
 from mha2mla_vlm.model.cache.quantized import QuantizationConfig, quantized_bytes_per_token
 from mha2mla_vlm.model.families import get_family
-from mha2mla_vlm.model.modeling import decoder_layers
+from mha2mla_vlm.model.modeling import attention_of, decoder_layers
 from mha2mla_vlm.model.offload import end_modules
 from mha2mla_vlm.utils.progress import track
 
@@ -125,7 +125,7 @@ def _layers(
     model: PreTrainedModel, spectra: list[dict[str, Any]] | None, measured: list[float] | None
 ) -> list[Layer]:
     found, sizes = [], AttentionSizes.of(model.config)
-    every_pair = [list(range(sizes.head_dim // 2))] * sizes.kv_heads
+    every_pair = [list(range(sizes.rotary_dim // 2))] * sizes.kv_heads
     for index, layer in enumerate(decoder_layers(model)):
         spec = model.mla_config.layer(index)
         predicted = model.mla_config.predicted_kl
@@ -134,7 +134,11 @@ def _layers(
                 rope_dim=spec and spec.rope_dim,
                 rank=spec and spec.rank,
                 bits=", ".join(map(str, spec.bits)) if spec and spec.bits else "",
-                pairs=layer.self_attn.rope_pairs.tolist() if spec else every_pair,
+                pairs=layer.self_attn.rope_pairs.tolist()
+                if spec
+                else every_pair
+                if attention_of(layer)
+                else [],
                 predicted=None if predicted is None else predicted[index],
                 measured=None if measured is None else measured[index],
                 spectra={} if spectra is None else spectra[index],
@@ -160,7 +164,7 @@ def _layer_kl(
     for index in track(range(len(layers)), "measuring each layer"):
         for number in range(len(chats)):
             states[CHANGED, index, number] = states[ORIGINAL, index, number]
-        with attending(layers[index], decoder_layers(model)[index].self_attn):
+        with attending(layers[index], attention_of(decoder_layers(model)[index])):
             advance(layers[index], index, chats, states, CHANGED)
         for above in range(index + 1, len(layers)):
             advance(layers[above], above, chats, states, CHANGED)

@@ -56,20 +56,21 @@ def cache_plot(report: Report) -> str:
 
 def pairs_plot(report: Report) -> str:
     """Which frequency pairs stay rotated, a row for each KV head of each layer."""
-    pairs = report.sizes.head_dim // 2
-    heads = [set(head) for layer in report.layers for head in layer.pairs]
+    pairs = report.sizes.rotary_dim // 2
+    layers = [(index, layer) for index, layer in enumerate(report.layers) if layer.pairs]
+    heads = [set(head) for _, layer in layers for head in layer.pairs]
     kept = [[float(pair in head) for pair in range(pairs)] for head in heads]
 
     def draw(figure: Any) -> None:
         from matplotlib.colors import ListedColormap
 
-        axes, count = figure.subplots(), len(report.layers[0].pairs)
+        axes, count = figure.subplots(), len(layers[0][1].pairs)
         axes.imshow(kept, aspect="auto", interpolation="none", cmap=ListedColormap(["#8a8f9833", CONVERTED]))
         axes.set_yticks(
-            [index * count + (count - 1) / 2 for index in range(len(report.layers))],
-            [str(index) for index in range(len(report.layers))],
+            [place * count + (count - 1) / 2 for place in range(len(layers))],
+            [str(index) for index, _ in layers],
         )
-        for index in range(1, len(report.layers)):
+        for index in range(1, len(layers)):
             axes.axhline(index * count - 0.5, color=INK, linewidth=0.6)
         axes.set(xlabel="frequency pair, the fastest first", ylabel="layer")
 

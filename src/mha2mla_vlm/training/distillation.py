@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from mha2mla_vlm.data.records import IGNORE_INDEX
 from mha2mla_vlm.model.families.base import TEXT_MODELS
-from mha2mla_vlm.model.modeling import decoder_layers, text_model
+from mha2mla_vlm.model.modeling import attention_of, decoder_layers, text_model
 
 _AFTER = ("lm_head.", *(f"model.{name}.norm." for name in TEXT_MODELS))  # behind the language model's layers
 
@@ -117,7 +117,7 @@ def attention_outputs(model: PreTrainedModel) -> Iterator[dict[int, torch.Tensor
     def keep(index: int, _: nn.Module, args: Any, output: Any) -> None:
         outputs[index] = output[0]
 
-    attentions = [layer.self_attn for layer in decoder_layers(model)]
+    attentions = [each for layer in decoder_layers(model) if (each := attention_of(layer)) is not None]
     with _hooked(attentions, nn.Module.register_forward_hook, keep):
         yield outputs
 

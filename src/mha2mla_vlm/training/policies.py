@@ -16,6 +16,7 @@ ROLES = {
     "original-key-value": _LAYER + r"self_attn\.[kv]_proj\.",  # not converted, or with normed keys
     "output": _LAYER + r"self_attn\.o_proj\.",
     "mlp": _LAYER + r"mlp\.",
+    "linear-attention": _LAYER + r"linear_attn\.",  # of layers that are not converted
     "norms": _TEXT + r"(layers\.\d+\.(\w+layernorm|self_attn\.[qk]_norm)|norm)\.",
 }
 _KEYS_VALUES = ("rope-key", "down", "up", "original-key-value")
@@ -28,7 +29,7 @@ POLICIES: dict[str, tuple[str, ...]] = {
     "keys-and-values": _KEYS_VALUES,
     "factors": ("down", "up"),
     "down-factors": ("down",),
-    "layers": (*_ATTENTION, "mlp", "norms"),
+    "layers": (*_ATTENTION, "mlp", "linear-attention", "norms"),
 }
 ALIASES = {
     "v2": "attention-and-norms",

@@ -7,6 +7,7 @@ torch 2.9 to 2.15 where nothing else is said. `serving/vllm/compat.py` does the 
 """
 
 import contextlib
+import functools
 import inspect
 import re
 from collections.abc import Iterator, Sequence
@@ -18,7 +19,6 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import Cache, DynamicCache, LlamaForCausalLM, PreTrainedModel, StaticCache
-from transformers.cache_utils import DynamicLayer
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -89,11 +89,14 @@ def replace_layers(cache: Cache, kinds: dict[type[Any], Any], replaced: Sequence
     """
     made = []
     for layer, ours in zip(cache.layers, replaced, strict=False):
+        if not ours:
+            made.append(layer)
+            continue
         kind = kinds.get(type(layer))
         if kind is None or layer.is_initialized:
             return False
         room = {"max_cache_len": layer.max_cache_len} if isinstance(cache, StaticCache) else {}
-        made.append(kind(**room) if ours else layer)
+        made.append(kind(**room))
     replicated: Any = cache.layer_class_to_replicate
     if replicated is not None:
         if replicated not in kinds:
@@ -113,10 +116,14 @@ def add_layer(cache: Cache) -> None:
     cache.layers.append(cache.layer_class_to_replicate())
 
 
-def make_layers(cache: Cache, replicated: Sequence[bool]) -> None:
-    """Let such a cache make all its layers now, transformers' own where they are not to be `replicated`."""
+def make_layers(cache: Cache, replicated: Sequence[bool], config: Any) -> None:
+    """Let such a cache make all its layers now: those of transformers, for a language model of this config,
+    where they are not to be `replicated`.
+    """
     kind: Any = cache.layer_class_to_replicate
-    cache.layers = [kind() if ours else DynamicLayer() for ours in replicated]
+    own = DynamicCache(config=config).layers
+    cache.layers = [kind() if ours else layer for layer, ours in zip(own, replicated, strict=True)]
+    cache.layer_class_to_replicate = None  # all are there
 
 
 def static_room(layer: Any) -> int:
@@ -146,6 +153,22 @@ def one_table(table: torch.Tensor, config: Any) -> torch.Tensor:
     sections = 2 * list(config.rope_parameters["mrope_section"])
     parts = table.split(sections, dim=-1)
     return torch.cat([part[i % 3] for i, part in enumerate(parts)], dim=-1)
+
+
+def takes_layer_type(rotary: Any) -> bool:
+    """Whether a rotary embedding has tables for each type of layer, as Gemma's does."""
+    return "layer_type" in inspect.signature(rotary.forward).parameters
+
+
+def of_full_attention(rotary: Any) -> Any:
+    """Such a rotary embedding as layers of full attention get it."""
+    return functools.partial(rotary, layer_type="full_attention")
+
+
+def rotary_scaling(rotary: Any) -> float:
+    """What the tables of layers of full attention are multiplied by (longer-context variants of RoPE)."""
+    own = getattr(rotary, "full_attention_attention_scaling", 1.0)
+    return float(getattr(rotary, "attention_scaling", own))
 
 
 def attention_backend(config: Any) -> Any:
@@ -225,6 +248,14 @@ def image_token_counts(processor: Any, sizes: list[tuple[int, int]]) -> list[int
     if count is None or (len(sizes) > 1 and hasattr(processor, "vision_aspect_ratio")):
         return None
     return count(image_sizes=sizes)["num_image_tokens"]
+
+
+def with_image_text(processor: Any, text: str) -> str:
+    """A chat's text with what Gemma's processor writes in an image's place, which other processors only
+    repeat: line breaks and marks, that tokens beside them may merge with.
+    """
+    written = getattr(processor, "full_image_sequence", None)
+    return text if written is None else text.replace(processor.image_token, written)
 
 
 def enable_checkpointing(model: Any) -> None:

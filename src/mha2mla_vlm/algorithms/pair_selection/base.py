@@ -1,7 +1,8 @@
 """Partial RoPE: what a way to choose pairs is, and what all of them share. Pure functions over tensors.
 
-Pair `i` of a head is dims `(i, i + D/2)`. Shapes: T tokens, H query heads, G KV heads, M = H / G, D
-head dim, P = D / 2 pairs, R rope dims kept per head.
+Pair `i` of a head is dims `(i, i + D/2)`; where the original rotates only the first dims, P pairs are those.
+Shapes: T tokens, H query heads, G KV heads, M = H / G, D head dim, P = D / 2 pairs, R rope dims kept per
+head.
 """
 
 from collections.abc import Callable
@@ -12,13 +13,16 @@ import torch
 
 
 class Attended(NamedTuple):
-    """Queries `[H, T, D]` and keys `[G, T, D]` of one chat, as projected and as rotated, and the scaling."""
+    """Queries `[H, T, D]` and keys `[G, T, D]` of one chat, as projected and as rotated, the scaling, and
+    which tokens each query does not see `[T, T]`, by default those after it.
+    """
 
     queries: torch.Tensor
     keys: torch.Tensor
     rotated_queries: torch.Tensor
     rotated_keys: torch.Tensor
     scaling: float
+    unseen: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,11 +39,11 @@ class PairSelection:
     covariance_scores: Callable[[torch.Tensor, bool], torch.Tensor] | None = None
 
     def pairs(
-        self, scores: torch.Tensor | None, *, rope_dim: int, kv_heads: int, head_dim: int
+        self, scores: torch.Tensor | None, *, rope_dim: int, kv_heads: int, rotary_dim: int
     ) -> torch.Tensor:
         """The pairs kept of each KV head, ascending, `[G, R/2]`; `scores` are averaged, None if fixed."""
         if self.fixed is not None:
-            return self.fixed(head_dim // 2, rope_dim // 2).repeat(kv_heads, 1)
+            return self.fixed(rotary_dim // 2, rope_dim // 2).repeat(kv_heads, 1)
         assert scores is not None, "measured for this method"
         return top_pairs(scores, rope_dim)
 
@@ -65,9 +69,14 @@ def as_pairs(x: torch.Tensor) -> torch.Tensor:
     return torch.stack(x.chunk(2, dim=-1), dim=-1)
 
 
-def split_dims(pairs: torch.Tensor, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Dims of each KV head that stay rotated, `[G, R]` in half-split pair order, and the others, `[G, N]`."""
-    rope = torch.cat([pairs, pairs + head_dim // 2], dim=-1)
+def split_dims(
+    pairs: torch.Tensor, head_dim: int, rotary_dim: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Dims of each KV head that stay rotated, `[G, R]` in half-split pair order, and the others, `[G, N]`.
+
+    The original rotates the first `rotary_dim`, by default all.
+    """
+    rope = torch.cat([pairs, pairs + (rotary_dim or head_dim) // 2], dim=-1)
     is_rope = torch.zeros(len(pairs), head_dim, dtype=torch.bool, device=pairs.device).scatter(1, rope, True)
     others = (~is_rope).nonzero()[:, 1].view(len(pairs), -1)
     return rope, others

@@ -11,11 +11,13 @@ def pair_kl_scores(
     scaling: float,
     *,
     unrotated: tuple[torch.Tensor, torch.Tensor] | None = None,
+    unseen: torch.Tensor | None = None,
     max_queries: int = 256,
 ) -> torch.Tensor:
     """KL divergence of attention from attention without a pair, for each pair: `[G, P]`.
 
-    `queries [H, T, D]` and `keys [G, T, D]` are rotated; attention is causal. The mean is over
+    `queries [H, T, D]` and `keys [G, T, D]` are rotated; attention is causal, or does not see what is `unseen
+    [T, T]`. The mean is over
     queries (at most `max_queries`, evenly spread) and the group's query heads; with the part c of
     the logits that goes it is E_p[c] + log E_p[exp(-c)]. That part is the whole pair's
     (arXiv 2601.11464, section 3.1), or, given the `unrotated` queries and keys, only what its
@@ -23,7 +25,7 @@ def pair_kl_scores(
     """
     kv_heads, total, _ = keys.shape
     rows = torch.linspace(0, total - 1, min(total, max_queries), device=keys.device).round().long()
-    hidden = torch.arange(total, device=keys.device) > rows[:, None]  # later tokens
+    hidden = torch.arange(total, device=keys.device) > rows[:, None] if unseen is None else unseen[rows]
 
     def parts_of(group: int, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         grouped = queries[:, rows].float().unflatten(0, (kv_heads, -1))[group]
@@ -44,7 +46,7 @@ def pair_kl_scores(
 
 def scores(chat: Attended) -> torch.Tensor:
     """Those of one chat, `[G, P]`."""
-    return pair_kl_scores(chat.rotated_queries, chat.rotated_keys, chat.scaling)
+    return pair_kl_scores(chat.rotated_queries, chat.rotated_keys, chat.scaling, unseen=chat.unseen)
 
 
 METHOD = PairSelection(chat_scores=scores)

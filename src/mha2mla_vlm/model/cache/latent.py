@@ -194,9 +194,9 @@ _OURS = {
 }
 
 
-def hold_latents(cache: Cache, converted: Sequence[bool]) -> None:
+def hold_latents(cache: Cache, converted: Sequence[bool], config: Any = None) -> None:
     """Make an empty cache of keys and values, which transformers or a user made, one of latents in the layers
-    that are `converted`.
+    that are `converted`; the config of the language model says what the others are.
 
     Caches of other layers, quantised ones, stay as they are. Raises `InputError` for a static cache that
     is not empty.
@@ -208,7 +208,7 @@ def hold_latents(cache: Cache, converted: Sequence[bool]) -> None:
             "this static cache was set up for keys and values; give a new StaticCache(config, max_cache_len)"
         )
     if not cache.layers and not all(converted):
-        make_layers(cache, converted)
+        make_layers(cache, converted, config)
 
 
 def filled_length(cache: Cache, layer_idx: int) -> torch.Tensor | None:
@@ -267,7 +267,7 @@ def _track_static(cache: StaticCache, new_mask: torch.Tensor) -> TokenModality:
     Which tokens are visual is then known only on the device, so all are of kind MIXED but for those of
     a prompt that is the first.
     """
-    layer, new = cache.layers[0], new_mask.shape[1]
+    layer, new = _holder(cache), new_mask.shape[1]
     room = static_room(layer)
     if not layer.is_initialized:
         mask = torch.zeros(len(new_mask), room, dtype=torch.bool, device=new_mask.device)
@@ -339,15 +339,16 @@ def bytes_per_token(config: Any, *, itemsize: int = 2, original: bool = False) -
     sizes = AttentionSizes.of(config)
     values = getattr(config, "mla", None)
     if values is None or original:
-        return sizes.layers * sizes.numbers_per_token * itemsize
+        return len(sizes.growing) * sizes.numbers_per_token * itemsize
     return MLAConfig.from_dict(values).token_bytes(sizes, itemsize)
 
 
 def cache_bytes(cache: Cache, *, allocated: bool = False) -> int:
     """Bytes of the tensors in a cache: of its tokens, or with `allocated` of the storage behind them.
 
-    Counts latents, rotated keys and positions, if quantised with their ranges. The modality of tokens adds a
-    byte for each token of the sequence, once for all layers, which is not counted.
+    Counts latents, rotated keys and positions, if quantised with their ranges: what grows with tokens. What
+    other layers keep is in `state.state_bytes`. The modality of tokens adds a byte for each token of the
+    sequence, once for all layers, which is not counted.
     """
     tensors = [tensor for layer in cache.layers for tensor in _stored(layer)]
     positions = (getattr(holder, "positions", None) for holder in (cache, *cache.layers))
@@ -361,6 +362,8 @@ def _stored(layer: Any) -> Iterator[torch.Tensor]:
     """The tensors that a cache layer holds, of ours or of transformers' quantised ones."""
     if hasattr(layer, "tensors"):
         yield from layer.tensors()
+        return
+    if getattr(layer, "is_sliding", False):
         return
     for name in ("keys", "values", "_quantized_keys", "_quantized_values"):
         yield from _tensors_in(getattr(layer, name, None))

@@ -207,7 +207,7 @@ def quantized_bytes_per_token(config: Any, quantization: QuantizationConfig, *, 
     """
     sizes, mla = AttentionSizes.of(config), MLAConfig.from_dict(config.mla)
     total, ranges = 0.0, 2 * itemsize / quantization.q_group_size
-    for spec in mla.layers(sizes):
+    for spec in (mla.layer(index) for index in sizes.growing):
         if spec is None:
             total += sizes.numbers_per_token * itemsize
             continue

@@ -4,6 +4,7 @@ from typing import Any
 
 from mha2mla_vlm.errors import InputError, shown
 from mha2mla_vlm.model.families.base import Family
+from mha2mla_vlm.model.families.gemma3 import FAMILY as GEMMA3
 from mha2mla_vlm.model.families.idefics3 import FAMILY as IDEFICS3
 from mha2mla_vlm.model.families.internvl import FAMILY as INTERNVL
 from mha2mla_vlm.model.families.llava import FAMILY as LLAVA
@@ -12,12 +13,16 @@ from mha2mla_vlm.model.families.llava_onevision import FAMILY as LLAVA_ONEVISION
 from mha2mla_vlm.model.families.mistral3 import FAMILY as MISTRAL3
 from mha2mla_vlm.model.families.qwen2_5_vl import FAMILY as QWEN2_5_VL
 from mha2mla_vlm.model.families.qwen2_vl import FAMILY as QWEN2_VL
+from mha2mla_vlm.model.families.qwen3_5 import FAMILY as QWEN3_5
+from mha2mla_vlm.model.families.qwen3_5_moe import FAMILY as QWEN3_5_MOE
 from mha2mla_vlm.model.families.qwen3_vl import FAMILY as QWEN3_VL
 from mha2mla_vlm.model.families.qwen3_vl_moe import FAMILY as QWEN3_VL_MOE
 from mha2mla_vlm.model.families.smolvlm import FAMILY as SMOLVLM
 from mha2mla_vlm.model.families.video_llama_3 import FAMILY as VIDEO_LLAMA_3
 
 _ALL = (
+    QWEN3_5,
+    QWEN3_5_MOE,
     QWEN3_VL,
     QWEN3_VL_MOE,
     QWEN2_5_VL,
@@ -30,6 +35,7 @@ _ALL = (
     MISTRAL3,
     IDEFICS3,
     SMOLVLM,
+    GEMMA3,
 )
 FAMILIES: dict[str, Family] = {family.model_type: family for family in _ALL}
 

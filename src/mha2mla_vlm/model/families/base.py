@@ -10,9 +10,13 @@ TEXT_MODELS = ("language_model", "text_model")  # what families call the languag
 class Family:
     """One vision-language architecture of transformers.
 
-    `visual_tokens` are the config fields that hold the ids of tokens that count as visual: the
-    placeholders that visual features replace, and the marks around them. `norms` are what attention may hold
-    besides projections: norms of each head's queries and keys (QK-norm).
+    `visual_tokens` are the config fields that hold the ids of tokens that count as visual: the placeholders
+    that visual features replace, and the marks around them. `norms` are what attention may hold besides
+    projections: norms of each head's queries and keys (QK-norm). `left_layers` are types of layers that stay
+    as the original has them. Where it is `gated`, the query projection gives a gate too, a sigmoid of which
+    multiplies what attention gives before the output projection. `token_types` is the input that marks visual
+    tokens. With `partial_rotary` RoPE may turn only the
+    first dims of a head.
     """
 
     model_type: str  # `config.model_type` of the original model
@@ -23,6 +27,10 @@ class Family:
     visual_tokens: tuple[str, ...]
     licence: str  # what users of converted weights should know
     norms: tuple[str, ...] = ()
+    left_layers: tuple[str, ...] = ()
+    gated: bool = False
+    partial_rotary: bool = False
+    token_types: str = "mm_token_type_ids"
 
     @property
     def inner_class(self) -> str:

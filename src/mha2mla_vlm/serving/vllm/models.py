@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mha2mla_vlm.config import AttentionSizes, MLAConfig
+from mha2mla_vlm.errors import InputError
 from mha2mla_vlm.model.families import FAMILIES, get_family
 from mha2mla_vlm.model.families.base import Family
 from mha2mla_vlm.model.modeling import class_names
@@ -31,8 +32,13 @@ class LatentMixin(_Model):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         config: Any = vllm_config.model_config.hf_config
-        self.mla = MLAConfig.from_dict(config.mla)
-        ids = get_family(config.model_type).visual_token_ids(config)
+        self.mla, family = MLAConfig.from_dict(config.mla), get_family(config.model_type)
+        if family.left_layers:
+            raise InputError(
+                f"{family.model_type} is not served by vLLM yet: pages hold latents only, not what layers "
+                f"of {' and '.join(family.left_layers)} keep; use generate, or serve the original"
+            )
+        ids = family.visual_token_ids(config)
         axes = AttentionSizes.of(config).position_axes
         self.tokens = StepTokens(ids, axes, vllm_config.scheduler_config.max_num_batched_tokens)
         layers: Any = self.language_model.model.layers
