@@ -25,15 +25,15 @@ from measured import DOCS, Answer, HeldOut, Rows, encoded, summary
 
 from mha2mla_vlm import ConversionConfig, bytes_per_token, convert, load, load_processor, make_profile
 from mha2mla_vlm.config import AttentionSizes
+from mha2mla_vlm.data.records import Record
 from mha2mla_vlm.model.shipped import ZOO_NAMES
 from mha2mla_vlm.zoo.chats import zoo_records
 
 BUDGETS = (0.5, 0.25, 0.125, 0.0625, 0.04)
 # of the published method, the same in every layer: R and d_kv in sixty-fourths of the head dim
 PUBLISHED = {0.5: (32, 32), 0.25: (16, 16), 0.125: (8, 8), 0.0625: (4, 4), 0.04: (2, 3)}
-PUBLISHED_HOW: dict[str, Any] = {"rope_selection": "mkl", "fold": False, "factorization": "md-svd"}
 CONVERTED: dict[str, dict[str, Any]] = {
-    "published": PUBLISHED_HOW,
+    "published": {"rope_selection": "mkl", "fold": False, "factorization": "md-svd"},
     "write, 16 bits": {"rotate_at": "write"},
     "read, 16 bits": {"rotate_at": "read"},
     "auto, bits by channel": {"rotate_at": "auto", "latent_bits": "mixed"},
@@ -44,15 +44,22 @@ CONVERTED: dict[str, dict[str, Any]] = {
 }
 SAME_PROFILE = {"read, bits by channel": "auto, bits by channel"}
 ORIGINAL, CACHED = "original", "caches"
-CALIBRATION = 128  # chats
+# `convert` holds a fifth of 128 chats out to measure the loss on; this is not needed here, and one is enough
+CALIBRATION, HELD_OUT = 128, 26
 
 
 def setting(method: str, budget: float, head_dim: int) -> ConversionConfig:
     """How to convert: the published sizes are the same in every layer, ours are allocated."""
+    how = CONVERTED[method] | {"held_out": 1 / (CALIBRATION - HELD_OUT + 1)}
     if method != "published":
-        return ConversionConfig(budget=budget, **CONVERTED[method])
+        return ConversionConfig(budget=budget, **how)
     rope_dim, d_kv = (part * head_dim // 64 for part in PUBLISHED[budget])
-    return ConversionConfig(rope_dim=rope_dim, d_kv=d_kv, **PUBLISHED_HOW)
+    return ConversionConfig(rope_dim=rope_dim, d_kv=d_kv, **how)
+
+
+def calibration(name: str, seed: int) -> list[Record]:
+    """The chats that `convert` calibrates on when it is given `CALIBRATION`, and one that it holds out."""
+    return zoo_records(name, split="train", samples=CALIBRATION, seed=seed)[: CALIBRATION - HELD_OUT + 1]
 
 
 def figures(images: Sequence[int], chats: Sequence[Sequence[Answer]]) -> dict[str, Any]:
@@ -108,7 +115,7 @@ class Frontier:
     def converted(self, method: str, seed: int) -> None:
         """Missing rows of one way to convert."""
         missing = [budget for budget in BUDGETS if not self.has(method, budget, seed)]
-        records = zoo_records(self.name, split="train", samples=CALIBRATION, seed=seed) if missing else []
+        records = calibration(self.name, seed) if missing else []
         head_dim = AttentionSizes.of(self.model.config).head_dim
         like = SAME_PROFILE.get(method, method)
         for budget in missing:
