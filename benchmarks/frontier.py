@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from caches import EVICTED, LATER, QUANTISED, Over, evicted_cache, read_over
-from frontier_pages import write_pages
+from frontier_pages import BUDGETS, SMALLEST, write_pages
 from measured import DOCS, Answer, HeldOut, Rows, encoded, summary
 
 from mha2mla_vlm import ConversionConfig, bytes_per_token, convert, load, load_processor, make_profile
@@ -29,7 +29,6 @@ from mha2mla_vlm.data.records import Record
 from mha2mla_vlm.model.shipped import ZOO_NAMES
 from mha2mla_vlm.zoo.chats import zoo_records
 
-BUDGETS = (0.5, 0.25, 0.125, 0.0625, 0.04)
 # of the published method, the same in every layer: R and d_kv in sixty-fourths of the head dim
 PUBLISHED = {0.5: (32, 32), 0.25: (16, 16), 0.125: (8, 8), 0.0625: (4, 4), 0.04: (2, 3)}
 CONVERTED: dict[str, dict[str, Any]] = {
@@ -114,7 +113,8 @@ class Frontier:
 
     def converted(self, method: str, seed: int) -> None:
         """Missing rows of one way to convert."""
-        missing = [budget for budget in BUDGETS if not self.has(method, budget, seed)]
+        sizes = [budget for budget in BUDGETS if budget >= SMALLEST.get(method, 0.0)]
+        missing = [budget for budget in sizes if not self.has(method, budget, seed)]
         records = calibration(self.name, seed) if missing else []
         head_dim = AttentionSizes.of(self.model.config).head_dim
         like = SAME_PROFILE.get(method, method)

@@ -6,12 +6,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from measured import END, write_between
+
 from mha2mla_vlm.model.shipped import ZOO_NAMES
 
 Row = dict[str, Any]
+MARK = "<!-- written by benchmarks/frontier.py -->"
 INK = "#7d8087"  # read on white and on black alike
 LEAST = 1e-6  # of KL, that float32 can tell from none
 BUDGETS = (0.5, 0.25, 0.125, 0.0625, 0.04)
+SMALLEST = {"write, 16 bits": 0.0625}  # one rotated unit and one latent unit of each layer
 # colours of Okabe and Ito, for the colour-blind; ours in full lines
 STYLES: dict[str, dict[str, Any]] = {
     "read, bits by channel": {"label": "ours, at read, by channel", "color": "#0072B2", "marker": "o"},
@@ -46,19 +50,15 @@ ALL = ", all tokens"  # of a quantised cache
 
 
 def write_pages(rows: Sequence[Row], folder: Path) -> None:
-    """Write `frontier.md` and `frontier.svg`."""
+    """Write the tables into `frontier.md`, between marks, and `frontier.svg`."""
     folder.mkdir(parents=True, exist_ok=True)
-    text = [
-        "<!-- written by benchmarks/frontier.py -->\n",
-        "## At equal bytes\n",
-        "KL in nats per answer token and exact match.\n",
-        grid(rows),
-        "## Quantised caches, at the bytes they take\n",
-        quantised(rows),
-        "## Every row, with 95% intervals\n",
-        listed(rows),
-    ]
-    (folder / "frontier.md").write_text("\n".join(text), encoding="utf-8")
+    page = folder / "frontier.md"
+    if not page.exists():
+        page.write_text(f"{MARK}\n{END}\n", encoding="utf-8")
+    tables = ["## At equal bytes\n", grid(rows)]
+    tables += ["## Quantised caches, at the bytes that they take\n", quantised(rows)]
+    tables += ["## Every row, with 95% intervals\n", listed(rows)]
+    write_between(page, MARK, "\n".join(tables))
     (folder / "frontier.svg").write_text(picture(rows), encoding="utf-8")
 
 
@@ -68,14 +68,18 @@ def first_seed(rows: Sequence[Row], **wanted: Any) -> Row | None:
     return min(found, key=lambda row: row["seed"]) if found else None
 
 
-def short(row: Row | None) -> str:
-    """KL and exact match."""
-    return "not measured" if row is None else f"{row['kl']:.4f}, {row['exact_match']:.1%}"
+def cell(rows: Sequence[Row], name: str, method: str, budget: float) -> str:
+    """KL and exact match, or why there are none."""
+    if budget < SMALLEST.get(method, 0.0):
+        return "has no such size"
+    row = first_seed(rows, model=name, method=method, budget=budget)
+    return "not measured" if row is None else f"{max(0.0, row['kl']):.4f}, {row['exact_match']:.1%}"
 
 
 def span(row: Row, name: str, form: str) -> str:
     """A figure and its interval."""
-    return f"{row[name]:{form}} ({row[f'{name}_low']:{form}} to {row[f'{name}_high']:{form}})"
+    middle, low, high = (f"{max(0.0, row[name + end]):{form}}" for end in ("", "_low", "_high"))
+    return f"{middle} ({low} to {high})"
 
 
 def grid(rows: Sequence[Row]) -> str:
@@ -89,7 +93,7 @@ def grid(rows: Sequence[Row]) -> str:
             lines.append(f"| `zoo:{name}` | {whole} |" + " |" * len(BUDGETS))
         for method in TITLES:
             if method != "original":
-                cells = [short(first_seed(rows, model=name, method=method, budget=b)) for b in BUDGETS]
+                cells = [cell(rows, name, method, budget) for budget in BUDGETS]
                 lines.append(f"| | {TITLES[method]} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -116,7 +120,10 @@ def listed(rows: Sequence[Row]) -> str:
         cells = [f"`zoo:{row['model']}`", row["method"], f"{row['budget']:.4g}" if row["budget"] else ""]
         cells += [str(row["seed"] or ""), f"{row['bytes_per_token']:,.0f}"]
         cells += [span(row, "kl", ".5f"), span(row, "exact_match", ".1%")]
-        cells += [f"{row[part]['kl']:.5f}" if part in row else "" for part in ("one image", "several images")]
+        cells += [
+            f"{max(0.0, row[part]['kl']):.5f}" if part in row else ""
+            for part in ("one image", "several images")
+        ]
         cells += [
             f"{row[part]['exact_match']:.1%}" if part in row else "" for part in ("one token", "longer")
         ]
