@@ -188,7 +188,7 @@ LATER = ", question later"
 
 
 class Prefilled:
-    """A chat that the original (with eager attention) has read, whose cache can be had up to any token."""
+    """A chat that the original (with eager attention) has read, and what is `known` before each of `cuts`."""
 
     def __init__(self, model: Any, batch: Any) -> None:
         self.model, self.batch = model, batch
@@ -203,11 +203,13 @@ class Prefilled:
                 stack.callback(hook.remove)
             out = model(**inputs, **cache_argument(self.cache), use_cache=True, output_attentions=True)
         self.attentions = out.attentions
+        self.cuts = list(self._cuts())
+        self.known = {n: self._upto(n) for _, counts in self.cuts for n in set(counts.values())}
 
     def _keep_queries(self, _: Any, __: Any, output: torch.Tensor) -> None:
         self.queries.append(output[0])
 
-    def upto(self, count: int) -> list[Layer]:
+    def _upto(self, count: int) -> list[Layer]:
         """What each layer knows of the first `count` tokens."""
         first = int(self.positions[..., :count].max()) + 1
         places = torch.arange(first, first + FUTURE).expand(*self.positions.shape[:-1], -1)
@@ -226,7 +228,7 @@ class Prefilled:
             for layer, attention, queries in found
         ]
 
-    def cuts(self) -> Iterator[tuple[torch.Tensor, dict[bool, int]]]:
+    def _cuts(self) -> Iterator[tuple[torch.Tensor, dict[bool, int]]]:
         """Of each answer the places that predict its tokens, and how many tokens the cache holds before: all
         but the prompt's last, or with True those before the question, which comes behind images.
         """
@@ -278,9 +280,9 @@ class Over:
         self.answers.append([])
         self.first_free.append([])
         config = chat.model.config.get_text_config()
-        for (places, counts), wanted, ids in zip(chat.cuts(), expected, targets, strict=True):
+        for (places, counts), wanted, ids in zip(chat.cuts, expected, targets, strict=True):
             count = counts[self.later]
-            cache, size = self.make(chat.upto(count), config)
+            cache, size = self.make(chat.known[count], config)
             found = chat.log_probs(cache, count, places)
             self.answers[-1].append(scored(found, wanted, ids))
             self.first_free[-1].append(scored(torch.cat([wanted[:1], found[1:]]), wanted, ids))
