@@ -1,16 +1,19 @@
 """What benchmarks of quality share: held-out chats, intervals, rows that resume, tables in a page."""
 
+import hashlib
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from copy import copy
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from mha2mla_vlm.data.records import Record, encode_with_labels
-from mha2mla_vlm.evaluation.answers import answer_log_probs, answers_right, predicted
+from mha2mla_vlm.evaluation.answers import answer_log_probs, kl_sum, predicted
 from mha2mla_vlm.model.families import get_family
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -24,30 +27,98 @@ def encoded(model: Any, processor: Any, records: Sequence[Record]) -> list[Any]:
     return [encode_with_labels(processor, [record], visual) for record in records]
 
 
+class Answer(NamedTuple):
+    """One answer of a model: KL to the original's and cross-entropy, summed over its tokens (nats)."""
+
+    kl: float
+    loss: float
+    tokens: int
+    right: bool
+
+
+def scored(found: torch.Tensor, expected: torch.Tensor, targets: torch.Tensor) -> Answer:
+    """What log probabilities `found [A, V]` of an answer's tokens `targets [A]` are worth beside those that
+    are `expected`. It is right if each token is the likeliest, for greedy decoding then gives it.
+    """
+    return Answer(
+        kl=kl_sum(found, expected),
+        loss=float(nn.functional.nll_loss(found, targets, reduction="sum")),
+        tokens=len(targets),
+        right=bool((found.argmax(-1) == targets).all()),
+    )
+
+
+def by_answer(values: torch.Tensor, batch: Any) -> tuple[torch.Tensor, ...]:
+    """`values [A, ...]` of the answer tokens of one chat, apart for each answer."""
+    places = predicted(batch)[0].nonzero()[:, 0]
+    return values.tensor_split((places.diff() > 1).nonzero()[:, 0] + 1)
+
+
+def summary(chats: Sequence[Sequence[Answer]]) -> dict[str, Any]:
+    """KL and exact match with 95% bootstrap intervals over chats, and cross-entropy."""
+    columns = [tuple(map(sum, zip(*chat, strict=True))) for chat in chats if chat]
+    kl, loss, tokens, right = (list(column) for column in zip(*columns, strict=True))
+    return {
+        **with_interval("kl", kl, tokens),
+        "cross_entropy": sum(loss) / sum(tokens),
+        **with_interval("exact_match", right, [len(chat) for chat in chats if chat]),
+    }
+
+
+class SeenTower(nn.Module):
+    """A vision tower that keeps what it made of each image, for conversion leaves it as it is."""
+
+    def __init__(self, tower: nn.Module, known: dict[bytes, Any]) -> None:
+        super().__init__()
+        self.tower, self.known = tower, known
+
+    def __getattr__(self, name: str) -> Any:
+        return super().__getattr__(name) if name == "tower" else getattr(self.tower, name)
+
+    def forward(self, pixels: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """What the tower makes of these pixels."""
+        key = hashlib.sha256(repr(pixels.shape).encode() + pixels.numpy().tobytes()).digest()
+        if key not in self.known:
+            self.known[key] = self.tower(pixels, *args, **kwargs)
+        return copy(self.known[key])  # callers write into it
+
+
+@contextmanager
+def seeing_once(model: Any, known: dict[bytes, Any]) -> Iterator[None]:
+    """The model with a `SeenTower`, which keeps what it makes in `known`."""
+    inner = model.model
+    name = next(name for name in ("visual", "vision_tower") if hasattr(inner, name))
+    tower = getattr(inner, name)
+    setattr(inner, name, SeenTower(tower, known))
+    try:
+        yield
+    finally:
+        setattr(inner, name, tower)
+
+
 class HeldOut:
     """Held-out chats, each a batch of one, and what the original answers."""
 
     def __init__(self, model: Any, batches: list[Any]) -> None:
-        self.batches = batches
-        self.expected = [answer_log_probs(model, batch) for batch in batches]
+        self.batches, self.seen = batches, dict[bytes, Any]()
+        with seeing_once(model, self.seen):
+            self.expected = [answer_log_probs(model, batch) for batch in batches]
+        self.targets = [batch["labels"][:, 1:][predicted(batch)] for batch in batches]
 
     def measure(self, model: Any) -> dict[str, Any]:
-        """KL and exact match with 95% bootstrap intervals over chats, and cross-entropy."""
-        chats = [self._chat(model, *pair) for pair in zip(self.batches, self.expected, strict=True)]
-        kl, tokens, loss, right, answers = (list(column) for column in zip(*chats, strict=True))
-        return {
-            **with_interval("kl", kl, tokens),
-            "cross_entropy": sum(loss) / sum(tokens),
-            **with_interval("exact_match", right, answers),
-        }
+        """The `summary` of a model's answers."""
+        return summary(self.answers(model))
 
-    def _chat(self, model: Any, batch: Any, expected: torch.Tensor) -> tuple[float, int, float, int, int]:
-        found = answer_log_probs(model, batch)
-        targets = batch["labels"][:, 1:][predicted(batch)]
-        marks = answers_right(found.argmax(-1), batch)
-        kl = nn.functional.kl_div(found, expected, reduction="sum", log_target=True)
-        loss = nn.functional.nll_loss(found, targets, reduction="sum")
-        return float(kl), len(targets), float(loss), sum(marks), len(marks)
+    def answers(self, model: Any) -> list[list[Answer]]:
+        """The answers of each chat, in one pass over it."""
+        with seeing_once(model, self.seen):
+            found = [answer_log_probs(model, batch) for batch in self.batches]
+        return [[scored(*each) for each in zip(*parts, strict=True)] for parts in self.parts(found)]
+
+    def parts(self, *more: Iterable[torch.Tensor]) -> Iterator[list[tuple[torch.Tensor, ...]]]:
+        """Of each chat the tensors in `more`, the expected log probabilities and targets, cut by answer."""
+        for batch, *values in zip(self.batches, *more, self.expected, self.targets, strict=True):
+            yield [by_answer(each, batch) for each in values]
 
 
 def with_interval(name: str, sums: Sequence[float], counts: Sequence[int]) -> dict[str, float]:

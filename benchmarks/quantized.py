@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from caches import positions
 from decode import models_of
 from transformers import Cache, DynamicCache, QuantizedCache
 from transformers import cache_utils as transformers_caches
@@ -78,14 +79,6 @@ def answer_logits(
     ).logits
     kept = labels != IGNORE_INDEX
     return torch.cat([first, rest[:, :-1]], dim=1)[0, kept].float(), labels[kept]
-
-
-def positions(model: Any, batch: Any) -> torch.Tensor:
-    """Positions of all tokens, multimodal ones for Qwen2.5-VL."""
-    if "image_grid_thw" not in batch:
-        return torch.arange(batch["input_ids"].shape[1])[None]
-    names = ("input_ids", "image_grid_thw", "attention_mask", "mm_token_type_ids")
-    return model.model.get_rope_index(**{name: batch[name] for name in names})[0]
 
 
 class Quality:
