@@ -53,7 +53,7 @@ def setting(method: str, budget: float, head_dim: int) -> ConversionConfig:
     if method != "published":
         return ConversionConfig(budget=budget, **how)
     rope_dim, d_kv = (part * head_dim // 64 for part in PUBLISHED[budget])
-    return ConversionConfig(rope_dim=rope_dim, d_kv=d_kv, **how)
+    return ConversionConfig(qk_rope_head_dim=rope_dim, d_kv=d_kv, **how)
 
 
 def calibration(name: str, seed: int) -> list[Record]:
