@@ -61,7 +61,13 @@ def through_layers(model, hidden, given, added):
     nothing, states = torch.zeros(hidden.shape[1]), MemoryStates()
     modality = TokenModality.of_text(1, hidden.shape[1], hidden.device)
     chat = Chat(
-        given=given, added=added, visual=nothing.bool(), weights=nothing, answers=nothing, modality=modality
+        number=0,
+        given=given,
+        added=added,
+        visual=nothing.bool(),
+        weights=nothing,
+        answers=nothing,
+        modality=modality,
     )
     states["all", 0, 0] = hidden
     for index, layer in enumerate(decoder_layers(model)):
