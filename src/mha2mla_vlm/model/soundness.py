@@ -42,7 +42,7 @@ def check_config(config: Any) -> None:
     if not _is_count(sizes.head_dim) or sizes.head_dim % 2:
         raise InputError(f"head_dim = {shown(sizes.head_dim)}: give an even number above 0")
     _check_rope(text)
-    dtype = config.dtype
+    dtype = getattr(torch, config.dtype, config.dtype) if isinstance(config.dtype, str) else config.dtype
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise InputError(f"dtype = {shown(dtype)}: give float32, bfloat16 or float16")
     _check_visual_tokens(family.visual_tokens, config, text.vocab_size)
