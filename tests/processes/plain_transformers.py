@@ -37,7 +37,7 @@ def said_by(folder, inputs, again):
     out = model.generate(**inputs, **OPTIONS)
     cache = out.cache if hasattr(out, "cache") else out.past_key_values
     model.save_pretrained(again)
-    inner = AutoModel.from_pretrained(folder, trust_remote_code=True)
+    inner = AutoModel.from_pretrained(folder, trust_remote_code=True, dtype="float32")
     model.model.language_model.layers[0].self_attn.decode_backend = "cpp"
     try:
         model.generate(**inputs, max_new_tokens=2)

@@ -50,9 +50,9 @@ def check_config(config: Any) -> None:
         )
     if not sizes.growing:
         raise InputError(f"layer_types has no {FULL}, so that there is no layer to convert")
-    dtype = config.dtype
+    dtype = getattr(torch, config.dtype, config.dtype) if isinstance(config.dtype, str) else config.dtype
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise InputError(f"dtype = {shown(dtype)}: give float32, bfloat16 or float16")
+        raise InputError(f"dtype = {shown(config.dtype)}: give float32, bfloat16 or float16")
     _check_visual_tokens(family.visual_tokens, config, text.vocab_size)
     _check_feature_layers(config)
     _check_mla(config, sizes)
