@@ -66,7 +66,7 @@ latest:
 
 # the documentation as a site, in site/; broken links and pages that no menu has are errors
 docs: $(VENV)/.installed-docs
-	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
 
 # what `.ci/run` runs, and all that it has no time for
 nightly: check test test-eval docs oldest test-pages test-vllm $(if $(TRANSFORMERS),test-upstream)
@@ -107,8 +107,10 @@ $(VENV)/.installed-eval: $(STAMP)
 	$(INSTALL) --editable '.[eval]'
 	touch $@
 
+# what the extra names, without building the project anew
 $(VENV)/.installed-docs: $(STAMP)
-	$(INSTALL) --editable '.[docs]'
+	$(VENV)/bin/python scripts/versions.py newest docs > $(VENV)/docs.txt
+	$(INSTALL) -r $(VENV)/docs.txt
 	touch $@
 
 $(VENV)/.installed-pages: $(STAMP)
