@@ -88,9 +88,11 @@ def grid(rows: Sequence[Row]) -> str:
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for name in ZOO_NAMES:
         original = first_seed(rows, model=name, method="original")
-        if original is not None:
-            whole = f"original, {original['bytes_per_token']:,.0f} B a token: {original['exact_match']:.1%}"
-            lines.append(f"| `zoo:{name}` | {whole} |" + " |" * len(BUDGETS))
+        if original is None:
+            lines.append(f"| `zoo:{name}` | not measured |" + " |" * len(BUDGETS))
+            continue
+        whole = f"original, {original['bytes_per_token']:,.0f} B a token: {original['exact_match']:.1%}"
+        lines.append(f"| `zoo:{name}` | {whole} |" + " |" * len(BUDGETS))
         for method in TITLES:
             if method != "original":
                 cells = [cell(rows, name, method, budget) for budget in BUDGETS]
@@ -143,7 +145,7 @@ def line_of(rows: Sequence[Row], name: str, method: str) -> list[Row]:
 
 
 def picture(rows: Sequence[Row]) -> str:
-    """Share of the cache against KL and exact match, a column for each model, as SVG."""
+    """Share of the cache against KL and exact match, a column for each model with rows, as SVG."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -152,8 +154,9 @@ def picture(rows: Sequence[Row]) -> str:
     style |= {"ytick.color": INK, "lines.linewidth": 1.6, "lines.markersize": 6, "axes.linewidth": 0.8}
     with matplotlib.rc_context(style):
         figure = Figure(figsize=(11, 7.4), layout="constrained")
-        panels = figure.subplots(2, len(ZOO_NAMES), sharex=True, sharey="row")
-        for column, name in zip(panels.T, ZOO_NAMES, strict=True):
+        names = [name for name in ZOO_NAMES if any(row["model"] == name for row in rows)]
+        panels = figure.subplots(2, len(names), sharex=True, sharey="row", squeeze=False)
+        for column, name in zip(panels.T, names, strict=True):
             column[0].set_title(f"zoo:{name}")
             column[1].set_xlabel("share of the cache")
             for axes, (figure_name, _) in zip(column, SCALES, strict=True):
