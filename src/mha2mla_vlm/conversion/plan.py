@@ -219,7 +219,8 @@ def _plan_factors(model_config: Any, config: ConversionConfig) -> MLAConfig:
     method = factorization(config.factorization)
     if "read" in config.modes:
         raise InputError(
-            f"the model has partial RoPE already; --rotate-at {config.rotate_at} starts from the original"
+            f"the model has partial RoPE already; --rotate-at {config.rotate_at} starts from the original: "
+            "give --d-kv, or --rotate-at write"
         )
     if not method.after_partial_rope:
         known = [name for name in FACTORIZATIONS if factorization(name).after_partial_rope]

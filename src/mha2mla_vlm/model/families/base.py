@@ -15,8 +15,7 @@ class Family:
     projections: norms of each head's queries and keys (QK-norm). `left_layers` are types of layers that stay
     as the original has them. Where it is `gated`, the query projection gives a gate too, a sigmoid of which
     multiplies what attention gives before the output projection. `token_types` is the input that marks visual
-    tokens. With `partial_rotary` RoPE may turn only the
-    first dims of a head.
+    tokens. With `partial_rotary` RoPE may turn only the first dims of a head.
     """
 
     model_type: str  # `config.model_type` of the original model
