@@ -163,7 +163,9 @@ def picture(rows: Sequence[Row]) -> str:
                 draw(axes, rows, name, figure_name)
         for axes, (_, label) in zip(panels[:, 0], SCALES, strict=True):
             axes.set_ylabel(label)
-        handles, labels = panels[0, 0].get_legend_handles_labels()
+        drawn = {line.get_label(): line for axes in panels[0] for line in axes.get_lines()}
+        labels = [look["label"] for look in STYLES.values() if look["label"] in drawn]
+        handles = [drawn[label] for label in labels]
         figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
         file = io.StringIO()
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
@@ -174,7 +176,8 @@ def picture(rows: Sequence[Row]) -> str:
 def draw(axes: Any, rows: Sequence[Row], name: str, figure_name: str) -> None:
     """One panel: a line for each method."""
     for method, look in STYLES.items():
-        points = line_of(rows, name, method)
+        if not (points := line_of(rows, name, method)):
+            continue
         values = [max(LEAST, row["kl"]) if figure_name == "kl" else row["exact_match"] for row in points]
         dashes = "-" if look["label"].startswith("ours") else "--"
         axes.plot([row["share"] for row in points], values, linestyle=dashes, **look)
