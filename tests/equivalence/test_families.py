@@ -5,6 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+import transformers
 from helpers import (
     answered,
     original,
@@ -16,6 +17,7 @@ from helpers import (
     set_attention,
     whole_logits,
 )
+from packaging import version
 from reference_attention import ReferenceAttention
 from tiny_models import TINY
 
@@ -74,6 +76,8 @@ def test_full_rank_reproduces_the_original(name, rotate_at):
 @pytest.mark.parametrize("rotate_at", ["write", "read"])
 def test_all_ways_agree_at_low_rank(name, rotate_at):
     """Batched, absorbed, expanded and cached attention, and a second writing of the formulas."""
+    if name == "gemma3" and version.parse(transformers.__version__) < version.parse("5.18"):
+        pytest.skip("Gemma 3 itself fails at pieces longer than its window")
     model, processor = random_mla(name, **SMALL, rotate_at=rotate_at)
     batch = prompt_inputs(name, processor, BATCH)
     close = STEPPED if AttentionSizes.of(model.config).left else CLOSE
@@ -122,7 +126,7 @@ def test_labels_are_the_answers(name, side):
     for row, chat in enumerate(records):
         labels = batch["labels"][row]
         text = processor.tokenizer.decode(labels[labels != IGNORE_INDEX])
-        assert text == "7<|im_end|>\n" * len(chat.answers())
+        assert text == "7<|im_end|>" * len(chat.answers())
         alone = encode(processor, [chat])["input_ids"][0]
         assert torch.equal(batch["input_ids"][row][batch["attention_mask"][row].bool()], alone)
         assert chat_length(processor, chat) == len(alone)
@@ -137,7 +141,12 @@ def test_images_and_videos_are_visual_tokens(name):
         return
     frames = np.zeros((4, 24, 24, 3), dtype=np.uint8)
     text = processor.apply_chat_template(record(name, "text").messages, tokenize=False) + video
-    inputs = processor(text=[text], videos=[frames], do_sample_frames=False, return_tensors="pt")
+    inputs = processor(
+        text=[text],
+        videos=[[frames]] if name == "smolvlm" else [frames],
+        do_sample_frames=False,
+        return_tensors="pt",
+    )
     visual = torch.isin(inputs["input_ids"], visual_ids(model))
     assert int(visual.sum()) >= 2
     small, _ = random_mla(name, **SMALL)
@@ -198,6 +207,7 @@ def test_a_checkpoint_on_disk_is_converted_as_in_memory(family, tmp_path):
     records = answered(family, 3)
     convert_checkpoint(folder, records, tmp_path / "small", config)
     small = load(tmp_path / "small")
+    processor = load_processor(folder)  # with the oldest torchvision it resizes in another way
     expected = convert(model, processor, records, config)
     for key, value in expected.state_dict().items():
         torch.testing.assert_close(small.state_dict()[key], value, msg=key)
