@@ -113,7 +113,7 @@ def test_a_report_that_has_no_room_leaves_the_conversion(forks, disk, workspace_
     assert ended.code == 2
     assert f"the model is in {folder / 'out'}, without its report: cannot write in" in ended.said
     assert f"try: mha2mla report {folder / 'out'}" in ended.said
-    assert contents(seen / "out") == {path: data for path, data in before.items() if "lock" not in path}
+    assert contents(seen / "out") == {path: data for path, data in before.items() if ".lock" not in path}
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -146,4 +146,4 @@ def test_a_folder_that_is_read_only(name, forks, workspace_for_forks, tmp_path):
 def test_a_full_standard_output(forks, workspace_for_forks):
     ended = forks.run("zoo", "list", folder=workspace_for_forks, out="/dev/full")
     assert ended.code == 2
-    assert ended.said == "error: standard output cannot be written to: No space left on device"
+    assert ended.said.endswith("error: standard output cannot be written to: No space left on device")

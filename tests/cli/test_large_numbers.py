@@ -74,7 +74,7 @@ def test_bench_says_what_would_fit(monkeypatch, capsys, forks, workspace_for_for
 
 
 def test_memory_that_is_lacking_is_one_line(monkeypatch, capsys):
-    monkeypatch.setattr(main, "app", lambda: torch.empty(2**60))
+    monkeypatch.setattr(main, "app", lambda **_: torch.empty(2**60))
     code, out, err = run_command(monkeypatch, capsys)
     assert (code, out) == (2, "")
     assert len(err.splitlines()) == 1

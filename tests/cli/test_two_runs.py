@@ -48,7 +48,7 @@ def test_the_first_ends_as_if_it_were_alone(name, forks, workspace_for_forks, tm
     first = forks.go_on(first)
     assert first.code == 0, first.said
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    assert not [path for path in contents(tmp_path) if "lock" in path or "tmp" in path]
+    assert not [path for path in contents(tmp_path) if ".lock" in path or ".tmp" in path]
 
 
 def test_one_that_ends_meanwhile_is_seen(forks, workspace_for_forks, tmp_path):

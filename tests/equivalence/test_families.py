@@ -68,7 +68,8 @@ def test_full_rank_reproduces_the_original(name, rotate_at):
     inputs = prompt_inputs(name, processor, BATCH)
     expected = real_tokens(whole_logits(model, inputs), inputs)
     assert expected.std() > 0.1
-    torch.testing.assert_close(real_tokens(whole_logits(small, inputs), inputs), expected, **CLOSE)
+    close = STEPPED if attention.left else CLOSE
+    torch.testing.assert_close(real_tokens(whole_logits(small, inputs), inputs), expected, **close)
     assert small.mla_config.kl["factorization"] < 1e-6
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 

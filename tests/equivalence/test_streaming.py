@@ -231,12 +231,12 @@ def test_two_processes_give_what_one_gives(sizes, forks, checkpoints, tmp_path):
     data.mkdir()
     write_chats(FAMILY, data, split="train", samples=10, seed=3)
     arguments = ("convert", folder / "model", "--data", data, *sizes, "-o")
-    alone = forks.run(*arguments, tmp_path / "one", folder=tmp_path)
+    alone = forks.run(*arguments, tmp_path / "one" / "small", folder=tmp_path)
     assert alone.code == 0, alone.said
     if sizes == SIZES:
-        printed = launched([str(x) for x in (*arguments, tmp_path / "two")])
+        printed = launched([str(x) for x in (*arguments, tmp_path / "two" / "small")])
     else:
-        together = forks.run(*arguments, tmp_path / "two", folder=tmp_path, processes=2)
+        together = forks.run(*arguments, tmp_path / "two" / "small", folder=tmp_path, processes=2)
         assert together.code == 0, together.said
         printed = together.out
     one, two = (json.loads(text.splitlines()[-1]) for text in (alone.out, printed))
@@ -364,7 +364,7 @@ def test_a_full_disk_is_said_and_what_was_done_is_kept(forks, checkpoints, tmp_p
     load(output)
 
 
-@pytest.mark.parametrize("sizes", [SIZES, ("--budget", "0.25")])
+@pytest.mark.parametrize("sizes", [SIZES, ("--rotate-at", "write", "--budget", "0.25")])
 def test_a_dry_run_estimates_sizes(monkeypatch, capsys, family, sizes, checkpoints, tmp_path):
     folder = checkpoints(family)
     arguments = command(folder, tmp_path / "small", sizes=sizes)
