@@ -30,7 +30,7 @@ def test_sketches_are_the_metric_of_probabilities_on_the_mean():
     torch.testing.assert_close(torch.einsum("sav,saw->avw", found, found) / len(signs), metric)
 
 
-@pytest.mark.parametrize("index", [0, 3])
+@pytest.mark.parametrize("index", [pytest.param(0, marks=pytest.mark.slow), 3])
 def test_small_errors_cost_what_is_predicted(family, index):
     model, processor = original(family)
     visual = get_family(model.config.model_type).visual_token_ids(model.config)

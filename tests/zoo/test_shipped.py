@@ -85,7 +85,7 @@ def test_full_rank_conversion_keeps_the_logits_and_the_accuracy(family):
     assert abs(measured["exact_match"] - accuracy(family)["exact_match"]) < 0.01
 
 
-@ONE_FAST
+@pytest.mark.slow
 def test_md_svd_beats_weight_svd_at_low_rank(family):
     model, processor = shipped(family)
     kl = {}
