@@ -4,6 +4,7 @@ import io
 import json
 import re
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
@@ -111,6 +112,19 @@ def test_disagreements_come_first(family, conversions):
     agree = [example.agree for example in page.examples]
     assert agree == sorted(agree)
     assert len(page.examples) == page.quality["answers"] == 9
+
+
+@pytest.mark.parametrize(
+    ("worse", "better", "shown", "said"),
+    [(3, 1, "", "no difference"), (9, 1, "loss", "answers worse"), (0, 6, "gain", "answers better")],
+)
+def test_only_what_chance_does_not_bring_is_called_a_change(conversions, worse, better, shown, said):
+    page = conversions("llava")[3]
+    kinds = {kind: row | {"worse": worse, "better": better} for kind, row in page.by_kind.items()}
+    text = render(replace(page, quality=page.quality | {"worse": worse, "better": better}, by_kind=kinds))
+    assert f"{said}" in text
+    assert f"{worse} became wrong, {better} became right" in text
+    assert text.count(f'<td class="{shown}">') == len(kinds)
 
 
 def test_the_page_needs_nothing_else(family, conversions):

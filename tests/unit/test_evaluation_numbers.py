@@ -9,7 +9,7 @@ from helpers import answered, original
 from mha2mla_vlm import InputError, evaluate
 from mha2mla_vlm.data.records import Record
 from mha2mla_vlm.evaluation.answers import Answered, as_kl, summary
-from mha2mla_vlm.evaluation.intervals import bootstrap_interval
+from mha2mla_vlm.evaluation.intervals import bootstrap_interval, sign_test
 
 
 def answers(*found):
@@ -39,6 +39,14 @@ def test_answers_of_one_chat_are_not_independent():
     low, high = summary([answer for chat in chats for answer in chat])["exact_match_interval"]
     assert (low, high) == tuple(summary([chat[0] for chat in chats])["exact_match_interval"])
     assert high - low > 0.5
+
+
+@pytest.mark.parametrize(
+    ("worse", "better", "chance"),
+    [(0, 0, 1.0), (1, 0, 1.0), (3, 3, 1.0), (5, 0, 2 / 32), (6, 0, 2 / 64), (1, 8, 2 * 10 / 512)],
+)
+def test_changes_that_chance_may_bring(worse, better, chance):
+    assert sign_test(worse, better) == sign_test(better, worse) == pytest.approx(chance)
 
 
 def test_a_summary_counts_what_became_worse_and_better():

@@ -1,5 +1,6 @@
-"""How far a mean over some chats may be from that over all."""
+"""What a mean over some chats, and changes in some answers, show of all."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -22,3 +23,10 @@ def bootstrap_interval(sums: Sequence[float], counts: Sequence[int]) -> tuple[fl
             draws.append(total / count)
     low, high = torch.stack(draws).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return low, high
+
+
+def sign_test(worse: int, better: int) -> float:
+    """How likely changes this one-sided or more are if each is worse or better by chance (two-sided)."""
+    changed, fewer = worse + better, min(worse, better)
+    tail = sum(math.comb(changed, number) for number in range(fewer + 1))
+    return min(1.0, 2 * tail / 2**changed)

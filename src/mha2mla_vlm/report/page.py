@@ -8,6 +8,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
+from mha2mla_vlm.evaluation.intervals import sign_test
 from mha2mla_vlm.model.card import method
 from mha2mla_vlm.report.gather import Report
 from mha2mla_vlm.report.plots import cache_plot, losses_plot, pairs_plot, spectra_plot
@@ -15,6 +16,7 @@ from mha2mla_vlm.utils.folders import new_file
 from mha2mla_vlm.utils.progress import status
 
 LARGEST_SIDE = 384  # pixels of an image that is shown
+CLEAR = 0.05  # of a sign test: a change that is less likely by chance is one
 SHOWN_TOKENS = 32_768  # of the caches that the head of the page compares
 
 
@@ -27,7 +29,7 @@ def render(report: Report) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": _percent, "size": _size, "data_url": _data_url}
+    environment.filters |= {"percent": _percent, "size": _size, "data_url": _data_url, "change": _change}
     before, after, coded = report.bytes_per_token
     return environment.get_template("page.html.j2").render(
         report=report,
@@ -35,6 +37,7 @@ def render(report: Report) -> str:
         tokens=SHOWN_TOKENS,
         caches=[("original", before), ("converted", after), ("converted, 4-bit", coded)],
         facts=_facts(report),
+        verdict=_verdict(report.quality),
         cache=cache_plot(report),
         pairs=pairs_plot(report),
         spectra=spectra_plot(report),
@@ -68,6 +71,27 @@ def _facts(report: Report) -> dict[str, str]:
         facts["calibration chats, at most"] = str(report.settings["samples"])
     steps = {f"KL after {step.replace('_', ' ')}": f"{kl:.4f}" for step, kl in (mla.kl or {}).items()}
     return facts | steps
+
+
+def _change(quality: dict[str, Any]) -> str:
+    """Whether answers got clearly worse ("loss") or better ("gain"); empty for what chance may bring."""
+    worse, better = quality["worse"], quality["better"]
+    if sign_test(worse, better) >= CLEAR:
+        return ""
+    return "loss" if worse > better else "gain"
+
+
+def _verdict(quality: dict[str, Any]) -> str:
+    """What the answers show, in words."""
+    worse, better = quality["worse"], quality["better"]
+    counts = f"{worse:,} became wrong, {better:,} became right"
+    chance = f"a change like this comes by chance {sign_test(worse, better):.1%} of the time"
+    found = {
+        "": f"These answers show no difference from the original: {counts} ({chance}).",
+        "loss": f"It answers worse than the original: {counts} ({chance}).",
+        "gain": f"It answers better than the original: {counts} ({chance}).",
+    }
+    return found[_change(quality)]
 
 
 def _range(values: list[int]) -> str:
