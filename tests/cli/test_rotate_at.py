@@ -5,6 +5,7 @@ import json
 from helpers import ONE_FAST, run_command
 
 from mha2mla_vlm import load, load_processor
+from mha2mla_vlm.conversion.describe import layers_table
 from mha2mla_vlm.zoo.chats import zoo_records
 
 
@@ -24,7 +25,9 @@ def test_convert_inspect_evaluate_generate_finetune(monkeypatch, capsys, tmp_pat
     assert made["bytes_per_token"] <= 0.125 * made["bytes_per_token_original"]
     assert made["qk_rope_head_dim"] == 64
     assert list(made["kl_by_step"]) == ["factorization"]
-    assert command("inspect", small)["rotate_at"] == "read"
+    seen = command("inspect", small)
+    assert seen["rotate_at"] == "read"
+    assert list(layers_table(seen).columns[6].cells) == ["all"] * 4
     found = command("evaluate", small, "--data", data, "--baseline", "zoo:llava_next")
     assert found["kl"] < 0.05
     assert found["agreement"] > 0.8

@@ -25,8 +25,8 @@ def describe(name: str) -> dict[str, Any]:
     it was; of a checkpoint on the hub only they are read. `predicted_kl` is, for each layer, the KL
     that converting only this layer was predicted to cost, by which sizes were allocated. `decode_cost` is the
     arithmetic of attention for each cached token, in that of the original (`MLAConfig.decode_cost`).
-    `state_bytes_per_row` are what layers that are not of full attention keep besides, before and after
-    (`cache.state.state_bytes_per_row`).
+    `rotary_dim` is how many dims of a head the original rotates, `state_bytes_per_row` what layers that are
+    not of full attention keep besides, before and after (`cache.state.state_bytes_per_row`).
     """
     config = load_config(name)
     if getattr(config, "mla", None) is None:
@@ -39,6 +39,7 @@ def describe(name: str) -> dict[str, Any]:
         "qk_rope_head_dim": mla.qk_rope_head_dim,
         "kv_lora_rank": mla.kv_lora_rank,
         "rotate_at": mla.rotate_at,
+        "rotary_dim": sizes.rotary_dim,
         "latent_bits": mla.latent_bits,
         "decode_cost": mla.decode_cost(sizes),
         "modalities": list(mla.modalities),
@@ -113,5 +114,7 @@ def layers_table(description: dict[str, Any]) -> Table:
         if spec is not None:
             counts = "all in 16" if spec.bits is None else ", ".join(map(str, spec.bits))
             sizes = [str(spec.rope_dim), str(spec.rank or "-"), counts, spec.rotate_at]
+            if pairs and spec.rope_dim == description["rotary_dim"]:
+                shown = "all"
         table.add_row(str(layer), *sizes, cost, shown)
     return table
