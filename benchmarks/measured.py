@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import random
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
@@ -14,10 +13,10 @@ from torch import nn
 
 from mha2mla_vlm.data.records import Record, encode_with_labels
 from mha2mla_vlm.evaluation.answers import answer_log_probs, kl_sum, predicted
+from mha2mla_vlm.evaluation.intervals import bootstrap_interval
 from mha2mla_vlm.model.families import get_family
 
 DOCS = Path(__file__).parents[1] / "docs"
-DRAWS = 1000  # of the bootstrap
 END = "<!-- until here -->"
 
 
@@ -123,12 +122,7 @@ class HeldOut:
 
 def with_interval(name: str, sums: Sequence[float], counts: Sequence[int]) -> dict[str, float]:
     """The mean of chats' `sums` over their `counts`, and its 95% bootstrap interval over chats."""
-    rng, draws = random.Random(0), []
-    for _ in range(DRAWS):
-        rows = rng.choices(range(len(sums)), k=len(sums))
-        draws.append(sum(sums[i] for i in rows) / sum(counts[i] for i in rows))
-    draws.sort()
-    low, high = draws[DRAWS // 40], draws[DRAWS - DRAWS // 40 - 1]
+    low, high = bootstrap_interval(sums, counts)
     return {name: sum(sums) / sum(counts), f"{name}_low": low, f"{name}_high": high}
 
 
