@@ -184,9 +184,7 @@ def time_layers(
 
     def through(model: PreTrainedModel, cache: LatentCache, **kwargs: Any) -> Callable[[], None]:
         def run() -> None:
-            forget_last(
-                cache, sizes.growing
-            )  # so that the new token is the last that fits, and buffers are dense
+            forget_last(cache, sizes.growing)  # so that the new one is the last that fits; buffers are dense
             if model is converted and converted.model.reads_positions:
                 kwargs["token_positions"] = TokenPositions(text_model(converted).rotary_emb)
             for index in sizes.growing:

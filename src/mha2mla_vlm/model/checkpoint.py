@@ -19,9 +19,9 @@ from transformers import (
 from mha2mla_vlm.errors import InputError, reading, shown_path
 from mha2mla_vlm.model.card import write_card
 from mha2mla_vlm.model.files import check_files, check_weights
-from mha2mla_vlm.model.modeling import loading_errors, register
+from mha2mla_vlm.model.modeling import register
 from mha2mla_vlm.model.shipped import ZOO_PREFIX, zoo_path
-from mha2mla_vlm.model.soundness import check_config, check_stored
+from mha2mla_vlm.model.soundness import check_config, check_stored, loading_errors
 from mha2mla_vlm.utils.folders import new_folder
 from mha2mla_vlm.utils.progress import status
 from mha2mla_vlm.utils.remote import HUB_ERRORS, away_from, why

@@ -33,7 +33,7 @@ from mha2mla_vlm.model.families import FAMILIES, get_family
 from mha2mla_vlm.model.families.base import Family
 from mha2mla_vlm.model.modality import TokenModality
 from mha2mla_vlm.model.positions import RecordingRotary, TokenPositions
-from mha2mla_vlm.model.soundness import check_config, check_pairs
+from mha2mla_vlm.model.soundness import check_config, check_pairs, loading_errors
 from mha2mla_vlm.utils.compat import (
     CACHE,
     GenerationCompat,
@@ -68,18 +68,6 @@ def latent_attentions(layers: Iterable[Any]) -> list[MLAAttention]:
     """The attention of those decoder layers that are converted."""
     found = (attention_of(layer) for layer in layers)
     return [attention for attention in found if isinstance(attention, MLAAttention)]
-
-
-def loading_errors(info: dict[str, Any]) -> str:
-    """What `from_pretrained` says of weights that are not those of the model, in one line; empty if none."""
-    said = [
-        f"{what} keys {', '.join(sorted(map(str, info[f'{what}_keys']))[:3])}"
-        for what in ("missing", "unexpected")
-        if info.get(f"{what}_keys")
-    ]
-    for name, stored, expected in sorted(map(tuple, info.get("mismatched_keys") or ()))[:1]:
-        said.append(f"{name} has shape {list(stored)}, by the config it must be {list(expected)}")
-    return "; ".join(said)
 
 
 def layer_prefixes(model: PreTrainedModel) -> list[str]:

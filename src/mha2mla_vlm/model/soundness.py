@@ -141,3 +141,15 @@ def _check_mla(config: Any, sizes: AttentionSizes) -> None:
         raise InputError(f"mla = {shown(given)}: give a mapping")
     if given is not None:
         MLAConfig.from_dict(given).check(sizes)
+
+
+def loading_errors(info: dict[str, Any]) -> str:
+    """What `from_pretrained` says of weights that are not those of the model, in one line; empty if none."""
+    said = [
+        f"{what} keys {', '.join(sorted(map(str, info[f'{what}_keys']))[:3])}"
+        for what in ("missing", "unexpected")
+        if info.get(f"{what}_keys")
+    ]
+    for name, stored, expected in sorted(map(tuple, info.get("mismatched_keys") or ()))[:1]:
+        said.append(f"{name} has shape {list(stored)}, by the config it must be {list(expected)}")
+    return "; ".join(said)
