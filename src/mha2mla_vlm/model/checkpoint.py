@@ -21,7 +21,7 @@ from mha2mla_vlm.model.card import write_card
 from mha2mla_vlm.model.files import check_files, check_weights
 from mha2mla_vlm.model.modeling import register
 from mha2mla_vlm.model.shipped import ZOO_PREFIX, zoo_path
-from mha2mla_vlm.model.soundness import check_config, check_stored, loading_errors
+from mha2mla_vlm.model.soundness import check_config, check_finite, check_stored, loading_errors
 from mha2mla_vlm.utils.folders import new_folder
 from mha2mla_vlm.utils.progress import status
 from mha2mla_vlm.utils.remote import HUB_ERRORS, away_from, why
@@ -81,6 +81,7 @@ def load(name: str | Path, **kwargs: Any) -> PreTrainedModel:
         model, info = AutoModelForImageTextToText.from_pretrained(source, **options)
     if found := loading_errors(info):
         raise InputError(f"the weights of {shown_path(source)} are not those of the config: {found}")
+    check_finite(model)
     return model.eval()
 
 

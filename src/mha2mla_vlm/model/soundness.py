@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 import torch
+from torch import nn
 
 from mha2mla_vlm.config import FULL, AttentionSizes, MLAConfig, rope_parameters
 from mha2mla_vlm.errors import InputError, shown
@@ -11,6 +12,7 @@ from mha2mla_vlm.model.families import get_family
 from mha2mla_vlm.model.families.base import Family
 
 _LARGEST = 2**31
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _COUNTS = (  # of whichever towers have them
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_heads",
     "num_key_value_heads", "head_dim", "depth", "image_size", "patch_size", "num_channels",
@@ -141,6 +143,18 @@ def _check_mla(config: Any, sizes: AttentionSizes) -> None:
         raise InputError(f"mla = {shown(given)}: give a mapping")
     if given is not None:
         MLAConfig.from_dict(given).check(sizes)
+
+
+def check_finite(model: nn.Module) -> None:
+    """Raise `InputError`, naming the weight, for weights that are NaN or infinite; quantised ones are not
+    looked at.
+
+    Logits do not show it on every processor: PyTorch's attention on AVX-512 gives 0 for queries that are NaN.
+    """
+    for name, parameter in model.named_parameters():
+        plain = type(parameter) is nn.Parameter and parameter.dtype in _FLOATS and not parameter.is_meta
+        if plain and parameter.numel() and not all(end.isfinite() for end in parameter.detach().aminmax()):
+            raise InputError(f"{name} has numbers that are not finite; the checkpoint is broken")
 
 
 def loading_errors(info: dict[str, Any]) -> str:

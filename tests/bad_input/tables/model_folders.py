@@ -150,7 +150,14 @@ CASES = {
     **{
         name: Case(command=CONVERT, change=weights(WEIGHTS, change), named=named)
         for name, (change, named) in CHANGED.items()
-        if named != "not finite"
+        if named != "not finite"  # a line for the layer, after the plan
+    },
+    **{
+        f"original: {name}": Case(
+            command=GENERATE.replace("small", "model"), change=weights(WEIGHTS, change), named=named
+        )
+        for name, (change, named) in CHANGED.items()
+        if named == "not finite"
     },
     **{
         f"converted: {name}": Case(
