@@ -44,9 +44,6 @@ PROMPTS = {
 ONE_FAST = pytest.mark.parametrize(  # for a test of the shipped models that takes long
     "family", [ZOO_NAMES[0], *(pytest.param(name, marks=pytest.mark.slow) for name in ZOO_NAMES[1:])]
 )
-TWO_FAST = pytest.mark.parametrize(
-    "family", [*ZOO_NAMES[:2], *(pytest.param(name, marks=pytest.mark.slow) for name in ZOO_NAMES[2:])]
-)
 
 
 @functools.cache

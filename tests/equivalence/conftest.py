@@ -8,6 +8,7 @@ from helpers import random_mla
 from mha2mla_vlm.model.shipped import ZOO_NAMES
 
 NORMED = "qwen3_vl"
+FIRST = ZOO_NAMES[0]
 FAST = ("test_attention.py", "test_rotated_at_read.py")  # of it; the rest is slow
 
 
@@ -25,8 +26,11 @@ def mla(request):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Every test is fast for the families of the zoo only."""
+    """Every test is fast for the families of the zoo only, a `long` one for the first of them."""
     for item in items:
-        given = item.callspec.params if hasattr(item, "callspec") else {}
-        if given.get("family") == NORMED and "equivalence" in item.path.parts and item.path.name not in FAST:
+        name = item.callspec.params.get("family") if hasattr(item, "callspec") else None
+        if name is None or "equivalence" not in item.path.parts:
+            continue
+        is_long = item.get_closest_marker("long") is not None
+        if (name == NORMED and item.path.name not in FAST) or (is_long and name != FIRST):
             item.add_marker("slow")

@@ -119,6 +119,7 @@ def test_centring_makes_the_mean_token_exact(family):
         torch.testing.assert_close(found, wanted, atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("selection", ["rotation-kl", "mkl", "residual", "uniform"])
 def test_folding_helps_every_selection(family, selection):
     model, processor = original(family)

@@ -161,6 +161,7 @@ def test_other_caches_run(mla, family, how):
         assert torch.equal(got, generate(model, inputs))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("prompts", [["two images"], BATCH], ids=str)
 @pytest.mark.parametrize("limit", [0, 10**6], ids=["expanded", "absorbed"])
 @pytest.mark.parametrize("how", [{}, {"num_beams": 3}], ids=str)
@@ -244,6 +245,7 @@ def test_a_static_cache_serves_beams_and_a_second_prompt(mla, family):
         assert torch.equal(got, generate(model, inputs))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("shared", [("shared",), ("text", "vision")])
 def test_decoding_compiles_once_for_all_tokens_and_prompts(mla, family, shared):
     model, processor = mla(family, modalities=shared)

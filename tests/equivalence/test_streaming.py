@@ -57,6 +57,7 @@ def assert_same(found, expected):
     assert found.mla_config == expected.mla_config
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("factorization", ["output-weighted", "md-svd", "none"])
 def test_it_is_the_conversion_in_memory(family, factorization, checkpoints, tmp_path):
     folder = checkpoints(family)
@@ -64,6 +65,7 @@ def test_it_is_the_conversion_in_memory(family, factorization, checkpoints, tmp_
     assert_streamed_alike(folder, tmp_path, qk_rope_head_dim=16, d_kv=d_kv, factorization=factorization)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("factorization", ["output-weighted", "md-svd"])
 def test_a_budget_is_allocated_as_in_memory(family, factorization, checkpoints, tmp_path):
     small = assert_streamed_alike(
@@ -72,6 +74,7 @@ def test_a_budget_is_allocated_as_in_memory(family, factorization, checkpoints, 
     assert len(set(zip(small.mla_config.qk_rope_head_dim, small.mla_config.kv_lora_rank, strict=True))) > 1
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("factorization", ["output-weighted-shrunk", "md-svd"])
 def test_modes_are_chosen_as_in_memory(family, factorization, checkpoints, tmp_path):
     options = {"rotate_at": "auto", "max_decode_cost": 4.0, "factorization": factorization}

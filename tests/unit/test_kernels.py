@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import TWO_FAST, prompt_inputs, random_mla, set_attention, shallow
+from helpers import ONE_FAST, prompt_inputs, random_mla, set_attention, shallow
 
 from mha2mla_vlm.model.absorbed import Up, absorb, attend, dense_mask, expand
 from mha2mla_vlm.model.modality import TokenModality
@@ -153,7 +153,7 @@ def test_views_of_larger_buffers():
     assert_same(expected, got)
 
 
-@TWO_FAST
+@ONE_FAST
 @pytest.mark.parametrize("modalities", [("shared",), ("text", "vision")])
 @pytest.mark.parametrize("how", [{}, {"cache_implementation": "static"}, {"num_beams": 2}], ids=str)
 def test_models_decode_alike(family, modalities, how):
