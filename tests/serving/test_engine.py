@@ -118,6 +118,10 @@ def test_random_models_of_low_rank(family, random_folder):
     assert tokens != right[1][0] or logs != pytest.approx(right[1][1], abs=1e-2)
 
 
+def test_normed_queries_and_keys(random_folder):
+    check(random_folder("qwen3_vl", rotate_at=MIXED), "qwen3_vl")
+
+
 @pytest.mark.parametrize("name", ["qwen2_5_vl", "llava"])
 def test_keys_rotated_at_read(name, random_folder, monkeypatch):
     folder = random_folder(name, rotate_at=("read",) * 4)

@@ -15,6 +15,7 @@ from mha2mla_vlm.config import DECOUPLED, LayerSpec
 from mha2mla_vlm.errors import InputError
 from mha2mla_vlm.model.absorbed import Up
 from mha2mla_vlm.model.cache.pages import PackedRows, position_width
+from mha2mla_vlm.model.normed import head_order, is_normed
 from mha2mla_vlm.model.projections import ByModality
 from mha2mla_vlm.model.rope import rotate
 from mha2mla_vlm.serving.vllm.backend import LatentBackend, LatentImpl, LatentMetadata
@@ -57,6 +58,8 @@ class LatentAttention(nn.Module, AttentionLayerBase):
     `down_proj` gives the latents of all modalities and the keys to rotate at once. With tensor parallelism
     each process has the query heads and the rotated keys of its KV heads, and the whole latent. Where keys
     are rotated at read none are cached; the rows of one layer hold positions, of `position_axes` numbers.
+    Where queries and keys are normed, latents are made of the normed keys and the values of all heads
+    (`model.normed`), which each process computes whole.
     """
 
     def __init__(
@@ -74,6 +77,7 @@ class LatentAttention(nn.Module, AttentionLayerBase):
         self.cached_rope_dim = 0 if spec.at_read else rope_dim
         hidden, outputs = stock.hidden_size, self.kv_heads * (2 * self.head_dim - self.cached_rope_dim)
         bias = stock.qkv_proj.bias is not None
+        self.normed = is_normed(stock)
         self.query_proj = ColumnParallelLinear(
             hidden,
             stock.total_num_heads * self.head_dim,
@@ -82,6 +86,11 @@ class LatentAttention(nn.Module, AttentionLayerBase):
             prefix=f"{self.layer_name.rpartition('.')[0]}.query_proj",
             return_bias=False,
         )
+        if self.normed:
+            width = self.all_kv_heads * self.head_dim
+            self.key_proj, self.value_proj = (nn.Linear(hidden, width, bias=bias) for _ in range(2))
+            self.q_norm, self.k_norm = stock.q_norm, stock.k_norm
+            hidden, bias = 2 * width, False
         self.widths = [self.rank] * len(self.modalities) + [self.kv_heads * self.cached_rope_dim]
         self.packed = None
         if spec.bits is not None:
@@ -93,6 +102,7 @@ class LatentAttention(nn.Module, AttentionLayerBase):
         )
         pairs = torch.zeros(self.kv_heads, rope_dim // 2, dtype=torch.long)
         self.register_buffer("rope_pairs", pairs, persistent=False)
+        self.register_buffer("pair_axes", _pair_axes(stock.rotary_emb, self.head_dim // 2), persistent=False)
         self.impl = LatentImpl(self.num_heads, self.head_dim, stock.scaling)
         self.kv_cache = torch.tensor([])
         context = config.compilation_config.static_forward_context
@@ -102,7 +112,7 @@ class LatentAttention(nn.Module, AttentionLayerBase):
         """Attend from `hidden_states [T, hidden]` at `positions [T]` or, multimodal, `[3, T]`."""
         new = len(hidden_states)
         visual = self.tokens.visual[:new]
-        *latents, k_rope = self.down_proj(hidden_states).split(self.widths, dim=-1)
+        *latents, k_rope = self.down_proj(self._written(hidden_states)).split(self.widths, dim=-1)
         row = torch.where(visual[:, None], latents[1], latents[0]) if self.decoupled else latents[0]
         tables = self.tables(positions if positions.ndim == 2 else positions[None])
         cos, sin = (table[:, self.rope_pairs] for table in tables)  # [T, G, R/2]
@@ -112,19 +122,37 @@ class LatentAttention(nn.Module, AttentionLayerBase):
             row = torch.cat([row, k_rope], dim=-1)
         else:
             row = self.packed.pack(rounded(row, self.packed.bits), rounded_keys(k_rope), visual)
-        query = self.query_proj(hidden_states).view(new, self.kv_heads, -1, self.head_dim)
+        query = self._queries(hidden_states)
         rope, nope = query.split([self.rope_dim, self.head_dim - self.rope_dim], dim=-1)
         query = torch.cat([rotate(rope, cos[:, :, None], sin[:, :, None]), nope], dim=-1).flatten(1, 2)
         output = torch.empty_like(query)
         attend(query, row, visual, output, self.layer_name)
         return self.o_proj(output.flatten(1))[0]
 
+    def _written(self, hidden: torch.Tensor) -> torch.Tensor:
+        """What latents are made of: `hidden [T, hidden]` or, with norms, `[T, 2 G D]` of all KV heads."""
+        if not self.normed:
+            return hidden
+        keys, values = (
+            project(hidden).unflatten(-1, (-1, self.head_dim)) for project in (self.key_proj, self.value_proj)
+        )
+        return torch.cat([self.k_norm(keys), values], dim=-1).flatten(1)
+
+    def _queries(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Queries `[T, G, H / G, D]`, rotated dims first."""
+        query: torch.Tensor = self.query_proj(hidden).view(len(hidden), self.kv_heads, -1, self.head_dim)
+        if not self.normed:  # the rows of `query_proj` are in this order
+            return query
+        order = head_order(self.rope_pairs, self.head_dim, self.head_dim)[:, None]
+        return self.q_norm(query).gather(-1, order.expand_as(query))
+
     def tables(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines `[.., P]` of all pairs at `positions [A, ..]`."""
         both = self.rotary_emb.cos_sin_cache[positions].to(self.down_proj.weight.dtype).unflatten(-1, (2, -1))
-        sections = [both.shape[-1]] if len(positions) == 1 else self.rotary_emb.mrope_section
-        parts = both.split(sections, dim=-1)
-        cos, sin = torch.cat([part[i] for i, part in enumerate(parts)], dim=-1).unbind(-2)
+        chosen = both[0]
+        for axis in range(1, len(positions)):
+            chosen = torch.where(self.pair_axes == axis, both[axis], chosen)
+        cos, sin = chosen.unbind(-2)
         return cos, sin
 
     def ups(self) -> tuple[Up, ...]:
@@ -183,16 +211,25 @@ class LatentAttention(nn.Module, AttentionLayerBase):
         return heads.flatten(0, 1)
 
 
+def _pair_axes(rotary: Any, pairs: int) -> torch.Tensor:
+    """Which number of a position turns each of the pairs `[P]`, by vLLM's rotary embedding of a model."""
+    sections, axes = getattr(rotary, "mrope_section", None), torch.zeros(pairs, dtype=torch.long)
+    start = 0
+    for axis, count in enumerate(sections or ()):
+        if getattr(rotary, "mrope_interleaved", False):
+            axes[axis : 3 * count : 3] = axis  # in turn, as far as each goes; time has the rest
+        else:
+            axes[start : start + count] = axis
+        start += count
+    return axes
+
+
 def _check(spec: LayerSpec, stock: Any, config: VllmConfig) -> None:
     """Raise `InputError` for what cannot be served."""
     if spec.rank is None:
         raise InputError(
             "this checkpoint has only partial RoPE, its keys and values are not factorised, so there is no "
             "small cache to serve; convert it with `mha2mla convert CHECKPOINT --d-kv`, or serve the original"
-        )
-    if hasattr(stock, "k_norm"):
-        raise InputError(
-            "queries and keys of this model are normed, which is not served with vLLM; use generate"
         )
     wanted = config.cache_config.cache_dtype
     if wanted not in ("auto", str(config.model_config.dtype).removeprefix("torch.")):

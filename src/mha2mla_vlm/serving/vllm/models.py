@@ -21,6 +21,7 @@ else:
     _Model = object
 
 _ATTENTION = re.compile(r"language_model\.(?:model\.)?layers\.(\d+)\.self_attn\.")
+_PROJECTIONS = {"q_proj": "query_proj", "k_proj": "key_proj", "v_proj": "value_proj"}
 _TOWER = re.compile(r"(vision_tower\.)(embeddings|encoder|pre_layrnorm|post_layernorm)\.")
 
 
@@ -33,6 +34,7 @@ class LatentMixin(_Model):
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         config: Any = vllm_config.model_config.hf_config
         self.mla, family = MLAConfig.from_dict(config.mla), get_family(config.model_type)
+        self.normed = False  # queries and keys
         if family.left_layers:
             raise InputError(
                 f"{family.model_type} is not served by vLLM yet: pages hold latents only, not what layers "
@@ -48,6 +50,7 @@ class LatentMixin(_Model):
                 held = axes if spec.at_read else 0  # positions, once for all layers of this process
                 layer.self_attn = LatentAttention(layer.self_attn, spec, self.tokens, vllm_config, held)
                 axes -= held
+                self.normed |= layer.self_attn.normed
 
     def forward(self, input_ids: torch.Tensor, positions: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """As the family's class does, once modality and positions of the new tokens are known."""
@@ -64,10 +67,11 @@ class LatentMixin(_Model):
             found = _ATTENTION.search(name)
             if found and self.mla.layer(int(found[1])) is not None:
                 place, kind = name[: found.end()], name[found.end() :]
-                if kind.startswith(("k_proj.", "v_proj.")):
+                old = kind.partition(".")[0]
+                if old in ("k_proj", "v_proj") and not self.normed:
                     continue
-                if kind.startswith("q_proj."):  # vLLM would take it for a part of its `qkv_proj`
-                    name = f"{place}query_{kind[2:]}"
+                if old in _PROJECTIONS:  # vLLM would take it for a part of its `qkv_proj`
+                    name = f"{place}{_PROJECTIONS[old]}{kind[len(old) :]}"
             # transformers 5 names what is in a tower without its `vision_model`
             yield _TOWER.sub(r"\1vision_model.\2.", name), value
 
