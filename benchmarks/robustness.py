@@ -31,7 +31,7 @@ MODES = ("read", "read mixed", "write")  # when keys are rotated, and whether ch
 CALIBRATION = 128  # chats
 RANDOM = 32  # random chats besides, where there are
 TIMES = 4  # prompts so many times as long as the longest chat of calibration
-TESTS = ("all kinds", "3 images", "text alone", "4 times as long")
+TESTS = ("all kinds", "3 images", "text only", "4 times as long")
 
 
 def made(
@@ -78,9 +78,9 @@ def calibrations(name: str) -> dict[str, tuple[Callable[[], list[Record]], int]]
         f"all kinds, {CALIBRATION} chats": (all_kinds, 0),
         "all kinds, 16 chats": (lambda: all_kinds()[:16], 0),
         "one kind of question": (read, 0),
-        "text alone": (text, 0),
+        "text only": (text, 0),
         "one kind of question + random": (read, RANDOM),
-        "text alone + random": (text, RANDOM),
+        "text only + random": (text, RANDOM),
         f"all kinds, {CALIBRATION} chats + random": (all_kinds, RANDOM),
     }
 
@@ -172,7 +172,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("-o", "--output", type=Path, default=DOCS / "robustness", help="folder of rows, table")
+    parser.add_argument(
+        "-o", "--output", type=Path, default=DOCS / "robustness", help="folder of rows, table"
+    )
     parser.add_argument("--models", nargs="+", choices=ZOO_NAMES, default=ZOO_NAMES)
     parser.add_argument("--samples", type=int, default=100, help="chats to measure on, of each kind")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
