@@ -79,7 +79,7 @@ def load(name: str | Path, **kwargs: Any) -> PreTrainedModel:
     stored = converted or any(folder.glob("*.safetensors*"))
     what = f"the weights of {shown_path(source)}"
     if is_hub_id(source) and away is None and not any(key in kwargs for key in OTHER_FILES):
-        with reading(what):  # which `from_pretrained` would download without a word
+        with reading(what):  # which `from_pretrained` would download silently
             download(source, LOADED, **hub)
     with status(f"loading the weights of {shown_path(name)}"), reading(what, partial(why, away=away)):
         if folder.is_dir() and stored and getattr(config, "quantization_config", None) is None:

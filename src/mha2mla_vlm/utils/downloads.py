@@ -10,6 +10,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.constants import HF_HUB_DISABLE_PROGRESS_BARS
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
+from mha2mla_vlm.utils.distributed import process_index
 from mha2mla_vlm.utils.progress import hidden, status
 
 logger = logging.getLogger(__name__)
@@ -20,13 +21,14 @@ def download(name: str, patterns: Sequence[str], **options: Any) -> Path:
     """The folder in the hub's cache with the files of a model that match; what is not there is downloaded.
 
     On a terminal the hub's client shows how much there is of how many bytes; in any case a line says what is
-    downloaded. Options go to `snapshot_download`, and so do its errors come from here.
+    downloaded. The first of several processes says so for all. Options go to `snapshot_download`, whose
+    errors are not caught.
     """
     asked: dict[str, Any] = {"allow_patterns": list(patterns), **options}
     if not options.get("local_files_only"):
         with status(f"asking the hub for {name}"):
             files = [each for each in snapshot_download(name, dry_run=True, **asked) if each.will_download]
-        if files:
+        if files and process_index() == 0:
             size = sum(each.file_size or 0 for each in files) / 1e6
             logger.info("downloading %s: %s MB", name, f"{size:,.1f}")
             with hub_bars():
