@@ -4,8 +4,7 @@
     python benchmarks/ablation.py --models llava --budgets 0.25 -o /tmp/rows
 
 Calibration: 128 chats about training scans. Measured: held-out chats about test scans. Appends a row to
-`OUT/MODEL.jsonl` for each conversion and writes the tables of all rows there to `OUT/ablation.md`, and, where
-OUT is `docs/ablation`, into `docs/method.md`.
+`OUT/MODEL.jsonl` for each conversion and writes the tables of all rows there into `OUT/ablation.md`.
 """
 
 import argparse
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measured import DOCS, HeldOut, encoded
+from measured import DOCS, HeldOut, encoded, write_between
 
 from mha2mla_vlm import ConversionConfig, convert, load, load_processor
 from mha2mla_vlm.config import AttentionSizes
@@ -112,7 +111,7 @@ def table(folder: Path) -> str:
         rows = [json.loads(line) for line in path.read_text().splitlines()]
         rows.sort(key=lambda row: (-row["budget"], order.index(row["method"])))
         text += [
-            f"### `zoo:{name}`",
+            f"## `zoo:{name}`",
             "",
             "| cache | method | bytes/token | KL (95% interval) | cross-entropy | exact match |",
         ]
@@ -140,12 +139,7 @@ def main() -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     for name in options.models:
         run(name, list(options.budgets), options.samples, options.output)
-    text = table(options.output)
-    (options.output / "ablation.md").write_text(text, encoding="utf-8")
-    if options.output == DOCS / "ablation":
-        page = DOCS / "method.md"
-        before, _ = page.read_text(encoding="utf-8").split(MARK)
-        page.write_text(f"{before}{MARK}\n\n{text}", encoding="utf-8")
+    write_between(options.output / "ablation.md", MARK, table(options.output))
     print(json.dumps({"output": str(options.output), "models": list(options.models)}))
 
 

@@ -148,6 +148,7 @@ class Rows:
 
 
 def write_between(page: Path, mark: str, text: str) -> None:
-    """Put a text between `mark` and the next `END` of a page."""
-    before, rest = page.read_text(encoding="utf-8").split(mark)
+    """Put a text between `mark` and the next `END` of a page, which is made if it is not there."""
+    known = page.read_text(encoding="utf-8") if page.exists() else f"{mark}\n\n{END}\n"
+    before, rest = known.split(mark)
     page.write_text(f"{before}{mark}\n\n{text}\n{END}{rest.split(END, 1)[1]}", encoding="utf-8")

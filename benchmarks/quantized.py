@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from caches import positions
 from decode import models_of
+from measured import DOCS, write_between
 from transformers import Cache, DynamicCache, QuantizedCache
 from transformers import cache_utils as transformers_caches
 
@@ -39,7 +40,8 @@ from mha2mla_vlm.model.shipped import ZOO_NAMES
 from mha2mla_vlm.utils.compat import cache_argument
 from mha2mla_vlm.zoo.chats import zoo_records
 
-OUT = Path(__file__).parents[1] / "docs" / "decode"
+OUT = DOCS / "decode"
+MARK = "<!-- written by benchmarks/quantized.py -->"
 BUDGET = 0.25
 CONTEXT = 16384
 Make = Callable[[Any], Cache]
@@ -188,7 +190,7 @@ def main() -> None:
             print(row, file=sys.stderr)
     result |= {"device": device_name(torch.device("cpu")), "date": datetime.date.today().isoformat()}
     (arguments.output / "quantized.json").write_text(json.dumps(result, indent=1) + "\n")
-    (arguments.output / "quantized.md").write_text(table(result))
+    write_between(arguments.output / "quantized.md", MARK, table(result))
     print(json.dumps({"output": str(arguments.output / "quantized.json")}))
 
 

@@ -11,7 +11,7 @@ Recipes, each trained once for every number of examples, 16 to a step, on chats 
 - control: the original, trained on labels, for a model can also gain from training by itself.
 
 Measured on held-out chats about test scans. Rows go to `OUT/MODEL.jsonl`, the plot of all rows to `OUT`, and
-their table, where OUT is `docs/recovery`, to `docs/finetuning.md`.
+their tables into `OUT/README.md`.
 """
 
 import argparse
@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from measured import DOCS, write_between
 from transformers.utils import logging as transformers_logging
 
 from mha2mla_vlm import ConversionConfig, convert, load, load_processor, save
@@ -33,7 +34,6 @@ from mha2mla_vlm.training.config import FinetuneConfig
 from mha2mla_vlm.training.run import finetune
 from mha2mla_vlm.zoo.chats import zoo_records
 
-DOCS = Path(__file__).parents[1] / "docs"
 MARK = "<!-- written by benchmarks/recovery.py -->"
 BUDGETS = (0.375, 0.25, 0.1875)
 UNIFORM = {0.375: (2, 4), 0.25: (4, 4), 0.1875: (4, 8)}  # head dim by R, by d_kv
@@ -323,12 +323,8 @@ def main() -> None:
         for name in ZOO_NAMES
         if (path := options.output / f"{name}.jsonl").exists()
     }
-    text = table(rows_of)
     plot(rows_of, options.output / "recovery.svg")
-    if options.output == DOCS / "recovery":
-        page = DOCS / "finetuning.md"
-        before, _ = page.read_text(encoding="utf-8").split(MARK)
-        page.write_text(f"{before}{MARK}\n\n{text}\n{variants_table(rows_of)}", encoding="utf-8")
+    write_between(options.output / "README.md", MARK, f"{table(rows_of)}\n{variants_table(rows_of)}")
     print(json.dumps({"output": str(options.output), "models": list(rows_of)}))
 
 

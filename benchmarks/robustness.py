@@ -8,8 +8,7 @@ Calibration, about training scans: 128 chats of all kinds, 16 of them, 128 of on
 (`--random-chats`). Measured, about test scans: chats of all kinds, chats with three images, chats without
 their images, and answers to prompts at least four times as long as the longest chat of calibration. KL to
 the original with 95% bootstrap intervals over chats. Appends a row to `OUT/MODEL.jsonl` for each cell, and
-writes the table of all rows there to `OUT/README.md`, and, where OUT is `docs/robustness`, into
-`docs/method.md`.
+writes the table of all rows there into `OUT/README.md`.
 """
 
 import argparse
@@ -32,7 +31,7 @@ MODES = ("read", "read mixed", "write")  # when keys are rotated, and whether ch
 CALIBRATION = 128  # chats
 RANDOM = 32  # random chats besides, where there are
 TIMES = 4  # prompts so many times as long as the longest chat of calibration
-TESTS = ("all kinds", "3 images", "text alone", "4 times as long")
+TESTS = ("all kinds", "3 images", "text only", "4 times as long")
 
 
 def made(
@@ -79,9 +78,9 @@ def calibrations(name: str) -> dict[str, tuple[Callable[[], list[Record]], int]]
         f"all kinds, {CALIBRATION} chats": (all_kinds, 0),
         "all kinds, 16 chats": (lambda: all_kinds()[:16], 0),
         "one kind of question": (read, 0),
-        "text alone": (text, 0),
+        "text only": (text, 0),
         "one kind of question + random": (read, RANDOM),
-        "text alone + random": (text, RANDOM),
+        "text only + random": (text, RANDOM),
         f"all kinds, {CALIBRATION} chats + random": (all_kinds, RANDOM),
     }
 
@@ -173,18 +172,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    out = DOCS / "robustness"
-    parser.add_argument("-o", "--output", type=Path, default=out, help="folder of rows and table")
+    parser.add_argument(
+        "-o", "--output", type=Path, default=DOCS / "robustness", help="folder of rows, table"
+    )
     parser.add_argument("--models", nargs="+", choices=ZOO_NAMES, default=ZOO_NAMES)
     parser.add_argument("--samples", type=int, default=100, help="chats to measure on, of each kind")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
     options = parser.parse_args()
     for name in options.models:
         run(name, options.modes, options.samples, options.output)
-    text = table(options.output)
-    (options.output / "README.md").write_text(text, encoding="utf-8")
-    if options.output == out:
-        write_between(DOCS / "method.md", MARK, text)
+    write_between(options.output / "README.md", MARK, table(options.output))
 
 
 if __name__ == "__main__":

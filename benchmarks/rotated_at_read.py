@@ -6,8 +6,7 @@ published method, at equal bytes.
 
 Calibration: 128 chats about training scans. Measured before any training: KL to the original and exact match
 on chats about test scans, with 95% bootstrap intervals over chats. Bytes hold positions. Appends a row to
-`OUT/MODEL.jsonl` for each conversion, and writes the table of all rows there to `OUT/README.md`, and, where
-OUT is `docs/rotated_at_read`, into `docs/method.md`.
+`OUT/MODEL.jsonl` for each conversion, and writes the table of all rows there into `OUT/README.md`.
 """
 
 import argparse
@@ -95,16 +94,13 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     out = DOCS / "rotated_at_read"
-    parser.add_argument("-o", "--output", type=Path, default=out, help="folder of rows and table")
+    parser.add_argument("-o", "--output", type=Path, default=out, help="folder of rows, table")
     parser.add_argument("--models", nargs="+", choices=ZOO_NAMES, default=ZOO_NAMES)
     parser.add_argument("--samples", type=int, default=200, help="chats to measure on")
     options = parser.parse_args()
     for name in options.models:
         run(name, options.samples, options.output)
-    text = table(options.output)
-    (options.output / "README.md").write_text(text, encoding="utf-8")
-    if options.output == out:
-        write_between(DOCS / "method.md", MARK, text)
+    write_between(options.output / "README.md", MARK, table(options.output))
 
 
 if __name__ == "__main__":

@@ -149,19 +149,21 @@ class Forks:
             self.stopped.add(reply["stopped"])
         return Ended(reply.get("code"), reply.get("stopped"), files)
 
-    def run(self, *arguments, folder, signal="SIGKILL", out=None, **when):
+    def run(self, *arguments, folder, signal="SIGKILL", out=None, err=None, **when):
         """Run a command in a folder, to its end or to a signal.
 
         The signal comes at the n-th `event` of a file whose path has `below` in it, or that is `renamed` to a
         name that ends so, `after` one of a file whose name ends so; or after some `seconds`. No file can grow
         beyond `largest` bytes; as a `plain` user, root may write no more than another. With `script`, that
         runs with the arguments. Several `processes` are told of each other as `torch.distributed.run` does.
+        Standard output and error go to files of their own, or to the paths `out` and `err`.
         """
         request = {"arguments": list(map(str, arguments)), "folder": str(folder), "signal": signal}
         request |= dict.fromkeys(("event", "seconds", "largest", "after", "plain", "renamed", "processes"))
         request |= {"below": str(folder), "script": None, "environment": {}, "port": free_port()} | when
         files = {name: next(self.names) for name in ("out", "err", "count")}
-        return self._ask(request, files | ({} if out is None else {"out": out}))
+        given = {name: path for name, path in (("out", out), ("err", err)) if path is not None}
+        return self._ask(request, files | given)
 
     def go_on(self, ended, signal="SIGCONT"):
         """Go on with a command that was stopped by SIGSTOP, or end it by another signal."""

@@ -32,6 +32,9 @@ class Handler(BaseHTTPRequestHandler):
         if self.path == "/api/whoami-v2":
             known = self.headers.get("Authorization") == "Bearer hf_test"
             self.answer(200, {"name": "me"}) if known else self.answer(401, {"error": "who are you?"})
+        elif re.fullmatch(r"/api/models/me/small/tree/\w+(\?.*)?", self.path) and self.server.made:
+            entries = ({"path": name, "size": len(data)} for name, data in self.server.files.items())
+            self.answer(200, [{"type": "file", "oid": "0" * 40, **entry} for entry in entries])
         elif self.path.startswith("/api/models/me/small/tree/"):
             self.answer(404, {"error": "no such folder"}, X_Error_Code="EntryNotFound")
         elif self.path.startswith("/api/models/me/small") and self.server.made:

@@ -1,7 +1,11 @@
 """Models on their way to the hub and read from there, against one on loopback."""
 
 import json
+import os
+import re
 import shutil
+import termios
+import threading
 
 import hub
 import pytest
@@ -20,9 +24,10 @@ def server(forks):
 def mha2mla(forks, tmp_path):
     """The command in a fork whose hub is the server's, with nothing of it in the cache."""
 
-    def run(*arguments, token="hf_test"):
+    def run(*arguments, token="hf_test", err=None, **environment):
         shutil.rmtree(forks.home, ignore_errors=True)
-        return forks.run(*arguments, folder=tmp_path, environment={"HF_TOKEN": token})
+        known = {"HF_TOKEN": token, **environment}
+        return forks.run(*arguments, folder=tmp_path, environment=known, err=err)
 
     return run
 
@@ -80,3 +85,51 @@ def test_a_dry_run_reads_no_shard_of_a_model_on_the_hub(server, workspace_for_fo
     assert done.code == 0, done.said
     assert json.loads(done.out)["output_bytes"] > 0
     assert shards_asked_for(server) == []
+
+
+@pytest.fixture
+def terminal():
+    """The path of a terminal, and a function that closes it and returns what was seen there."""
+    ours, theirs = os.openpty()
+    termios.tcsetwinsize(theirs, (24, 100))
+    found = bytearray()
+
+    def read():
+        try:
+            while piece := os.read(ours, 65536):
+                found.extend(piece)
+        except OSError:  # the other end is closed
+            pass
+
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
+
+    def seen():
+        os.close(theirs)
+        reader.join()
+        os.close(ours)
+        return found.decode()
+
+    return os.ttyname(theirs), seen
+
+
+@pytest.mark.parametrize("command", ["generate", "convert"])  # which load a model, and read it from a folder
+def test_a_download_is_seen(command, server, workspace_for_forks, mha2mla, terminal, tmp_path):
+    server.made = True
+    server.files |= {path.name: path.read_bytes() for path in (workspace_for_forks / "model").iterdir()}
+    given = {
+        "generate": ("generate", "me/small", "--prompt", "Which?", "--max-new-tokens", 1),
+        "convert": ("convert", "me/small", "--data", workspace_for_forks / "data", "-o", "out", *SIZES),
+    }[command]
+    piped = mha2mla(*given)
+    assert piped.code == 0, piped.said
+    assert re.search(r"downloading me/small: \d+\.\d MB", piped.said)
+    assert "%|" not in piped.said  # no bars in a log
+    path, seen = terminal
+    shutil.rmtree(tmp_path / "out", ignore_errors=True)
+    ended = mha2mla(*given, err=path, TERM="xterm", COLUMNS="100")
+    text = seen()
+    assert ended.code == 0, text
+    shown = [float(number) for number in re.findall(r"(\d+)%\|", text.split("downloading me/small")[1])]
+    assert shown[-1] == 100, text
+    assert len(shards_asked_for(server)) == 2  # once for each run: nothing was downloaded twice

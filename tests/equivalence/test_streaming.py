@@ -10,6 +10,7 @@ import pytest
 import torch
 from forks import contents
 from helpers import original, prompt_inputs, run_command, whole_logits
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
 from mha2mla_vlm.conversion.config import ConversionConfig
@@ -282,18 +283,24 @@ def test_an_adapter_is_merged_first(checkpoints, tmp_path, monkeypatch, capsys):
     config = peft.LoraConfig(r=4, lora_alpha=16, target_modules=names, init_lora_weights=False)
     adapted = peft.get_peft_model(load(folder / "model"), config)
     adapted.save_pretrained(tmp_path / "adapter")
+    model = shutil.copytree(folder / "model", tmp_path / "model")
+    (model / "README.md").write_text("---\nlicense: mit\nbase_model: org/first\n---\n")
     save(adapted.merge_and_unload(), load_processor(folder / "model"), tmp_path / "merged")
 
     def run(output, *model):
         given = ("--data", data / "chats.jsonl", "-o", tmp_path / output, *SIZES)
         return run_command(monkeypatch, capsys, "convert", *model, *given)
 
-    assert run("one", folder / "model", "--adapter", tmp_path / "adapter")[0] == 0
+    assert run("one", model, "--adapter", tmp_path / "adapter")[0] == 0
     assert run("two", tmp_path / "merged")[0] == 0
     one, two = load(tmp_path / "one"), load(tmp_path / "two")
     assert replace(two.mla_config, original=None) == one.mla_config
     assert all(torch.equal(value, two.state_dict()[key]) for key, value in one.state_dict().items())
     assert not (tmp_path / "one.merged").exists()
+    card = ModelCard.load(tmp_path / "one" / "README.md")
+    assert (card.data.license, card.data.base_model) == ("mit", "org/first")
+    assert "Converted from `model`, after the adapter `adapter` was merged into it" in card.text
+    assert str(tmp_path) not in card.content + (tmp_path / "one" / "conversion.json").read_text()
     code, _, err = run("three", folder / "model", "--adapter", data)
     assert code == 2
     assert "cannot merge the adapter" in " ".join(err.split())

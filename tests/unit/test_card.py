@@ -62,6 +62,18 @@ def test_a_licence_beside_the_original_is_linked_to_where_it_can_be(config, orig
     assert card.data.base_model == ("org/large" if link else "org/first")
 
 
+def test_a_merged_adapter_is_named_beside_the_original(config):
+    config.mla |= {"original": None}
+    source = {"license": "other", "license_link": "LICENSE", "merged_into": "org/large", "adapter": "me/lora"}
+    card = read(model_card(config, name="small", findings=FINDINGS | {"source": source}))
+    assert (card.data.base_model, card.data.license) == ("org/large", "other")
+    assert card.data.license_link == "https://huggingface.co/org/large/blob/main/LICENSE"
+    assert "Converted from `org/large`, after the adapter `me/lora` was merged into it, with" in card.text
+    assert "licence the adapter has is not recorded" in card.text
+    config.mla |= {"original": "org/large"}
+    assert "adapter" not in read(model_card(config, name="small", findings=FINDINGS)).text
+
+
 def test_what_is_not_known_is_not_said(config):
     config.mla |= {"kl": None, "original": None}
     card = read(model_card(config, name="small"))

@@ -1,13 +1,17 @@
 """What the pages of docs/ show is so; `make docs` checks their links."""
 
+import json
 import re
 import runpy
+import shlex
 from pathlib import Path
 
 import pytest
 from PIL import Image
+from typer.main import get_command
 
 import mha2mla_vlm
+from mha2mla_vlm.cli.main import USAGE_ERROR, app
 from mha2mla_vlm.data.sources import load_records
 from mha2mla_vlm.errors import InputError
 
@@ -52,3 +56,140 @@ def test_the_api_has_all_names_and_the_results_all_tables():
     results = (DOCS / "results.md").read_text(encoding="utf-8")
     tables = {path.relative_to(DOCS).as_posix() for path in DOCS.glob("*/**/*.md")}
     assert tables <= set(re.findall(r"\]\((\S+?)\)", results))
+
+
+ROOT = DOCS.parent
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *sorted(DOCS.rglob("*.md")),
+    *ROOT.glob("recipes/*/*.md"),
+]
+STARTS = (
+    r"(?:mha2mla|(?:torchrun|accelerate|python)\b.* -m mha2mla_vlm|\$run) "  # `$run` ends with `finetune`
+)
+
+
+def blocks(text):
+    """Lines of a page's shell blocks, those that go on joined."""
+    for block in re.findall(r"^```sh\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
+        yield from block.replace("\\\n", " ").splitlines()
+
+
+def shown_commands(text):
+    """Words of each whole command in the shell blocks of a page."""
+    for line in blocks(text):
+        if found := re.match(STARTS, line):
+            words = shlex.split(re.sub(r"\$\([^)]*\)|\$\w+", "VALUE", line[found.end() :]), comments=True)
+            yield (["finetune"] if found[0].startswith("$run") else []) + words
+
+
+def mentioned_commands(text):
+    """Words of what a page names in a line of text, which may be part of a command."""
+    for code in re.findall(
+        r"`(mha2mla [^`]+|[a-z-]+ --[^`]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    ):
+        yield shlex.split(code.removeprefix("mha2mla "))
+
+
+def command_of(words):
+    """The command that words begin with, None if it is none of ours, and the words after its name."""
+    command = get_command(app)
+    while words and hasattr(command, "commands") and words[0] in command.commands:
+        command, words = command.commands[words[0]], words[1:]
+    return (None if hasattr(command, "commands") else command), words
+
+
+def options_of(command):
+    """All options of a command."""
+    return {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_commands_of_the_pages_are_understood(page):
+    text = page.read_text(encoding="utf-8")
+    for words in shown_commands(text):
+        command, rest = command_of(words)
+        assert command is not None, words
+        command.make_context(words[0], rest).close()  # which parses, and raises if it cannot
+    for words in mentioned_commands(text):
+        command, rest = command_of(words)
+        if command is not None:
+            assert {word for word in rest if word.startswith("-")} <= options_of(command) | {"--help"}, words
+
+
+@pytest.mark.parametrize("line", ["convert m -o out", "convert m --data d -o out --bits 8", "chat"])
+def test_a_command_that_is_not_understood_would_be_seen(line):
+    words = next(shown_commands(f"```sh\nmha2mla {line}  # a comment\n```\n"))
+    command, rest = command_of(words)
+    with pytest.raises(USAGE_ERROR):
+        command.make_context(words[0], rest)
+
+
+def test_commands_of_the_pages_are_found():
+    texts = [page.read_text(encoding="utf-8") for page in PAGES]
+    shown_names = [words[0] for text in texts for words in shown_commands(text)]
+    assert len(shown_names) > 40
+    assert set(shown_names) >= {
+        "convert",
+        "evaluate",
+        "finetune",
+        "report",
+        "generate",
+        "chat",
+        "bench",
+        "task",
+        "zoo",
+    }
+    assert sum(len(list(mentioned_commands(text))) for text in texts) > 20
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/convert.md", "docs/data.md"])
+def test_options_named_without_a_command_exist(page):
+    group = get_command(app)
+    known = set().union(*map(options_of, group.commands.values()), options_of(group), {"--help"})
+    named = re.findall(r"(?<=[` ])--[a-z][a-z-]*", (ROOT / page).read_text(encoding="utf-8"))
+    assert len(named) > 3
+    assert set(named) - {"--trust-remote-code"} <= known  # of `transformers serve`
+
+
+FRONTIER = {
+    "original": "original",
+    "published": "published",
+    "at write": "write, 16 bits",
+    "at read": "read, 16 bits",
+}
+FRONTIER |= {"bits by channel": "auto, bits by channel"}
+OLDER = {"original": "original", "published": "published", "at write": "write", "at read": "read"}
+OLDER |= {"bits by channel": "read mixed"}
+
+
+def rows_of(path):
+    return [json.loads(line) for line in (DOCS / path).read_text(encoding="utf-8").splitlines()]
+
+
+def counted(model, method, budget):
+    """The row that counts for a model, method and size: of the frontier, else of `rotated_at_read`."""
+    for row in rows_of("frontier/rows.jsonl"):
+        if (row["model"], row["method"], row["budget"]) == (model, FRONTIER[method], budget):
+            return row
+    rows = rows_of(f"rotated_at_read/{model}.jsonl")
+    return next(row for row in rows if (row["way"], row["budget"]) == (OLDER[method], budget))
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", DOCS / "convert.md"], ids=lambda path: path.name)
+def test_tables_of_quality_have_the_figures_that_count(page):
+    text = page.read_text(encoding="utf-8")
+    head = "| cache | method | `zoo:qwen2_5_vl` | `zoo:llava_next` | `zoo:llava` |\n|---|---|---|---|---|\n"
+    lines = text.split(head)[1].split("\n\n")[0].splitlines()
+    assert len(lines) > 5
+    words = {"write": "at write", "default": "at read", "read": "at read", "mixed": "bits by channel"}
+    method = None
+    for line in lines:
+        share, title, *cells = (cell.strip(" *`") for cell in line.strip("|").split("|"))
+        if title != "the same":
+            method = words.get(re.split(r"[ ,]+", title.strip("`"))[-1], title)
+        for model, cell in zip(("qwen2_5_vl", "llava_next", "llava"), cells, strict=True):
+            row = counted(model, method, float(share.rstrip("%")) / 100)
+            loss = "" if method == "original" else f", {row['kl']:.4f}"
+            assert cell == f"{row['exact_match']:.1%}{loss}", line

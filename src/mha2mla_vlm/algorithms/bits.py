@@ -4,8 +4,8 @@ A channel is kept as a float16 or as an integer of 8, 4 or 2 bits, or not at all
 
 Channels of a PCA are uncorrelated and in the order of what they carry, as transform coding wants them: an
 error e of channel j costs `w_j E[e^2]`, and the best numbers of bits follow from the channels' importances
-`w_j E[c_j^2]` alone (reverse water-filling, Cover and Thomas, section 10.3). Steps are fixed by calibration
-and moved into the factors, so that a latent counts in steps and a row of integers is complete in itself.
+`w_j E[c_j^2]` only (reverse water-filling, Cover and Thomas, section 10.3). Steps are fixed by calibration
+and moved into the factors, so that a latent counts in steps and a row of integers is read without any other.
 
 Shapes: C hidden, G KV heads, R rope dims, r latent dims.
 """

@@ -102,13 +102,12 @@ def _convert(
         from mha2mla_vlm.utils.distributed import process_index, shared_work
 
     model, adapter, records, output, config = given
-    with merged(model, adapter, output, resume=options["resume"]) as source:
-        temporary = adapter is not None
-        converted = convert_checkpoint(source, records, output, config, temporary=temporary, **options)
+    with merged(model, adapter, output, resume=options["resume"]) as (name, source):
+        converted = convert_checkpoint(name, records, output, config, source=source, **options)
         if process_index() != 0:
             return None
         with shared_work(False):
-            return then(source, converted.to_dict())
+            return then(name, converted.to_dict())
 
 
 def _report(data: str | None, model: str, output: Path, how: dict[str, Any]) -> dict[str, Any]:

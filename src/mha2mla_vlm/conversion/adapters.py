@@ -4,10 +4,11 @@ import contextlib
 import logging
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mha2mla_vlm.errors import InputError, first_line, need
-from mha2mla_vlm.model.checkpoint import load, load_processor, save
+from mha2mla_vlm.model.checkpoint import load, load_config, load_processor, resolve, save
+from mha2mla_vlm.model.origin import shared_name, stated_by
 from mha2mla_vlm.utils.distributed import process_index, wait_for_all
 from mha2mla_vlm.utils.folders import check_output, discard
 from mha2mla_vlm.utils.progress import status
@@ -16,24 +17,37 @@ from mha2mla_vlm.utils.remote import away_from
 logger = logging.getLogger(__name__)
 
 
-@contextlib.contextmanager
-def merged(name: str, adapter: str | None, output: Path, *, resume: bool) -> Iterator[str]:
-    """Within the context, where the model with its adapter merged in lies: `OUTPUT.merged`.
+class Merged(NamedTuple):
+    """Where a model lies that is to be converted; if an adapter was merged into it, what both are."""
 
-    It is removed at the end, but kept if anything fails, for `resume`. Without an adapter it is `name`
-    itself. Merging holds the whole model in memory. Raises `InputError` if the adapter does not fit.
+    name: str
+    source: dict[str, str] | None
+
+
+@contextlib.contextmanager
+def merged(name: str, adapter: str | None, output: Path, *, resume: bool) -> Iterator[Merged]:
+    """Within the context, a model with its adapter merged in is in the folder `OUTPUT.merged`.
+
+    It is removed at the end, but kept if anything fails, for `resume`. Without an adapter it is the model
+    `name` itself. Merging holds the whole model in memory. Raises `InputError` if the adapter does not fit.
     """
     if adapter is None:
-        yield name
+        yield Merged(name, None)
         return
     path = check_output(output)  # which is claimed
     folder = path.with_name(path.name + ".merged")
     if process_index() == 0 and not (resume and folder.exists()):
         save(merge(name, adapter), load_processor(name), folder)
     wait_for_all()
-    yield str(folder)
+    yield Merged(str(folder), known_source(name, adapter))
     if process_index() == 0:
         discard(folder, path)
+
+
+def known_source(name: str, adapter: str) -> dict[str, str]:
+    """What a model card says of a model and the adapter merged into it: both names, the model's licence."""
+    stated = stated_by(resolve(name), load_config(name))
+    return stated | {"merged_into": shared_name(name), "adapter": shared_name(adapter)}
 
 
 def merge(name: str, adapter: str) -> Any:

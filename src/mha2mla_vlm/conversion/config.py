@@ -40,12 +40,12 @@ class ConversionConfig(Strict):
         None, "Share of the cache to keep, allocated to layers; else 0.125, or 0.375 at write."
     )
     qk_rope_head_dim: int | None = option(
-        None, "R, rope dims kept per KV head, instead the same in every layer."
+        None, "R, rope dims kept per KV head: the same in every layer, instead of allocated."
     )
     d_kv: int | None = option(
         None,
-        "Latent dims per KV head, instead the same in every layer; the latent of a token, kv_lora_rank, has "
-        "d_kv for each KV head.",
+        "Latent dims per KV head: the same in every layer, instead of allocated; the latent of a token, "
+        "kv_lora_rank, has d_kv for each KV head.",
     )
     rope_selection: str = option(
         "residual", f"Which pairs stay rotated. {PAIR_SELECTIONS.described()}", PAIR_SELECTIONS
@@ -59,26 +59,27 @@ class ConversionConfig(Strict):
     )
     rotate_at: str = option(
         None,
-        "write: rotated keys are cached beside the latent. read: keys are made of the latent and rotated "
-        "when they are read, which is far better at small sizes and takes more arithmetic. auto: each layer "
-        "as it loses least.  [default: auto; write with sizes or methods that only go with it]",
+        "write: rotated keys are cached beside the latent. read: keys are computed from the latent and "
+        "rotated when they are read, which loses far less at small sizes and takes more arithmetic. auto: "
+        "each layer as it loses least.  [default: auto; write with sizes or methods that only go with it]",
         DEFAULT_BUDGET,
     )
     max_decode_cost: float | None = option(
         None,
-        "With auto: most arithmetic of attention for each cached token, in that of the original, mean over "
-        f"layers.  [default: {DEFAULT_DECODE_COST:g}]",
+        "With auto: limit on the arithmetic of attention for each cached token, as a multiple of the "
+        f"original's, mean over layers.  [default: {DEFAULT_DECODE_COST:g}]",
     )
     latent_bits: str = option(
         "16",
-        "16: latents are numbers of 16 bits. mixed: 8, 4 or 2 bits for each channel, by what its error "
-        "costs, which is far better in the same bytes.",
+        "16: latents are numbers of 16 bits. mixed: 16, 8, 4, 2 or no bits for each channel, by what its "
+        "error costs, which loses far less in the same bytes.",
         LATENT_BITS,
     )
     samples: int = option(128, "Chats to calibrate and measure on, at most.")
     random_chats: int = option(
         0,
-        "Chats of random tokens, half with noise, to calibrate on besides: if yours are few or of one kind.",
+        "Chats of random tokens, half with pictures of noise, to calibrate on too: if yours are few or of "
+        "one kind.",
     )
     held_out: float = 0.2
 

@@ -63,22 +63,23 @@ def convert_checkpoint(
     spill: str | Path | None = None,
     dtype: str = "auto",
     device: torch.device | str = "cpu",
-    temporary: bool = False,
+    source: dict[str, str] | None = None,
 ) -> StreamedConversion:
     """Convert a model folder or hub id to `output`, with one decoder layer in memory at a time.
 
     What `convert` and `save` would give. A budget takes two more passes over the layers, before they are
     converted, to find what each needs. It works in `OUTPUT.partial`; interrupted at any moment, it is resumed
-    there with `resume`. Hidden states of the chats lie there too, or in `spill`. A result does not name a
-    `temporary` folder as what it was made of. Raises `InputError` for what cannot be converted, and for disks
-    and shards that fail, with the work so far kept.
+    there with `resume`. Hidden states of the chats lie there too, or in `spill`. With a `source` the model
+    is in a temporary folder, which the result does not name: what `source` says it was made of is in the
+    findings. Raises `InputError` for what cannot be converted, and for disks and shards that fail, with the
+    work so far kept.
     """
     folder, target = local_folder(name), torch.device(device)
     plan(model_config := load_config(folder), config)
     weights_files(folder)
     processor, named = load_processor(folder), dict[str, Any]()
-    if temporary or not Path(resolve(name)).is_dir():  # on the hub, wherever its files are now
-        named["original"] = None if temporary else _original(model_config, str(name))
+    if source or not Path(resolve(name)).is_dir():  # on the hub, wherever its files are now
+        named["original"] = None if source else _original(model_config, str(name))
     with _room_for_experts(folder, model_config, Path(output)) as options:
         model = _on_disk(folder, model_config, dtype, target, options)
         chats = encode_split(model, processor, records, config)
@@ -88,7 +89,7 @@ def convert_checkpoint(
         settings = given | {"processes": process_count(), "weights": weights_digest(folder)}
         with claimed_by_first(output):
             work = WorkFolder(Path(output), settings, resume=resume, spill=Path(spill) if spill else None)
-            return _convert(model, processor, config, chats, target, work, named)
+            return _convert(model, processor, config, chats, target, work, named, source)
 
 
 def _convert(
@@ -99,11 +100,15 @@ def _convert(
     device: torch.device,
     work: WorkFolder,
     named: dict[str, Any],
+    source: dict[str, str] | None,
 ) -> StreamedConversion:
-    """Convert, from where `work` stopped; `named` are fields of the result's config to be set."""
+    """Convert, from where `work` stopped; `named` are fields of the result's config to be set, and `source`
+    takes the place of what the folder of the model says of itself.
+    """
     with kept(work.folder, "resume with --resume"):
         found = run(model, config, chats, device=device, work=work, sink=_shards(model, work))
-        found = replace(found, mla=replace(found.mla, **named))
+        findings = found.findings | ({"source": source} if source else {})
+        found = replace(found, mla=replace(found.mla, **named), findings=findings)
         start = time.perf_counter()
         if work.main:
             with work.writing("the rest of the model"), status("writing the rest of the model"):

@@ -12,7 +12,7 @@ SAME = 2  # questions, but for their numbers, that are still of one kind
 def lacks(records: Sequence[Record]) -> list[str]:
     """What chats to calibrate on lack, a clause each; nothing where they are broad.
 
-    What each costs is in docs/method.md: KL on other chats ten to a thousand times as large.
+    What each costs is in docs/robustness: KL on other chats ten to a thousand times as large.
     """
     shown = [len(record.images) for record in records]
     asked = {

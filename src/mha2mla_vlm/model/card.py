@@ -26,8 +26,9 @@ CARD = """---
 
 # {{ name }}, with multi-head latent attention
 
-Converted from {{ base }} with mha2mla-vlm ([the method](https://arxiv.org/abs/2601.11464))
-{{- ", then trained" if trained }}: the cache holds a
+Converted from {{ base }}
+{%- if adapter %}, after the adapter `{{ adapter }}` was merged into it,{% endif %} with mha2mla-vlm
+([the method](https://arxiv.org/abs/2601.11464)){{ ", then trained" if trained }}: the cache holds a
 small latent for each token instead of keys and values.
 
 | | |
@@ -35,8 +36,8 @@ small latent for each token instead of keys and values.
 {% for fact, value in facts.items() -%}
 | {{ fact }} | {{ value }} |
 {% endfor %}
-KL is the mean divergence from the original, in nats per token of held-out answers, measured by the
-conversion{{ ", before training" if trained }}.
+KL is the mean divergence from the original{{ " with its adapter" if adapter }}, in nats per token of held-out
+answers, measured by the conversion{{ ", before training" if trained }}.
 
 ## Use
 
@@ -82,6 +83,7 @@ does wrong this model does too.
 ## Licence
 
 The weights derive from {{ base }}: its licence holds for them too. {{ licence }}
+{%- if adapter %} What licence the adapter has is not recorded.{% endif %}
 
 """
 
@@ -100,8 +102,10 @@ def model_card(
     names in `METRICS`, of these weights; `trained` says that they were trained after the conversion.
     """
     mla, family, found = MLAConfig.from_dict(config.mla), get_family(config.model_type), findings or {}
-    base = mla.original if mla.original and not Path(mla.original).is_absolute() else None
-    hub, source = base if base and "/" in base else None, found.get("source", {})
+    source: dict[str, str] = found.get("source", {})
+    origin = mla.original or source.get("merged_into")
+    base = origin if origin and not Path(origin).is_absolute() else None
+    hub = base if base and "/" in base else None
     results = _results(None if trained else mla.kl, evaluation or {})
     data = ModelCardData(
         license=source.get("license"),
@@ -119,6 +123,7 @@ def model_card(
         template_str=CARD,
         name=name,
         base=f"`{base}`" if base else f"a {family.model_type} model",
+        adapter=source.get("adapter"),
         trained=trained,
         facts=_facts(config, mla),
         calibration=_calibration(found),

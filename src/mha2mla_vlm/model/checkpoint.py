@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 from transformers import (
     AutoConfig,
@@ -22,12 +21,16 @@ from mha2mla_vlm.model.files import check_files, check_weights
 from mha2mla_vlm.model.modeling import register
 from mha2mla_vlm.model.shipped import ZOO_PREFIX, zoo_path
 from mha2mla_vlm.model.soundness import check_config, check_finite, check_stored, loading_errors
+from mha2mla_vlm.utils.downloads import download
 from mha2mla_vlm.utils.folders import new_folder
 from mha2mla_vlm.utils.progress import status
-from mha2mla_vlm.utils.remote import HUB_ERRORS, away_from, why
+from mha2mla_vlm.utils.remote import HUB_ERRORS, away_from, is_hub_id, why
 
 # of a model, for which none is code
 FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "README.md")
+LOADED = ("config.json", "model.safetensors", "model-*.safetensors", "model.safetensors.index.json")
+HUB_OPTIONS = ("token", "revision", "cache_dir")  # and with these, which files `from_pretrained` takes
+OTHER_FILES = ("local_files_only", "force_download", "subfolder", "variant")
 
 
 def resolve(name: str | Path) -> str:
@@ -64,8 +67,8 @@ def load(name: str | Path, **kwargs: Any) -> PreTrainedModel:
     Keyword arguments go to `from_pretrained`; `dtype` is by default the one stored. Raises
     `InputError` for an unsupported family, and for weights that are broken, missing or misshaped.
     """
-    hub = ("token", "revision", "cache_dir", "local_files_only", "force_download", "subfolder")
-    config = load_config(name, **{key: kwargs[key] for key in hub if key in kwargs})
+    hub = {key: kwargs[key] for key in (*HUB_OPTIONS, *OTHER_FILES) if key in kwargs and key != "variant"}
+    config = load_config(name, **hub)
     source = resolve(name)
     away = away_from(source)
     options = _cached(away) | {"dtype": "auto", "trust_remote_code": False} | kwargs
@@ -75,6 +78,9 @@ def load(name: str | Path, **kwargs: Any) -> PreTrainedModel:
         options["ignore_mismatched_sizes"] = True  # refused below, by name, as converted models do themselves
     stored = converted or any(folder.glob("*.safetensors*"))
     what = f"the weights of {shown_path(source)}"
+    if is_hub_id(source) and away is None and not any(key in kwargs for key in OTHER_FILES):
+        with reading(what):  # which `from_pretrained` would download silently
+            download(source, LOADED, **hub)
     with status(f"loading the weights of {shown_path(name)}"), reading(what, partial(why, away=away)):
         if folder.is_dir() and stored and getattr(config, "quantization_config", None) is None:
             check_weights(folder)
@@ -97,8 +103,7 @@ def local_folder(name: str | Path) -> Path:
         return source
     away = away_from(str(name))
     try:
-        with status(f"downloading {shown_path(name)}"):
-            return Path(snapshot_download(str(name), allow_patterns=list(FILES), **_cached(away)))
+        return download(str(name), FILES, **_cached(away))
     except (*HUB_ERRORS, ValueError, HFValidationError) as error:
         reason = why(error, away)
         raise InputError(f"{name!r} is no folder, and cannot be downloaded: {reason}") from None

@@ -54,6 +54,23 @@ def displayed(display: D) -> Iterator[D]:
             _displays[-1].start()
 
 
+class _Nothing:
+    """The display of what shows itself."""
+
+    def start(self) -> None:
+        """Nothing to show."""
+
+    def stop(self) -> None:
+        """Nothing was shown."""
+
+
+@contextlib.contextmanager
+def hidden() -> Iterator[None]:
+    """Within the context, no bar or spinner of ours is on, as another library shows its own."""
+    with displayed(_Nothing()):
+        yield
+
+
 @contextlib.contextmanager
 def status(text: str) -> Iterator[None]:
     """Within the context, a spinner says what is being done, if standard error is a terminal."""

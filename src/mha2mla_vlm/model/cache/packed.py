@@ -1,6 +1,6 @@
 """Latents whose channels differ in bits as rows of bytes: 16 bits first, then 8, 4 and 2.
 
-A row is complete in itself, so whatever holds rows holds these: growing, static and offloaded caches.
+A row can be read without any other, so whatever holds rows holds these: growing, static and offloaded caches.
 
 Shapes: B batch, S all tokens, G KV heads, R rope dims per head, r latent dims, b bytes of a row.
 """
