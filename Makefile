@@ -34,7 +34,7 @@ test-pages: $(VENV)/.installed-pages
 
 # vLLM for CPUs, in an environment of its own: it pins its PyTorch
 test-vllm: $(VLLM_VENV)/.installed
-	$(VLLM_VENV)/bin/python -m pytest -m vllm tests/serving
+	$(VLLM_VENV)/bin/python -m pytest -m "vllm and not slow" tests/serving
 
 # all that needs a GPU, in the Python that PYTHON is, without a network: tests, and figures for docs/gpu
 gpu:
@@ -71,6 +71,7 @@ docs: $(VENV)/.installed-docs
 # what `.ci/run` runs, and all that it has no time for
 nightly: check test test-eval docs oldest test-pages test-vllm $(if $(TRANSFORMERS),test-upstream)
 	$(VENV)/bin/python -m pytest -m slow $(TESTS)
+	$(VLLM_VENV)/bin/python -m pytest -m "vllm and slow" tests/serving
 
 check: $(STAMP)
 	$(VENV)/bin/ruff check .

@@ -104,6 +104,7 @@ def qwen3_vl_moe():
     vision = {"hidden_size": 32, "intermediate_size": 32, "out_hidden_size": HIDDEN}
     vision |= {"num_position_embeddings": 256, "deepstack_visual_indexes": [0]}
     experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    experts |= {"norm_topk_prob": True}  # which vLLM reads
     given = ({"mrope_interleaved": True}, vision)
     return qwen("qwen3_vl_moe", "Qwen3VLProcessor", "Qwen3VLVideoProcessor", *given, **experts)
 

