@@ -1,7 +1,8 @@
-"""Converts checkpoints of the true 7B shapes, with random weights, on this machine.
+"""Converts checkpoints of the true shapes of 7B models and larger, with random weights, on this machine.
 
     python benchmarks/scale.py --shape qwen2.5-vl-7b llava-next-8b llava-1.5-7b     # two hours, 35 GB of disk
-    python benchmarks/scale.py --shape qwen2.5-vl-7b --layers 2 --budget 0.375
+    python benchmarks/scale.py --shape qwen2.5-vl-7b --layers 2 --budget 0.125
+    python benchmarks/scale.py --shape qwen3-vl-30b-a3b --layers 2 --budget 0.125
 
 For each shape: writes a checkpoint (bfloat16, sharded; the zoo's tokenizer; for the LLaVAs images of fewer
 pixels, so that chats have 512 tokens), converts it with 16 such chats by `mha2mla convert` in a process of
@@ -43,7 +44,8 @@ LLAMA: dict[str, Any] = {
     "num_attention_heads": 32,
     "head_dim": 128,
 }
-SHAPES: dict[str, tuple[str, dict[str, Any]]] = {  # zoo model, and sizes of the language model
+QWEN3: dict[str, Any] = {"num_attention_heads": 32, "head_dim": 128, "vocab_size": 151936}
+SHAPES: dict[str, tuple[str, dict[str, Any]]] = {  # family, and sizes of the language model
     "qwen2.5-vl-7b": (
         "qwen2_5_vl",
         {
@@ -74,33 +76,65 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {  # zoo model, and sizes of the
             "vocab_size": 4096,
         },
     ),
+    "qwen3-vl-8b": (
+        "qwen3_vl",
+        QWEN3
+        | {
+            "hidden_size": 4096,
+            "intermediate_size": 12288,
+            "num_hidden_layers": 36,
+            "num_key_value_heads": 8,
+        },
+    ),
+    "qwen3-vl-30b-a3b": (
+        "qwen3_vl_moe",
+        QWEN3
+        | {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 48, "num_key_value_heads": 4}
+        | {
+            "num_experts": 128,
+            "num_experts_per_tok": 8,
+            "moe_intermediate_size": 768,
+            "norm_topk_prob": True,
+        },
+    ),
 }
 TRUE = list(SHAPES)[:3]
+QWEN3_VISION = {
+    "depth": 27, "hidden_size": 1152, "intermediate_size": 4304, "num_heads": 16,
+    "num_position_embeddings": 48 * 48, "deepstack_visual_indexes": [8, 16, 24], "patch_size": 16,
+}  # fmt: skip
 QWEN_VISION: dict[str, dict[str, Any]] = {
     "qwen2.5-vl-7b": {
         "depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16,
-        "out_hidden_size": 3584, "fullatt_block_indexes": [7, 15, 23, 31],
+        "fullatt_block_indexes": [7, 15, 23, 31], "patch_size": 14, "window_size": 112,
     },
     "qwen2.5-vl-small": {
         "depth": 2, "hidden_size": 160, "intermediate_size": 640, "num_heads": 2,
-        "out_hidden_size": 512, "fullatt_block_indexes": [1],
+        "fullatt_block_indexes": [1], "patch_size": 14, "window_size": 112,
     },
+    "qwen3-vl-8b": QWEN3_VISION,
+    "qwen3-vl-30b-a3b": QWEN3_VISION,
 }  # fmt: skip
 IMAGE_SIZE = {"llava_next": 168, "llava": 294}  # of CLIP's own 336
 
 
 def true_config(shape: str, layers: int | None) -> tuple[PreTrainedConfig, ProcessorMixin]:
     """The zoo model's config and processor with the sizes of the true model."""
-    zoo_name, sizes = SHAPES[shape]
+    family, sizes = SHAPES[shape]
+    zoo_name, kind = family.removesuffix("_moe"), get_family(family)
     model, processor = new_model(zoo_name)
-    values = model.config.to_dict()
+    values = {key: value for key, value in model.config.to_dict().items() if key != "model_type"}
     values["text_config"] |= sizes | ({"num_hidden_layers": layers} if layers else {})
+    values["text_config"] |= {"model_type": kind.text_model_types[0]}
     values["text_config"].pop("layer_types", None)
     values["tie_word_embeddings"] = False
-    if zoo_name == "qwen2_5_vl":
-        values["text_config"]["rope_parameters"]["mrope_section"] = [16, 24, 24]
-        values["vision_config"] |= QWEN_VISION[shape] | {"patch_size": 14, "window_size": 112}
-        processor.image_processor.patch_size = 14
+    if shape in QWEN_VISION:
+        vision = QWEN_VISION[shape] | {"out_hidden_size": sizes["hidden_size"]}
+        sections = [24, 20, 20] if "deepstack_visual_indexes" in vision else [16, 24, 24]
+        values["text_config"]["rope_parameters"]["mrope_section"] = sections
+        values["vision_config"].pop("model_type")
+        values["vision_config"] |= vision
+        processor.image_processor.patch_size = vision["patch_size"]
         processor.image_processor.size = {"shortest_edge": 56 * 56, "longest_edge": 1280 * 28 * 28}
     else:
         size = IMAGE_SIZE[zoo_name]
@@ -115,7 +149,7 @@ def true_config(shape: str, layers: int | None) -> tuple[PreTrainedConfig, Proce
         if zoo_name == "llava_next":
             pinpoints = [[size, size], [size, 2 * size], [2 * size, size]]
             values["image_grid_pinpoints"] = processor.image_processor.image_grid_pinpoints = pinpoints
-    return type(model.config)(**values), processor
+    return getattr(transformers, kind.config_class)(**values), processor
 
 
 def write_checkpoint(shape: str, layers: int | None, folder: Path) -> ProcessorMixin:
@@ -125,7 +159,8 @@ def write_checkpoint(shape: str, layers: int | None, folder: Path) -> ProcessorM
     name = get_family(config.model_type).model_class
     config.architectures = [name]
     with torch.device("meta"):
-        shapes = {k: v.shape for k, v in getattr(transformers, name)(config).state_dict().items()}
+        found = getattr(transformers, name)(config).state_dict()
+    shapes = {k: _as_on_the_hub(k, v.shape) for k, v in found.items()}
     shards: list[dict[str, torch.Size]] = [{}]
     for key, size in shapes.items():
         if sum(2 * s.numel() for s in shards[-1].values()) + 2 * size.numel() > SHARD_BYTES:
@@ -147,6 +182,11 @@ def write_checkpoint(shape: str, layers: int | None, folder: Path) -> ProcessorM
     return processor
 
 
+def _as_on_the_hub(key: str, size: torch.Size) -> torch.Size:
+    """The shape that a file of the original has: experts lie the other way round."""
+    return torch.Size((size[0], size[2], size[1])) if ".experts." in key and len(size) == 3 else size
+
+
 def _random(key: str, size: torch.Size) -> torch.Tensor:
     if "norm" in key and key.endswith("weight"):
         return torch.ones(size, dtype=torch.bfloat16)
@@ -156,7 +196,7 @@ def _random(key: str, size: torch.Size) -> torch.Tensor:
 def write_chats(shape: str, processor: ProcessorMixin, folder: Path, count: int = CHATS) -> list[int]:
     """Chats of `TOKENS` tokens, most of them of an image of noise; returns their lengths."""
     rng = random.Random(0)
-    width, height = {"qwen2_5_vl": (560, 560), "llava_next": (336, 168)}.get(SHAPES[shape][0], (294, 294))
+    width, height = {"llava_next": (336, 168), "llava": (294, 294)}.get(SHAPES[shape][0], (560, 560))
     rows, lengths = [], []
     for number in range(count):
         image = Image.frombytes("RGB", (width, height), rng.randbytes(3 * width * height))
