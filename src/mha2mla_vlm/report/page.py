@@ -16,7 +16,8 @@ from mha2mla_vlm.utils.shown import data_url, size_text
 
 LARGEST_SIDE = 384  # pixels of an image that is shown
 CLEAR = 0.05  # of a sign test: a change that is less likely by chance is one
-CHOICES = {"": "all", "differs": "differing", "worse": "became wrong", "better": "became right"}  # of examples
+# what examples can be filtered by
+CHOICES = {"": "all", "differs": "differing", "worse": "became wrong", "better": "became right"}
 SHOWN_TOKENS = 32_768  # of the caches that the head of the page compares
 
 
@@ -39,7 +40,7 @@ def render(report: Report) -> str:
         tokens=SHOWN_TOKENS,
         caches=[("original", before), ("converted", after), ("converted, 4-bit", coded)],
         speeds=list(zip(("original", "converted"), report.speed.first, report.speed.later, strict=True)),
-        choices=CHOICES,
+        choices=_choices(report),
         examples_text=_examples_text(report),
         facts=_facts(report),
         verdict=_verdict(report.quality),
@@ -125,11 +126,24 @@ def _colors(colors: list[str]) -> str:
 def _examples_text(report: Report) -> str:
     """Which answers are shown."""
     shown, answers, differing = len(report.examples), report.quality["answers"], report.differing
-    if shown == answers:
-        return f"All {answers:,} answers, those that differ first."
     found = sum(not example.agree for example in report.examples)
-    which = f"{found:,} of the {differing:,}" if found < differing else f"all {differing:,}"
-    return f"{shown:,} of {answers:,} answers, among them {which} that differ from the original's, which come first."
+    which = f"All {answers:,} answers" if shown == answers else f"{shown:,} of {answers:,} answers"
+    if not differing:
+        return f"{which}. No answer differs from the original's."
+    here = "" if found == differing else f", {found:,} of them here"
+    return (
+        f"{which}. {differing:,} differ{'s' * (differing == 1)} from the original's{here}; such come first."
+    )
+
+
+def _choices(report: Report) -> dict[str, str]:
+    """What the examples can be filtered by, and how many there are of each."""
+    counts = {
+        "": len(report.examples),
+        "differs": sum(not example.agree for example in report.examples),
+        **{change: sum(e.change == change for e in report.examples) for change in ("worse", "better")},
+    }
+    return {value: f"{name} ({counts[value]})" for value, name in CHOICES.items()}
 
 
 def _change_text(example: Example) -> str:

@@ -95,10 +95,11 @@ def cache_plot(report: Report) -> str:
             values = [size * tokens / 1e6 for tokens in CONTEXTS]
             axes.plot(CONTEXTS, values, dashes, color=color, label=name, linewidth=2)
         for tokens in CONTEXTS[1:]:
-            sizes = [f"{n} {size_text(b * tokens)}" for n, b in zip(names, report.bytes_per_token, strict=True)]
+            sizes = zip(names, report.bytes_per_token, strict=True)
+            said = ", ".join(f"{name} {size_text(size * tokens)}" for name, size in sizes)
             end = min(tokens + half, CONTEXTS[-1])
             strip = axes.axvspan(tokens - half, end, color=INK, linewidth=0)
-            marks.set(strip, f"{tokens:,} tokens: {', '.join(sizes)}")
+            marks.set(strip, f"{tokens:,} tokens: {said}")
         axes.set_xticks(CONTEXTS, [f"{tokens // 1024}k" for tokens in CONTEXTS])
         axes.set(xlabel="tokens", ylabel="MB", ylim=(0, None), xlim=(0, CONTEXTS[-1]))
         axes.legend(loc="upper left")

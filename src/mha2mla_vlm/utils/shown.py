@@ -2,10 +2,11 @@
 
 import base64
 import io
+from typing import Any
 
 from PIL import Image
 
-FORMATS = ({"format": "PNG", "optimize": True}, {"format": "WEBP", "quality": 80})
+FORMATS: tuple[dict[str, Any], ...] = ({"format": "PNG", "optimize": True}, {"format": "WEBP", "quality": 80})
 
 
 def size_text(value: float) -> str:

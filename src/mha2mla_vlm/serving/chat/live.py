@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from mha2mla_vlm.data.records import Record, encode
+from mha2mla_vlm.errors import InputError
 from mha2mla_vlm.evaluation.generation import Finite
 from mha2mla_vlm.model.cache.latent import LatentCache, cache_bytes
 from mha2mla_vlm.utils.compat import cache_argument
@@ -93,10 +94,20 @@ def live_answer(
     max_new_tokens: int,
     ended: threading.Event,
 ) -> Iterator[Moment]:
-    """A greedy answer to a chat, after each of its tokens, until nobody listens or `ended` is set."""
+    """A greedy answer to a chat, after each of its tokens, until nobody listens or `ended` is set.
+
+    Raises `InputError` where the model has no room for it.
+    """
     if ended.is_set():
         return
     inputs = encode(processor, [record], generation_prompt=True).to(model.device)
+    tokens = inputs["input_ids"].shape[1]
+    room = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if room is not None and tokens + max_new_tokens > room:
+        raise InputError(
+            f"the conversation has {tokens:,} tokens, an answer up to {max_new_tokens:,}, and the model has "
+            f"room for {room:,}; begin a new one"
+        )
     converted = getattr(model.config, "mla", None) is not None
     cache = LatentCache() if converted else DynamicCache(config=model.config.get_text_config(decoder=True))
     news: SimpleQueue[Moment | BaseException | None] = SimpleQueue()
