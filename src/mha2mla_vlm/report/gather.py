@@ -128,7 +128,7 @@ def gather(
         layers=_layers(
             model, found.get("spectra"), _layer_kl(model, baseline, processor, records[:layer_samples])
         ),
-        examples=_examples(answers),
+        examples=choose_examples(answers),
         commands=list(commands),
     )
 
@@ -199,7 +199,7 @@ def _loss(model: PreTrainedModel, chats: Sequence[Chat], states: MemoryStates) -
     return as_kl(total / tokens)
 
 
-def _examples(answers: Sequence[Answered]) -> list[Example]:
+def choose_examples(answers: Sequence[Answered]) -> list[Example]:
     """Some answers of every kind and outcome in turn; those that both models give differently come first."""
     outcomes = _grouped([_example(answer) for answer in answers], _outcome)
     groups = [_in_turn(_grouped(group, lambda one: one.answer.kind)) for group in outcomes]

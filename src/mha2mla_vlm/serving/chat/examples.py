@@ -19,7 +19,7 @@ SEARCHED = 8 * COUNT  # chats
 
 
 def example_questions(config: Any, name: str, data: str | None) -> list[tuple[Image.Image, str]]:
-    """First questions about one image: of chats in `data`, else of held-out ones of a shipped model.
+    """First questions of chats about one image: in `data`, else of held-out ones of a shipped model.
 
     `name` is the model's own; a converted one names in `config` which it was made of. Raises `InputError`
     for `data` without such a question.
@@ -31,11 +31,12 @@ def example_questions(config: Any, name: str, data: str | None) -> list[tuple[Im
         records = zoo_records(origin.removeprefix(ZOO_PREFIX), split="test", samples=SEARCHED, seed=0)
     else:
         return []
-    first = [record.before(record.answers()[0]) for record in records if record.answers()]
+    chats = [record for record in records if record.answers() and len(record.images) == 1]
+    first = [record.before(record.answers()[0]) for record in chats]
     asked = [(record, message_text(record.messages[-1]).strip()) for record in first]
-    found = [(record, text) for record, text in asked if text and len(record.images) == 1][:COUNT]
+    found = [(record, text) for record, text in asked if text and record.images][:COUNT]
     if not found:
-        which = f"none of the first {SEARCHED} chats begins with a question about one image"
+        which = f"none of the first {SEARCHED} chats is about one image and begins with a question about it"
         raise InputError(f"--data {data}: {which}; leave it out, or give others")
     return [(record.load_images()[0], text) for record, text in found]
 

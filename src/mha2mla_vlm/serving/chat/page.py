@@ -155,7 +155,7 @@ def _inputs() -> _Asking:
             with gr.Row():
                 button = gr.Button("Ask", variant="primary", elem_id="ask", min_width=80)
                 stop = gr.Button("Stop", elem_id="stop", min_width=80)
-                new = gr.Button("New conversation", elem_id="new", min_width=160)
+                new = gr.Button("New chat", elem_id="new", min_width=80)
     image.change(_preview, image, preview)
     return _Asking(image=image, question=question, button=button, stop=stop, new=new)
 

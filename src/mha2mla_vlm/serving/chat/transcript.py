@@ -71,7 +71,7 @@ def saving_html(names: Sequence[str], moments: Sequence[Moment]) -> str:
     before, after = moments
     share = (after.cache_bytes / after.cached_tokens) / (before.cache_bytes / before.cached_tokens)
     if before.cached_tokens == after.cached_tokens:
-        sizes = f"{size_text(after.cache_bytes)} instead of {size_text(before.cache_bytes)} ({share:.1%})"
+        sizes = f"{size_text(after.cache_bytes)} instead of {size_text(before.cache_bytes)}"
         detail = f"{sizes} for the {after.cached_tokens:,} tokens of this conversation"
     else:
         theirs, ours = (f"{size_text(m.cache_bytes)} for {m.cached_tokens:,} tokens" for m in moments)
