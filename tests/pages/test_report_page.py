@@ -5,10 +5,10 @@ import re
 
 import pytest
 from conftest import overflow
-from selenium.webdriver import ActionChains
+from selenium.webdriver.common.actions.action_builder import ActionBuilder
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
-from selenium.webdriver.support.ui import Select
+from selenium.webdriver.support.ui import Select, WebDriverWait
 
 from mha2mla_vlm.report.make import report_checkpoint
 
@@ -86,24 +86,42 @@ def test_without_scripts_all_is_there(browser, report):
     assert len(browser.find_elements(By.CSS_SELECTOR, "figure svg.broad .mark > title")) > 10
 
 
+def pointed(browser, mark):
+    """After the pointer has come to a mark: into the middle of an area, onto a line."""
+    place = browser.execute_script(
+        """const path = arguments[0].querySelector("path"), box = path.getBoundingClientRect();
+        if (getComputedStyle(path).fill != "none") return [box.x + box.width / 2, box.y + box.height / 2];
+        const at = path.getPointAtLength(path.getTotalLength() / 3).matrixTransform(path.getScreenCTM());
+        return [at.x, at.y]""",
+        mark,
+    )
+    actions = ActionBuilder(browser)
+    for x, y in ((0, 0), place):
+        actions.pointer_action.move_to_location(round(x), round(y))
+    actions.perform()
+    return True
+
+
 def test_plots_say_what_is_under_the_pointer_and_the_focus(browser, report):
     browser.get(report.as_uri())
     tip = browser.find_element(By.ID, "tip")
     assert not tip.is_displayed()
-    said = []
+    said, wait = [], WebDriverWait(browser, 20)
     for figure in figures(browser):
-        first, second = figure.find_elements(By.CSS_SELECTOR, ".mark")[:2]
+        before, last = figure.find_elements(By.CSS_SELECTOR, ".mark")[-2:]  # the last is on top
+        text = last.get_attribute("aria-label")
         browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", figure)
-        ActionChains(browser).move_to_element(second).perform()
-        assert tip.text == second.get_attribute("aria-label")
-        first.send_keys(Keys.ARROW_RIGHT)
-        assert browser.switch_to.active_element == second
-        assert tip.text == second.get_attribute("aria-label")
-        second.send_keys(Keys.ESCAPE)
-        assert not tip.is_displayed()
-        said.append(second.get_attribute("aria-label"))
-    assert re.match(r"65,536 tokens: original 134\.2 MB, converted 25\.2 MB, converted, 4-bit", said[0])
-    assert [text.partition(":")[0] for text in said[1:]] == ["layer 1", "layer 1", "layer 1, text"]
+        wait.until(lambda b, mark=last, text=text: pointed(b, mark) and tip.text == text)
+        browser.execute_script("scrollTo(0, document.body.scrollHeight)")
+        wait.until(lambda b: not tip.is_displayed())
+        before.send_keys(Keys.ARROW_RIGHT)  # which scrolls to it
+        wait.until(lambda b, text=text: tip.text == text)
+        assert browser.switch_to.active_element == last
+        last.send_keys(Keys.ESCAPE)
+        wait.until(lambda b: not tip.is_displayed())
+        said.append(text)
+    assert re.match(r"131,072 tokens: original 268\.4 MB, converted 50\.3 MB, converted, 4-bit", said[0])
+    assert [text.partition(":")[0] for text in said[1:]] == ["layer 3", "layer 3", "layer 3, vision"]
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
