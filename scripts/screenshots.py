@@ -83,7 +83,7 @@ def take_chat(browser: webdriver.Chrome, work: Path, name: str, shape: tuple[int
         if shape is DESKTOP:
             write(whole, "chat.png")
         else:
-            write(side_by_side(whole, [0, PHONE[1], max(0, whole.height - PHONE[1])]), "chat-phone.png")
+            write(side_by_side(whole, [0, max(0, whole.height - PHONE[1])]), "chat-phone.png")
 
 
 @contextmanager
@@ -151,7 +151,7 @@ def side_by_side(whole: Image.Image, starts: Sequence[int]) -> Image.Image:
 def write(image: Image.Image, name: str) -> None:
     """As a small PNG."""
     path = PAGES / name
-    image.quantize(128, dither=Image.Dither.NONE).save(path, optimize=True)
+    image.save(path, optimize=True)
     assert path.stat().st_size < LARGEST, f"{path} has {path.stat().st_size:,} bytes"
     print(f"{path}: {path.stat().st_size:,} bytes")
 

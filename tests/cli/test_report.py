@@ -142,6 +142,14 @@ def test_examples_are_of_every_outcome():
     assert found == [(c, kind) for c in outcomes for _ in range(EXAMPLES // 6) for kind in "ab"]
 
 
+def test_where_all_pairs_stay_there_is_no_plot_of_them(conversions):
+    page = conversions("llava")[3]
+    every = [list(range(page.sizes.rotary_dim // 2))] * page.sizes.kv_heads
+    text = render(replace(page, layers=[replace(layer, pairs=every) for layer in page.layers]))
+    assert "All frequency pairs of all layers stay rotated" in text
+    assert Page(text).count["svg"] == 2 * 3
+
+
 def test_seconds_are_those_of_both_models(family, conversions):
     speed = conversions(family)[3].speed
     assert (speed.answers, speed.new_tokens, speed.on_gpu) == (6, 17, False)

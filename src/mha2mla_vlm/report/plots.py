@@ -19,7 +19,7 @@ ORIGINAL, CONVERTED, FOUR_BITS = "#858b96", "#2f7ed8", "#c7691b"  # stand out fr
 DASHES = ("-", "--", ":")
 CONTEXTS = [thousands * 1024 for thousands in (0, 32, 64, 96, 128)]
 WIDTHS = {"broad": 6.4, "narrow": 3.6}  # inches
-RAMPS = {"light": (0.0, 0.65), "dark": (0.5, 1.0)}  # parts of a colour map that stand out from the page
+RAMPS = {"light": (0.0, 0.63), "dark": (0.5, 1.0)}  # parts of a colour map that stand out from the page
 NAMED_LAYERS, LISTED_HEADS = 8, 8
 
 
@@ -107,12 +107,14 @@ def cache_plot(report: Report) -> str:
     return _figure(draw, 3.0, "Cache size by context length", 2.6)
 
 
-def pairs_plot(report: Report) -> str:
-    """Which frequency pairs stay rotated, a row for each KV head of each layer."""
+def pairs_plot(report: Report) -> str | None:
+    """Which frequency pairs stay rotated, a row for each KV head of each layer; None if all of them do."""
     pairs = report.sizes.rotary_dim // 2
     layers = [(index, layer) for index, layer in enumerate(report.layers) if layer.pairs]
     heads = [set(head) for _, layer in layers for head in layer.pairs]
     kept = [[float(pair in head) for pair in range(pairs)] for head in heads]
+    if all(map(all, kept)):
+        return None
 
     def draw(figure: Any, marks: _Marks, narrow: bool) -> None:
         from matplotlib.colors import ListedColormap
@@ -174,8 +176,8 @@ def spectra_plot(report: Report) -> str | None:
         figure.supxlabel("direction", fontsize=9)
         figure.supylabel("share of the first", fontsize=9)
         handles, labels = figure.axes[0].get_legend_handles_labels()
-        columns = 3 if narrow else 8
-        figure.legend(handles, labels, loc="outside upper center", ncols=columns, fontsize=8)
+        columns = 4 if narrow else 8
+        figure.legend(handles, labels, loc="outside upper center", ncols=columns, fontsize=7.5)
 
     return _figure(draw, 3.2, "Spectra of keys and values", 2.2 * len(modalities) + 0.8)
 
