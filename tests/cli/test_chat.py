@@ -14,7 +14,7 @@ from mha2mla_vlm.data.records import message_text
 from mha2mla_vlm.errors import InputError
 from mha2mla_vlm.serving.chat.address import FIRST_PORT, LAST_PORT, find_port
 from mha2mla_vlm.serving.chat.examples import example_files, example_questions
-from mha2mla_vlm.serving.chat.live import Moment, live_answer
+from mha2mla_vlm.serving.chat.live import TIMED, Moment, live_answer
 from mha2mla_vlm.serving.chat.question import (
     MAX_QUESTION,
     MAX_TURNS,
@@ -243,6 +243,12 @@ def test_the_saving_is_that_of_the_bytes():
     assert "No smaller cache" in saving_html(names, [moment("a"), moment("a")])
     assert saving_html(names[:1], [moment("a")]) == ""
     assert [fraction(share) for share in (0.5, 0.1875, 0.252, 0.9)] == ["1/2", "18.8%", "1/4", "90.0%"]
+
+
+def test_a_speed_is_said_once_there_are_tokens_to_tell():
+    given = {"text": "", "cached_tokens": 1, "cache_bytes": 1, "seconds": 0.5}
+    rates = [Moment(new_tokens=tokens, **given).rate for tokens in (1, 2, TIMED - 1, TIMED)]
+    assert rates == [None, None, None, 2 * (TIMED - 1)]
 
 
 def test_only_whole_answers_are_compared():

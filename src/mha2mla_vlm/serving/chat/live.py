@@ -24,6 +24,8 @@ from mha2mla_vlm.evaluation.generation import Finite
 from mha2mla_vlm.model.cache.latent import LatentCache, cache_bytes
 from mha2mla_vlm.utils.compat import cache_argument
 
+TIMED = 8  # tokens; a speed of fewer is that of a moment
+
 
 @dataclass(frozen=True, kw_only=True)
 class Moment:
@@ -39,8 +41,8 @@ class Moment:
 
     @property
     def rate(self) -> float | None:
-        """Tokens a second after the first, None before there are two."""
-        return (self.new_tokens - 1) / self.seconds if self.new_tokens > 1 and self.seconds > 0 else None
+        """Tokens a second after the first, None while there are too few to say."""
+        return (self.new_tokens - 1) / self.seconds if self.new_tokens >= TIMED and self.seconds > 0 else None
 
 
 class _Watch(TextStreamer):
