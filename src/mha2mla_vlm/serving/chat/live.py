@@ -103,13 +103,7 @@ def live_answer(
     if ended.is_set():
         return
     inputs = encode(processor, [record], generation_prompt=True).to(model.device)
-    tokens = inputs["input_ids"].shape[1]
-    room = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if room is not None and tokens + max_new_tokens > room:
-        raise InputError(
-            f"the conversation has {tokens:,} tokens, an answer up to {max_new_tokens:,}, and the model has "
-            f"room for {room:,}; begin a new one"
-        )
+    _check_room(model.config, inputs["input_ids"].shape[1], max_new_tokens)
     converted = getattr(model.config, "mla", None) is not None
     cache = LatentCache() if converted else DynamicCache(config=model.config.get_text_config(decoder=True))
     news: SimpleQueue[Moment | BaseException | None] = SimpleQueue()
@@ -143,3 +137,12 @@ def live_answer(
     finally:
         stop.up.set()
         thread.join()
+
+
+def _check_room(config: Any, tokens: int, max_new_tokens: int) -> None:
+    room = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if room is not None and tokens + max_new_tokens > room:
+        raise InputError(
+            f"the conversation has {tokens:,} tokens, an answer up to {max_new_tokens:,}, and the model has "
+            f"room for {room:,}; begin a new one"
+        )
