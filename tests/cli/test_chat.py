@@ -1,5 +1,6 @@
 """What `mha2mla chat` refuses, and how its answers end: all that needs no gradio."""
 
+import json
 import os
 import socket
 import threading
@@ -12,9 +13,19 @@ from PIL import Image
 from mha2mla_vlm.data.records import message_text
 from mha2mla_vlm.errors import InputError
 from mha2mla_vlm.serving.chat.address import FIRST_PORT, LAST_PORT, find_port
-from mha2mla_vlm.serving.chat.live import live_answer
-from mha2mla_vlm.serving.chat.question import MAX_QUESTION, check_answer_length, open_upload, question_record
+from mha2mla_vlm.serving.chat.examples import example_files, example_questions
+from mha2mla_vlm.serving.chat.live import TIMED, Moment, live_answer
+from mha2mla_vlm.serving.chat.question import (
+    MAX_QUESTION,
+    MAX_TURNS,
+    Turn,
+    check_answer_length,
+    open_upload,
+    question_record,
+)
+from mha2mla_vlm.serving.chat.transcript import answers_html, fraction, marked, saving_html
 from mha2mla_vlm.serving.chat.uploads import FOLDER, uploads_folder
+from mha2mla_vlm.zoo.chats import write_chats
 
 
 @pytest.fixture
@@ -170,3 +181,97 @@ def test_an_image_that_a_family_cannot_take_is_refused(tmp_path):
     record = question_record(str(tmp_path / "wide.png"), "What is this?")
     with pytest.raises(InputError, match=r"question: .*aspect ratio"):
         list(live_answer(model, processor, record, max_new_tokens=4, ended=threading.Event()))
+
+
+def moment(text, tokens=60, size=252):
+    return Moment(text=text, new_tokens=1, cached_tokens=tokens, cache_bytes=tokens * size, seconds=0.0)
+
+
+def turn(*answers, image=None):
+    answers = tuple(moment(text) for text in answers)
+    return Turn(question="And here?", image=image, thumbnail=None, answers=answers)
+
+
+def test_each_model_goes_on_with_its_own_answers(tmp_path):
+    Image.new("RGB", (30, 20)).save(tmp_path / "image.png")
+    earlier = [turn("one", "1", image=str(tmp_path / "image.png")), turn("two", "2")]
+    for side, said in ((0, ["one", "two"]), (1, ["1", "2"])):
+        record = question_record(None, "Sure?", earlier, side)
+        texts = [message_text(message) for message in record.messages]
+        assert texts == ["And here?", said[0], "And here?", said[1], "Sure?"]
+        assert len(record.images) == 1
+    (tmp_path / "image.png").unlink()
+    with pytest.raises(InputError, match="is not kept any longer"):
+        question_record(None, "Sure?", earlier)
+
+
+def test_a_conversation_has_a_limit(monkeypatch):
+    question_record(None, "Sure?", [turn("one")] * (MAX_TURNS - 1))
+    with pytest.raises(InputError, match=f"at most {MAX_TURNS} questions; begin a new one"):
+        question_record(None, "Sure?", [turn("one")] * MAX_TURNS)
+    model, processor = original("llava")
+    monkeypatch.setattr(model.config.get_text_config(decoder=True), "max_position_embeddings", 40)
+    record = question_record(None, "Go on?" * 10)
+    with pytest.raises(
+        InputError, match="an answer up to 30, and the model has room for 40; begin a new one"
+    ):
+        next(live_answer(model, processor, record, max_new_tokens=30, ended=threading.Event()))
+
+
+@pytest.mark.parametrize(
+    ("text", "other", "shown"),
+    [
+        ("255 636 754", "255 636 754", "255 636 754"),
+        ("255 636 754", "255 6365 754", "255 <mark>636</mark> 754"),
+        ("a\n <b>  c", "a c", "a\n <mark>&lt;b&gt;</mark>  c"),
+        ("", "all", ""),
+        ("all ${x}", "", "<mark>all</mark> <mark>&#36;&#123;x&#125;</mark>"),
+    ],
+)
+def test_words_that_differ_are_marked(text, other, shown):
+    assert marked(text, other) == shown
+
+
+def test_the_saving_is_that_of_the_bytes():
+    names = ["original", "<small>"]
+    text = saving_html(names, [moment("a", size=2048), moment("a")])
+    assert text == (
+        "<strong>1/8 of the cache</strong>&lt;small&gt;: 15.1 kB instead of 122.9 kB for the 60 tokens of "
+        "this conversation"
+    )
+    assert "12.3% for each token" in saving_html(names, [moment("a", size=2048), moment("b c", tokens=90)])
+    assert "No smaller cache" in saving_html(names, [moment("a"), moment("a")])
+    assert saving_html(names[:1], [moment("a")]) == ""
+    assert [fraction(share) for share in (0.5, 0.1875, 0.252, 0.9)] == ["1/2", "18.8%", "1/4", "90.0%"]
+
+
+def test_a_speed_is_said_once_there_are_tokens_to_tell():
+    given = {"text": "", "cached_tokens": 1, "cache_bytes": 1, "seconds": 0.5}
+    rates = [Moment(new_tokens=tokens, **given).rate for tokens in (1, 2, TIMED - 1, TIMED)]
+    assert rates == [None, None, None, 2 * (TIMED - 1)]
+
+
+def test_only_whole_answers_are_compared():
+    sides = ["one", "two"]
+    assert "<mark>" not in answers_html(sides, [moment("a"), moment("b")])
+    assert "waiting" in answers_html(sides, [moment("a"), None])
+    assert answers_html(sides, [moment("a"), moment("b")], whole=True).count("<mark>") == 2
+    assert "The same answer." in answers_html(sides, [moment("a b"), moment("a  b")], whole=True)
+    assert "<mark>" not in answers_html(["one"], [moment("a")], whole=True)
+
+
+def test_examples_are_the_first_questions_of_chats_about_one_image(tmp_path):
+    write_chats("llava", tmp_path, split="train", samples=9, seed=0)
+    config = original("llava")[0].config
+    found = example_questions(config, "model", str(tmp_path))
+    assert len(found) == 4
+    with example_files(found) as files:
+        assert [text for _, text in files] == [text for _, text in found]
+        assert [Image.open(path).size for path, _ in files] == [image.size for image, _ in found]
+    assert example_questions(config, "model", None) == []
+    assert len(example_questions(config, "zoo:llava", None)) == 4
+    (tmp_path / "text.jsonl").write_text(
+        json.dumps({"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]})
+    )
+    with pytest.raises(InputError, match=r"text\.jsonl: none of the first"):
+        example_questions(config, "model", str(tmp_path / "text.jsonl"))

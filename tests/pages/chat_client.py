@@ -48,10 +48,15 @@ class Client:
         path = self.http.post("/gradio_api/upload", files={"files": (name, data)}).json()[0]
         return {"path": path, "orig_name": name, "meta": {"_type": "gradio.FileData"}}
 
-    def send(self, name, *values):
-        """Begin to call a function of the page; the answer to the request."""
+    def send(self, name, *values, event=None):
+        """Begin to call a function of the page, in a session of its own; the answer to the request.
+
+        `ask` gets a third value, the conversation so far, which the page keeps itself.
+        """
         self.session = uuid.uuid4().hex
+        values = [*values, None] if name == "ask" else values
         call = {"data": values, "fn_index": self.functions[name], "session_hash": self.session}
+        call |= {"event_data": event}
         content, headers = json.dumps(call), {"Content-Type": "application/json"}
         return self.http.post("/gradio_api/queue/join", content=content, headers=headers)
 
@@ -64,15 +69,20 @@ class Client:
                 if line.startswith("data:"):
                     yield json.loads(line.removeprefix("data:"))
 
-    def call(self, name, *values):
+    def call(self, name, *values, event=None):
         """All messages of a call."""
-        assert self.send(name, *values).status_code == 200
+        assert self.send(name, *values, event=event).status_code == 200
         return list(self.events())
 
-    def result(self, name, *values):
+    def result(self, name, *values, event=None):
         """What a call gives."""
-        (last,) = (event for event in self.call(name, *values) if event["msg"] == "process_completed")
+        events = self.call(name, *values, event=event)
+        (last,) = (event for event in events if event["msg"] == "process_completed")
         return last["output"]["data"]
+
+    def example(self, number):
+        """The image of an example that is chosen."""
+        return self.result("load_example", event={"index": number, "value": None})[0]
 
     def said(self, name, *values):
         """The errors and warnings of a call."""

@@ -121,7 +121,7 @@ def test_an_image_is_not_kept_for_ever_while_the_page_is_served(tmp_path, monkey
         image = client.upload(png(80, 80))
         assert client.said("_preview", image) == ""
         assert client.said("ask", image, "What is this?") == ""
-        example = client.result("load_example", 0)[0]["value"]
+        example = client.example(0)
         assert client.said("ask", example, "What is this?") == ""
         assert len(images_in(tmp_path / "uploads")) == 2
         end = time.monotonic() + 60
@@ -129,7 +129,7 @@ def test_an_image_is_not_kept_for_ever_while_the_page_is_served(tmp_path, monkey
             assert time.monotonic() < end
             time.sleep(0.5)
         assert "is not kept any longer; give it again" in client.said("ask", image, "What is this?")
-        example = client.result("load_example", 0)[0]["value"]
+        example = client.example(0)
         assert client.said("ask", example, "And this?") == ""
     finally:
         blocks.close(verbose=False)

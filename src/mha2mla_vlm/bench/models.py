@@ -5,7 +5,7 @@ All ratios are the original's figure over the converted model's: above 1 is a ga
 
 import copy
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from mha2mla_vlm.errors import InputError
 from mha2mla_vlm.model.cache.latent import LatentCache, bytes_per_token, cache_bytes
 from mha2mla_vlm.model.modeling import attention_of, decoder_layers, latent_attentions
 from mha2mla_vlm.utils.compat import cache_argument
+from mha2mla_vlm.utils.machine import device_name
 from mha2mla_vlm.utils.progress import track
 
 logger = logging.getLogger(__name__)
@@ -252,18 +253,3 @@ def free_memory(device: torch.device) -> int | None:
     except OSError:
         return None
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), None)
-
-
-def device_name(device: torch.device) -> str:
-    """For people: the GPU, or the processor and the threads in use."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{_processor()}, {torch.get_num_threads()} threads"
-
-
-def _processor() -> str:
-    try:
-        lines: Iterator[str] = iter(Path("/proc/cpuinfo").read_text().splitlines())
-    except OSError:
-        return "CPU"
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "CPU")

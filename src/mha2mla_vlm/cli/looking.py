@@ -193,6 +193,13 @@ def chat(
             autocompletion=zoo_models,
         ),
     ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="Chats whose first questions are examples; for a zoo model some are made.",
+            show_default=False,
+        ),
+    ] = None,
     host: Annotated[
         str, typer.Option(help="Address to listen at; 0.0.0.0 opens it to others.")
     ] = "127.0.0.1",
@@ -210,17 +217,19 @@ def chat(
         from mha2mla_vlm.evaluation.answers import check_baseline
         from mha2mla_vlm.model.checkpoint import load_config
         from mha2mla_vlm.serving.chat.address import find_port
-        from mha2mla_vlm.serving.chat.examples import zoo_examples
+        from mha2mla_vlm.serving.chat.examples import example_files, example_questions
         from mha2mla_vlm.serving.chat.question import check_answer_length
         from mha2mla_vlm.serving.chat.uploads import uploads_folder
 
     port, ended = find_port(host, port), threading.Event()
-    check_answer_length(load_config(checkpoint), max_new_tokens)
+    config = load_config(checkpoint)
+    check_answer_length(config, max_new_tokens)
     if baseline is not None:
         check_baseline(checkpoint, baseline)
+    questions = example_questions(config, checkpoint, data)
     names = [name for name in (baseline, checkpoint) if name is not None]
     loaded = [load_model(name, dtype, device) for name in names]
-    with uploads_folder(), zoo_examples(loaded[-1][0].config, checkpoint) as examples:
+    with uploads_folder(), example_files(questions) as examples:
         with status("loading gradio"):  # which looks for the folder when imported
             from mha2mla_vlm.serving.chat.page import Side, build_page, serve
 

@@ -1,16 +1,16 @@
 """What a report says, as plain values."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import groupby, zip_longest
 from typing import Any
 
 import torch
-from PIL import Image
 from transformers import PreTrainedModel, ProcessorMixin
 
 from mha2mla_vlm.calibration.activations import Chat, MemoryStates, advance, answer_states, attending, begin
 from mha2mla_vlm.config import AttentionSizes, MLAConfig
-from mha2mla_vlm.data.records import Record, encode_with_labels, message_text
+from mha2mla_vlm.data.records import ImageSource, Record, encode_with_labels, message_text
 from mha2mla_vlm.errors import InputError
 from mha2mla_vlm.evaluation.answers import Answered, as_kl, by_kind, evaluate_answers, kl_sum, summary
 from mha2mla_vlm.model.cache.latent import bytes_per_token
@@ -18,9 +18,11 @@ from mha2mla_vlm.model.cache.quantized import QuantizationConfig, quantized_byte
 from mha2mla_vlm.model.families import get_family
 from mha2mla_vlm.model.modeling import attention_of, decoder_layers
 from mha2mla_vlm.model.offload import end_modules
+from mha2mla_vlm.report.speed import Speed, measure_speed
 from mha2mla_vlm.utils.progress import track
 
-EXAMPLES = 12
+EXAMPLES = 24
+TIMED = 6  # chats
 ORIGINAL, CHANGED = "original", "changed"  # streams
 
 
@@ -43,7 +45,7 @@ class Layer:
 class Example:
     """A question about images, its right answer, and what both models say."""
 
-    images: list[Image.Image]
+    images: Sequence[ImageSource]
     turns: list[tuple[str, str]]  # role and text
     answer: Answered
 
@@ -52,11 +54,17 @@ class Example:
         """Whether both models say the same."""
         return self.answer.found == self.answer.theirs
 
+    @property
+    def change(self) -> str:
+        """`worse` if the original alone is right, `better` if the converted model alone is, else empty."""
+        right, before = (said == self.answer.expected for said in (self.answer.found, self.answer.theirs))
+        return "" if right == before else "better" if right else "worse"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
     """All that a page shows. `bytes_per_token` are of the original, of the converted model, and of that in 4
-    bits; `itemsize` those of a number.
+    bits; `itemsize` those of a number. `differing` counts answers, of which `examples` has some.
     """
 
     name: str
@@ -68,6 +76,8 @@ class Report:
     itemsize: int
     quality: dict[str, Any]
     by_kind: dict[str, dict[str, Any]]
+    differing: int
+    speed: Speed
     layers: list[Layer]
     examples: list[Example]
     commands: list[str]
@@ -113,10 +123,12 @@ def gather(
         itemsize=itemsize,
         quality=summary(answers),
         by_kind=by_kind(answers),
+        differing=sum(answer.found != answer.theirs for answer in answers),
+        speed=measure_speed(model, baseline, processor, [r for r in records if r.answers()][:TIMED]),
         layers=_layers(
             model, found.get("spectra"), _layer_kl(model, baseline, processor, records[:layer_samples])
         ),
-        examples=_examples(answers),
+        examples=choose_examples(answers),
         commands=list(commands),
     )
 
@@ -187,15 +199,30 @@ def _loss(model: PreTrainedModel, chats: Sequence[Chat], states: MemoryStates) -
     return as_kl(total / tokens)
 
 
-def _examples(answers: Sequence[Answered]) -> list[Example]:
-    """Some answers, those that both models give differently first, then those that both get wrong."""
+def choose_examples(answers: Sequence[Answered]) -> list[Example]:
+    """Some answers of every kind and outcome in turn; those that both models give differently come first."""
+    outcomes = _grouped([_example(answer) for answer in answers], _outcome)
+    groups = [_in_turn(_grouped(group, lambda one: one.answer.kind)) for group in outcomes]
+    return sorted(_in_turn(groups)[:EXAMPLES], key=_outcome)
 
-    def order(answer: Answered) -> tuple[bool, bool]:
-        return answer.found == answer.theirs, answer.found == answer.expected
 
-    found = []
-    for answer in sorted(answers, key=order)[:EXAMPLES]:
-        before = answer.record.before(answer.index)
-        turns = [(message["role"], message_text(message)) for message in before.messages]
-        found.append(Example(images=before.load_images(), turns=turns, answer=answer))
-    return found
+def _example(answer: Answered) -> Example:
+    before = answer.record.before(answer.index)
+    turns = [(message["role"], message_text(message)) for message in before.messages]
+    return Example(images=before.images, turns=turns, answer=answer)
+
+
+def _outcome(example: Example) -> tuple[bool, int, bool]:
+    """Where an example stands: first what became wrong, last what both models have right."""
+    right = example.answer.found == example.answer.expected
+    return example.agree, ("worse", "better", "").index(example.change), right
+
+
+def _grouped(examples: Sequence[Example], key: Callable[[Example], Any]) -> list[list[Example]]:
+    """Examples of each key, in the keys' order."""
+    return [list(group) for _, group in groupby(sorted(examples, key=key), key)]
+
+
+def _in_turn(groups: Sequence[Sequence[Example]]) -> list[Example]:
+    """The first of each group, then the second, and so on."""
+    return [example for row in zip_longest(*groups) for example in row if example is not None]

@@ -15,9 +15,10 @@ IMAGE = "/image "  # begins a line that names an image
 
 
 class Conversation:
-    """The messages so far; images that were shown go with the next question."""
+    """The messages so far; images that were shown go with the next question. Errors name `source`."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, source: str = "record") -> None:
+        self.source = source
         self.messages: list[dict[str, Any]] = []
         self.images: list[Image.Image] = []
         self._shown = 0
@@ -35,7 +36,7 @@ class Conversation:
         content: list[dict[str, str]] = [{"type": "image"}] * self._shown
         self.messages.append({"role": "user", "content": [*content, {"type": "text", "text": question}]})
         self._shown = 0
-        return Record(messages=self.messages, images=self.images)
+        return Record(messages=self.messages, images=self.images, source=self.source)
 
     def answered(self, text: str) -> None:
         """Add the answer."""

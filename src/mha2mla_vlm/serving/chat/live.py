@@ -19,9 +19,12 @@ from transformers import (
 )
 
 from mha2mla_vlm.data.records import Record, encode
+from mha2mla_vlm.errors import InputError
 from mha2mla_vlm.evaluation.generation import Finite
 from mha2mla_vlm.model.cache.latent import LatentCache, cache_bytes
 from mha2mla_vlm.utils.compat import cache_argument
+
+TIMED = 8  # tokens; a speed of fewer is that of a moment
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,8 +41,8 @@ class Moment:
 
     @property
     def rate(self) -> float | None:
-        """Tokens a second after the first, None before there are two."""
-        return (self.new_tokens - 1) / self.seconds if self.new_tokens > 1 and self.seconds > 0 else None
+        """Tokens a second after the first, None while there are too few to say."""
+        return (self.new_tokens - 1) / self.seconds if self.new_tokens >= TIMED and self.seconds > 0 else None
 
 
 class _Watch(TextStreamer):
@@ -93,10 +96,14 @@ def live_answer(
     max_new_tokens: int,
     ended: threading.Event,
 ) -> Iterator[Moment]:
-    """A greedy answer to a chat, after each of its tokens, until nobody listens or `ended` is set."""
+    """A greedy answer to a chat, after each of its tokens, until nobody listens or `ended` is set.
+
+    Raises `InputError` where the model has no room for it.
+    """
     if ended.is_set():
         return
     inputs = encode(processor, [record], generation_prompt=True).to(model.device)
+    _check_room(model.config, inputs["input_ids"].shape[1], max_new_tokens)
     converted = getattr(model.config, "mla", None) is not None
     cache = LatentCache() if converted else DynamicCache(config=model.config.get_text_config(decoder=True))
     news: SimpleQueue[Moment | BaseException | None] = SimpleQueue()
@@ -130,3 +137,12 @@ def live_answer(
     finally:
         stop.up.set()
         thread.join()
+
+
+def _check_room(config: Any, tokens: int, max_new_tokens: int) -> None:
+    room = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if room is not None and tokens + max_new_tokens > room:
+        raise InputError(
+            f"the conversation has {tokens:,} tokens, an answer up to {max_new_tokens:,}, and the model has "
+            f"room for {room:,}; begin a new one"
+        )

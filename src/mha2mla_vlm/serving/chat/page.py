@@ -15,17 +15,28 @@ import gradio as gr
 from transformers import PreTrainedModel, ProcessorMixin
 
 from mha2mla_vlm.errors import InputError, first_line
-from mha2mla_vlm.serving.chat.live import Moment, live_answer
-from mha2mla_vlm.serving.chat.question import MAX_QUESTION, open_upload, question_record
+from mha2mla_vlm.serving.chat.live import live_answer
+from mha2mla_vlm.serving.chat.question import MAX_QUESTION, Turn, open_upload, question_record, thumbnail
+from mha2mla_vlm.serving.chat.transcript import (
+    answers_html,
+    history_html,
+    question_html,
+    saving_html,
+)
 
 MAX_UPLOAD = "10mb"
 MAX_WAITING = 16  # questions
 KEPT = (60, 3600)  # seconds: every minute, images that were given an hour ago are deleted
 PREVIEW = 1024  # pixels, on the longer side
 NOTES = (
-    "The cache is that of the whole chat, measured on its tensors.",
-    "Both models get the same question, one after the other, so that their speeds compare.",
+    "Bytes are those of the cache of the whole conversation, measured on its tensors.",
+    "Both models get the same questions, one after the other, so that their speeds compare; each has its own "
+    "answers in its conversation.",
 )
+EMPTY = '<p class="empty">Give an image, ask about it, and go on asking.</p>'
+STOPPED = '<p class="empty">Stopped: a question without all its answers is not part of the conversation.</p>'
+THEME = gr.themes.Default(primary_hue="blue", neutral_hue="slate", font=("system-ui", "sans-serif"))
+STYLE = Path(__file__).with_name("page.css")
 logger = logging.getLogger(__name__)
 
 
@@ -50,39 +61,90 @@ def build_page(
     `ended` stops answers that are under way.
     """
 
-    def ask(path: str | None, question: str | None) -> Iterator[list[str]]:
+    names = [side.name for side in sides]
+    given: dict[str, Any] = {"max_new_tokens": max_new_tokens, "ended": ended}
+
+    def ask(path: str | None, question: str | None, turns: list[Turn]) -> Iterator[dict[Any, Any]]:
         with _told():
-            record = question_record(path, question)
-            shown = [text for _ in sides for text in ("", "waiting")]
-            for number, side in enumerate(sides):
-                given: dict[str, Any] = {"max_new_tokens": max_new_tokens, "ended": ended}
+            records = [question_record(path, question, turns, number) for number in range(len(sides))]
+            text, small = str(question).strip(), thumbnail(path)
+            moments: list[Any] = [None] * len(sides)
+            asked = history_html(names, turns, question_html(text, small))
+            for number, (side, record) in enumerate(zip(sides, records, strict=True)):
                 for moment in live_answer(side.model, processor, record, **given):
-                    shown[2 * number : 2 * number + 2] = [moment.text, _state(moment)]
-                    yield shown
+                    if not any(moments):  # it was accepted
+                        yield {said.history: asked, said.note: "", asking.image: None, asking.question: ""}
+                    moments[number] = moment
+                    yield {said.now: answers_html(names, moments)}
+            turn = Turn(question=text, image=path, thumbnail=small, answers=tuple(moments))
+            end = {
+                said.now: answers_html(names, moments, whole=True),
+                said.saving: saving_html(names, moments),
+            }
+            yield {**end, said.turns: [*turns, turn]}
 
     with gr.Blocks(title="mha2mla-vlm", analytics_enabled=False, delete_cache=KEPT) as page:
         notes = " ".join(NOTES[: len(sides)])
-        gr.Markdown(f"## {' and '.join(side.name for side in sides)}\n{notes}")
-        image, question, button, stop = _inputs()
-        outputs = _outputs(sides)
+        gr.Markdown(f"## {' and '.join(names)}\n{notes}")
+        said, asking = _conversation(), _inputs()
         models: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "models"}
-        asked = [
-            trigger(ask, [image, question], outputs, **models) for trigger in (button.click, question.submit)
-        ]
-        stop.click(None, cancels=asked)
+        models |= {"show_progress": "minimal", "show_progress_on": said.now}
+        inputs = [asking.image, asking.question, said.turns]
+        outputs = [asking.image, asking.question, *said.all()]
+        asked = [t(ask, inputs, outputs, **models) for t in (asking.button.click, asking.question.submit)]
+        asking.stop.click(lambda: STOPPED, None, said.note, cancels=asked, api_name="stop")
+        asking.new.click(_anew, None, said.all(), cancels=asked, api_name="new")
         if examples:
-            gr.set_static_paths([path for path, _ in examples])  # copies would be deleted as uploads are
-            gr.Examples([[str(path), text] for path, text in examples], [image, question])
+            _examples(examples, asking, said, asked)
     return page.queue(max_size=MAX_WAITING)
 
 
-def _inputs() -> tuple[Any, Any, Any, Any]:
-    """An image with its preview, a question, and what asks it and stops the answer."""
+@dataclass(frozen=True, kw_only=True)
+class _Said:
+    """What was said: turns that are part of the conversation, and how they are shown."""
+
+    turns: Any
+    saving: Any
+    history: Any
+    now: Any
+    note: Any
+
+    def all(self) -> list[Any]:
+        """The components."""
+        return [self.turns, self.saving, self.history, self.now, self.note]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Asking:
+    """An image and a question, and what asks, stops and begins anew."""
+
+    image: Any
+    question: Any
+    button: Any
+    stop: Any
+    new: Any
+
+
+def _conversation() -> _Said:
+    return _Said(
+        turns=gr.State([], time_to_live=KEPT[1]),
+        saving=gr.HTML(elem_id="saving"),
+        history=gr.HTML(elem_id="history"),
+        now=gr.HTML(EMPTY, elem_id="now", elem_classes="turn"),
+        note=gr.HTML(elem_id="note"),
+    )
+
+
+def _inputs() -> _Asking:
+    """An image with its preview, a question, and buttons."""
     with gr.Row():
-        image: Any = gr.File(
-            label="Image", file_types=["image"], type="filepath", elem_id="image", height=120
-        )
-        with gr.Column():
+        with gr.Column(scale=2, min_width=240):
+            image: Any = gr.File(
+                label="Image", file_types=["image"], type="filepath", elem_id="image", height=120
+            )
+            look: dict[str, Any] = {"height": 150, "visible": False, "buttons": ["fullscreen"]}
+            preview = gr.Image(show_label=False, interactive=False, **look, elem_id="preview")
+        with gr.Column(scale=3, min_width=240):
             question = gr.Textbox(
                 label="Question",
                 info=f"{MAX_QUESTION:,} characters at most",
@@ -91,23 +153,42 @@ def _inputs() -> tuple[Any, Any, Any, Any]:
                 elem_id="question",
             )
             with gr.Row():
-                button = gr.Button("Ask", variant="primary", elem_id="ask")
-                stop = gr.Button("Stop", elem_id="stop")
-    look: dict[str, Any] = {"height": 260, "visible": False, "buttons": ["fullscreen"]}
-    preview = gr.Image(label="Shown", interactive=False, **look, elem_id="preview")
+                button = gr.Button("Ask", variant="primary", elem_id="ask", min_width=80)
+                stop = gr.Button("Stop", elem_id="stop", min_width=80)
+                new = gr.Button("New chat", elem_id="new", min_width=80)
     image.change(_preview, image, preview)
-    return image, question, button, stop
+    return _Asking(image=image, question=question, button=button, stop=stop, new=new)
 
 
-def _outputs(sides: Sequence[Side]) -> list[Any]:
-    """Of each side its answer and the cache behind it."""
-    outputs = []
-    with gr.Row():
-        for number, side in enumerate(sides):
-            with gr.Column():
-                outputs.append(gr.Textbox(label=side.name, lines=4, elem_id=f"answer-{number}"))
-                outputs.append(gr.Textbox(label="cache", lines=1, elem_id=f"cache-{number}"))
-    return outputs
+def _examples(
+    examples: Sequence[tuple[Path, str]], asking: _Asking, said: _Said, asked: Sequence[Any]
+) -> None:
+    """Thumbnails; one that is chosen begins a conversation with its image and question."""
+    gr.set_static_paths([path for path, _ in examples])  # copies would be deleted as uploads are
+
+    def load_example(chosen: gr.SelectData) -> list[Any]:
+        path, text = examples[int(chosen.index)]
+        return [str(path), text, *_anew()]
+
+    gr.Markdown("#### Begin with an example")
+    gallery = gr.Gallery(
+        [(str(path), text) for path, text in examples],
+        show_label=False,
+        columns=len(examples),
+        height="auto",
+        object_fit="contain",
+        allow_preview=False,
+        interactive=False,
+        buttons=[],
+        elem_id="examples",
+    )
+    outputs = [asking.image, asking.question, *said.all()]
+    gallery.select(load_example, None, outputs, cancels=asked, show_progress="hidden")
+
+
+def _anew() -> list[Any]:
+    """A conversation that has not begun."""
+    return [[], "", "", EMPTY, ""]
 
 
 @contextlib.contextmanager
@@ -129,12 +210,6 @@ def _preview(path: str | None) -> Any:
         except InputError as error:
             gr.Warning(html.escape(str(error)))
     return gr.Image(value=image, visible=image is not None)
-
-
-def _state(moment: Moment) -> str:
-    """Bytes of the cache, and the speed."""
-    rate = "" if moment.rate is None else f", {moment.rate:.1f} tokens per second"
-    return f"{moment.cache_bytes:,} bytes for {moment.cached_tokens:,} tokens{rate}"
 
 
 def serve(page: gr.Blocks, *, host: str, port: int, open_browser: bool, ended: threading.Event) -> None:
@@ -167,6 +242,9 @@ def _launch(page: gr.Blocks, host: str, port: int, open_browser: bool) -> str:
             quiet=True,
             share=False,
             ssr_mode=False,
+            css_paths=STYLE,
+            theme=THEME,
+            footer_links=[],
             prevent_thread_lock=True,
         )
     except Exception as error:  # of many kinds: gradio asks itself for the page, which a proxy may prevent
