@@ -335,12 +335,18 @@ class AttentionSizes:
     hidden: int
     position_axes: int = 1  # numbers in a token's position: three with multimodal RoPE
     rotated: int | None = None  # dims of a head that RoPE turns, if not all
+    stride: int | None = None  # from the first dim of a pair to the second, if not half of those
     left: tuple[int, ...] = ()  # layers that keep a state of constant size, or a window of tokens
 
     @property
     def rotary_dim(self) -> int:
-        """Dims of a head that RoPE turns, the first ones."""
+        """Dims of a head that RoPE turns: of its first pairs."""
         return self.head_dim if self.rotated is None else self.rotated
+
+    @property
+    def pair_stride(self) -> int:
+        """Dims from the first of a pair to its second."""
+        return self.rotary_dim // 2 if self.stride is None else self.stride
 
     @property
     def growing(self) -> list[int]:
@@ -363,11 +369,16 @@ class AttentionSizes:
         return cls.of_text(config.get_text_config(decoder=True))
 
     @classmethod
-    def of_text(cls, text: Any) -> Self:
-        """Sizes under a language model's config."""
+    def of_text(cls, text: Any, index: int | None = None) -> Self:
+        """Sizes under a language model's config: of its layers of full attention, or of one layer."""
+        kinds = getattr(text, "layer_types", None) or ()
+        if index is None and FULL in kinds:
+            index = list(kinds).index(FULL)
+        text = text if index is None else layer_config(text, index)
         head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        rope, kinds = rope_parameters(text), getattr(text, "layer_types", None) or ()
+        rope = rope_parameters(text)
         share = rope.get("partial_rotary_factor", 1)
+        rotated = None if share == 1 else int(head_dim * share)
         return cls(
             layers=text.num_hidden_layers,
             heads=text.num_attention_heads,
@@ -375,7 +386,8 @@ class AttentionSizes:
             head_dim=head_dim,
             hidden=text.hidden_size,
             position_axes=3 if "mrope_section" in rope else 1,
-            rotated=None if share == 1 else int(head_dim * share),
+            rotated=rotated,
+            stride=head_dim // 2 if rotated is not None and is_proportional(rope) else None,
             left=tuple(index for index, kind in enumerate(kinds) if kind != FULL),
         )
 
@@ -385,3 +397,15 @@ def rope_parameters(text: Any) -> dict[str, Any]:
     found: Any = getattr(text, "rope_parameters", None)
     own: Any = found.get(FULL, found) if isinstance(found, dict) else None
     return own if isinstance(own, dict) else {}
+
+
+def is_proportional(rope: dict[str, Any]) -> bool:
+    """Whether RoPE that turns only a part of a head's dims has its pairs where all of them would be, and
+    tables for the others too, that turn by nothing.
+    """
+    return rope.get("rope_type") == "proportional"
+
+
+def layer_config(text: Any, index: int) -> Any:
+    """A language model's config as one of its layers has it: heads may differ by layer (Gemma 4)."""
+    return text.per_layer_config[index] if getattr(text, "is_heterogeneous", False) else text

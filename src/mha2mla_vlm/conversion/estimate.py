@@ -223,9 +223,11 @@ def _small(config: Any) -> Any:
     values = config.to_dict()
     text, vision = values["text_config"], values["vision_config"]
     text |= {"num_hidden_layers": 1, "vocab_size": SMALL_VOCABULARY, "bos_token_id": None}
-    text |= {"eos_token_id": None, "pad_token_id": None}
+    text |= {"eos_token_id": None, "pad_token_id": 0}
     if text.get("layer_types"):
         text["layer_types"] = [FULL]
+    if own := text.get("per_layer_config"):
+        text["per_layer_config"] = {0: own[str(AttentionSizes.of(config).growing[0])]}
     depth = "depth" if "depth" in vision else "num_hidden_layers"
     vision[depth] = 1
     for number, name in enumerate(_token_names(values)):
