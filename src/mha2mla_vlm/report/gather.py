@@ -137,7 +137,7 @@ def _layers(
                 pairs=layer.self_attn.rope_pairs.tolist()
                 if spec
                 else every_pair
-                if attention_of(layer)
+                if index in sizes.growing
                 else [],
                 predicted=None if predicted is None else predicted[index],
                 measured=None if measured is None else measured[index],

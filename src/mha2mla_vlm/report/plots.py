@@ -91,6 +91,8 @@ def spectra_plot(report: Report) -> str | None:
             figure.subplots(1, len(modalities), sharey=True, squeeze=False)[0], modalities, strict=True
         ):
             for index, layer in enumerate(report.layers):
+                if modality not in layer.spectra:  # of a layer left as it was
+                    continue
                 places, values = zip(*layer.spectra[modality], strict=True)
                 axes.plot(places, values, color=colors(index), linewidth=1.0, label=f"layer {index}")
                 cut = [point for point in layer.spectra[modality] if point[0] <= (layer.rank or 0)]
