@@ -47,8 +47,10 @@ class ReferenceAttention(nn.Module):
     def _normed_outputs(self, x):
         """What latents are made of where keys are normed: per KV head its normed key and its value."""
         source = self.source
-        names = ("k_proj", "k_proj" if source.v_proj is None else "v_proj")
-        keys, values = (self._heads(name, x, source.kv_heads) for name in names)
+        if source.v_proj is None:
+            values = self._heads("k_proj", x, source.kv_heads)
+            return torch.cat([self._norm(source.v_norm, value) for value in values])
+        keys, values = (self._heads(name, x, source.kv_heads) for name in ("k_proj", "v_proj"))
         if hasattr(source, "v_norm"):
             values = [self._norm(source.v_norm, value) for value in values]
         both = [(self._norm(source.k_norm, key), value) for key, value in zip(keys, values, strict=True)]

@@ -61,8 +61,9 @@ def test_no_family_is_left_out():
 def test_full_rank_reproduces_the_original(name, rotate_at):
     model, processor = original(name)
     attention = AttentionSizes.of(model.config)
-    rope, whole = attention.rotary_dim, 2 * attention.head_dim
-    sizes = {"qk_rope_head_dim": rope, "d_kv": whole - rope} if rotate_at == "write" else {"d_kv": whole}
+    rope, whole = attention.rotary_dim, attention.most_latent_dims // attention.kv_heads
+    d_kv = min(whole, 2 * attention.head_dim - (rope if rotate_at == "write" else 0))
+    sizes = {"d_kv": d_kv} | ({"qk_rope_head_dim": rope} if rotate_at == "write" else {})
     before = copy.deepcopy(model.state_dict())
     small = convert(model, processor, answered(name, 3), ConversionConfig(**sizes, rotate_at=rotate_at))
     inputs = prompt_inputs(name, processor, BATCH)

@@ -74,9 +74,8 @@ def at_full_rank(name, rotate_at):
     model, processor = original(name)
     sizes = AttentionSizes.of(model.config)
     rope = sizes.rotary_dim if rotate_at == "write" else 0
-    config = ConversionConfig(
-        qk_rope_head_dim=rope or None, d_kv=2 * sizes.head_dim - rope, rotate_at=rotate_at
-    )
+    d_kv = min(sizes.most_latent_dims // sizes.kv_heads, 2 * sizes.head_dim - rope)
+    config = ConversionConfig(qk_rope_head_dim=rope or None, d_kv=d_kv, rotate_at=rotate_at)
     return model, convert(model, processor, answered(name, 3), config), processor
 
 

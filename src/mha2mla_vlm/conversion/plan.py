@@ -184,7 +184,7 @@ def _check_sizes(mla: MLAConfig, method: Factorization, sizes: AttentionSizes) -
         return
     keys, values = sizes.kv_heads * (sizes.head_dim - rope), sizes.kv_heads * sizes.head_dim
     at_read = mla.rotate_at == "read"
-    largest = min(sizes.hidden, 2 * values if at_read else keys + values)
+    largest = min(sizes.most_latent_dims, 2 * values if at_read else keys + values)
     if method.apart:
         parts = block_ranks(rank, keys, values, method.whole)
         if not (1 <= parts[0] <= keys and 1 <= parts[1] <= values):

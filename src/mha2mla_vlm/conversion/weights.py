@@ -23,7 +23,7 @@ from mha2mla_vlm.calibration.statistics import LayerStats
 from mha2mla_vlm.config import SHARED, AttentionSizes, LayerSpec, MLAConfig
 from mha2mla_vlm.model.attention import MLAAttention
 from mha2mla_vlm.model.modeling import decoder_layers, layer_prefixes, mla_classes, text_model
-from mha2mla_vlm.model.normed import is_normed, kept_children
+from mha2mla_vlm.model.normed import is_normed, kept_children, key_scale
 from mha2mla_vlm.utils.compat import attention_name, rotary_scaling, set_attention_name
 
 logger = logging.getLogger(__name__)
@@ -72,12 +72,17 @@ def partial_rope_weights(
 
 
 def _normed_weights(attention: Any, selection: RopeSelection, scale: float) -> dict[str, torch.Tensor]:
-    """`partial_rope_weights` where keys are normed: `T` over `normed.latent_inputs`, `[.., 2 G D]`."""
+    """`partial_rope_weights` where keys are normed: `T` over `normed.latent_inputs`."""
     like, head_dim = attention.k_proj.weight, attention.head_dim
     pairs, sizes = selection.pairs.to(like.device), AttentionSizes.of_text(attention.config)
     rope, others = split_dims(pairs, head_dim, sizes.pair_stride)
-    plain = torch.eye(2 * len(pairs) * head_dim, dtype=like.dtype, device=like.device)
-    keys, values = plain.unflatten(0, (len(pairs), 2, head_dim)).unbind(1)
+    of_values, new = key_scale(attention), {"dtype": like.dtype, "device": like.device}
+    if of_values is None:
+        plain = torch.eye(2 * len(pairs) * head_dim, **new)
+        keys, values = plain.unflatten(0, (len(pairs), 2, head_dim)).unbind(1)
+    else:
+        values = torch.eye(len(pairs) * head_dim, **new).unflatten(0, (len(pairs), head_dim))
+        keys = values * of_values.to(like.dtype)[:, None]
     turned = torch.cat([head[rows] for head, rows in zip(keys, rope, strict=True)])
     if selection.fold is None:
         every = torch.arange(sizes.rotary_dim // 2, device=like.device)
