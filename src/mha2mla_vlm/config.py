@@ -318,9 +318,10 @@ class AttentionSizes:
         kinds = getattr(text, "layer_types", None) or ()
         if index is None and FULL in kinds:
             index = list(kinds).index(FULL)
+        kind = FULL if index is None or not kinds else kinds[index]
         text = text if index is None else layer_config(text, index)
         head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        rope = rope_parameters(text)
+        rope = rope_parameters(text, kind)
         share = rope.get("partial_rotary_factor", 1)
         rotated = None if share == 1 else int(head_dim * share)
         return cls(
@@ -331,16 +332,16 @@ class AttentionSizes:
             hidden=text.hidden_size,
             position_axes=3 if "mrope_section" in rope else 1,
             rotated=rotated,
-            one_projection=bool(getattr(text, "attention_k_eq_v", False)) and kinds[index or 0] == FULL,
+            one_projection=bool(getattr(text, "attention_k_eq_v", False)) and kind == FULL,
             stride=head_dim // 2 if rotated is not None and is_proportional(rope) else None,
             left=tuple(index for index, kind in enumerate(kinds) if kind != FULL),
         )
 
 
-def rope_parameters(text: Any) -> dict[str, Any]:
-    """Parameters of RoPE in layers of full attention, under a language model's config."""
+def rope_parameters(text: Any, kind: str = FULL) -> dict[str, Any]:
+    """Parameters of RoPE in layers of a kind, under a language model's config."""
     found: Any = getattr(text, "rope_parameters", None)
-    own: Any = found.get(FULL, found) if isinstance(found, dict) else None
+    own: Any = found.get(kind, found) if isinstance(found, dict) else None
     return own if isinstance(own, dict) else {}
 
 

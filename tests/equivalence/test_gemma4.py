@@ -75,5 +75,5 @@ def test_calibration_keeps_no_keys_and_values_for_other_layers():
 def test_layers_that_share_keys_and_values_are_refused():
     model, processor = original("gemma4")
     model.config.text_config.num_kv_shared_layers = 2
-    with pytest.raises(InputError, match="num_kv_shared_layers = 2: .* supported is 0, as Gemma 4 12B"):
+    with pytest.raises(InputError, match=r"num_kv_shared_layers = 2: .* supported is 0, as Gemma 4 12B"):
         convert(model, processor, answered("gemma4", 3), ConversionConfig())
