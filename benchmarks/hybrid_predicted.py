@@ -1,4 +1,4 @@
-"""KL that a budget was predicted to cost and what it costs, of very small random models with layers of several kinds.
+"""KL that a budget is predicted to cost, and what it costs, of very small random hybrid models.
 
     python benchmarks/hybrid_predicted.py        # two minutes; prints the table of docs/method.md
 
