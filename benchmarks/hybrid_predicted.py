@@ -1,6 +1,6 @@
 """KL that a budget is predicted to cost, and what it costs, of very small random hybrid models.
 
-    python benchmarks/hybrid_predicted.py        # two minutes; prints the table of docs/method.md
+    python benchmarks/hybrid_predicted.py        # two minutes; prints the table of docs/results/hybrid.md
 
 The models are those of `tests/tiny_models.py`: of the true architectures, without training.
 """
