@@ -35,6 +35,7 @@ def test_kernels_decode_as_pytorch_does(name, rotate_at, backend):
     torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("rotate_at", ["write", pytest.param("read", marks=slow)])
 def test_a_static_cache_decodes_compiled(name, rotate_at):
     """One graph for all tokens behind a prompt, as `generate` compiles it on a GPU, and the same tokens."""
     model, processor = random_mla(name, **SMALL, rotate_at=rotate_at)
