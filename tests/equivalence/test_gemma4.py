@@ -72,6 +72,13 @@ def test_calibration_keeps_no_keys_and_values_for_other_layers():
         torch.testing.assert_close(model.model.language_model.norm(hidden), expected)
 
 
+def test_its_drafters_are_refused():
+    model, processor = random_mla("gemma4", rope_dim=8)
+    inputs = prompt_inputs("gemma4", processor, ["text"])
+    with pytest.raises(InputError, match="drafters read keys and values"):
+        model(**inputs, return_shared_kv_states=True)  # as `generate` does for them
+
+
 def test_layers_that_share_keys_and_values_are_refused():
     model, processor = original("gemma4")
     model.config.text_config.num_kv_shared_layers = 2
