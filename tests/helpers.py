@@ -55,7 +55,7 @@ def _original(name):
             torch.nn.init.normal_(projection.weight, std=0.12)  # sharp attention: positions and pairs matter
             if projection.bias is not None:
                 torch.nn.init.normal_(projection.bias, std=0.3)
-        if attention.v_proj.bias is not None:
+        if getattr(attention.v_proj, "bias", None) is not None:
             torch.nn.init.normal_(attention.v_proj.bias, std=0.3)
         for norm in norms_of(attention):
             torch.nn.init.normal_(norm.weight, mean=1.0, std=0.5)
@@ -195,6 +195,7 @@ def piecewise_logits(model, inputs, cuts, cache: Cache):
     full = with_positions(model, inputs)
     is_image = full["input_ids"][0] == model.config.image_token_id
     starts = (is_image & ~torch.nn.functional.pad(is_image, (1, 0))[:-1]).nonzero()[:, 0].tolist()
+    seen_both_ways = "gemma" in model.config.model_type  # images, by the types of all tokens so far
     logits, start, patches = [], 0, 0
     for stop in [*cuts, full["input_ids"].shape[1]]:
         piece = {
@@ -202,14 +203,14 @@ def piecewise_logits(model, inputs, cuts, cache: Cache):
             "attention_mask": full["attention_mask"][:, :stop],
             "position_ids": full["position_ids"][..., start:stop],
         }
-        if "token_type_ids" in full:
-            piece["token_type_ids"] = full["token_type_ids"][:, :stop]
+        if (types := get_family(model.config.model_type).token_types) in full and seen_both_ways:
+            piece[types] = full[types][:, :stop]
         shown = [i for i, at in enumerate(starts) if start <= at < stop]
         if shown and len(shown) == len(starts):
             piece = {k: v for k, v in full.items() if k != "mm_token_type_ids"} | piece
         elif shown:
             first, last = shown[0], shown[-1] + 1
-            for key in ("image_sizes", "image_grid_thw"):
+            for key in ("image_sizes", "image_grid_thw", "image_position_ids"):
                 if key in full:
                     piece[key] = full[key][first:last]
             if "image_grid_thw" in full:  # patches of all images in one row

@@ -159,6 +159,56 @@ def gemma3():
     return config, processor
 
 
+def gemma4(stem="gemma4", vision=None, **more):
+    """Windows of 8 tokens in every second layer; the others have larger heads, fewer of them for keys, which
+    are the values too, and RoPE over a quarter of their pairs. Some 64 tokens an image, the least there are.
+    """
+    names = {"boi": "<|image>", "image": "<|image|>", "eoi": "<image|>"}
+    names |= {"boa": "<|audio>", "audio": "<|audio|>", "eoa": "<audio|>"}
+    tokenizer = tokenizer_of(
+        [*names.values(), "<|video|>"], **{f"{name}_token": token for name, token in names.items()}
+    )
+    patches = {"patch_size": 4, "pooling_kernel_size": 2, "max_soft_tokens": 70}
+    name = "Gemma4" if stem == "gemma4" else "Gemma4Unified"
+    processor = transformers_class(f"{name}Processor")(
+        feature_extractor=transformers_class(f"{name}AudioFeatureExtractor")(),
+        image_processor=transformers_class(f"{name}ImageProcessor")(**patches),
+        video_processor=transformers_class(f"{name}VideoProcessor")(**patches),
+        tokenizer=tokenizer,
+        chat_template=template("<|image|>"),
+    )
+    layers = {"layer_types": ["sliding_attention", "full_attention"] * 2, "num_hidden_layers": 4}
+    rope = {"sliding_attention": {"rope_type": "default", "rope_theta": 50.0}}
+    share = {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 100.0}
+    heads = {"global_head_dim": 32, "num_global_key_value_heads": 1, "attention_k_eq_v": True}
+    heads |= {"hidden_size_per_layer_input": 0} if stem == "gemma4" else {}
+    own = text(tokenizer, f"{stem}_text", sliding_window=8, **layers, **heads | more)
+    own |= {"use_bidirectional_attention": "vision", "final_logit_softcapping": 2.0}
+    tower = TOWER | {"head_dim": 16, "num_key_value_heads": 2, "patch_size": 4, "pooling_kernel_size": 2}
+    tower |= {"position_embedding_size": 64, "initializer_range": 0.1}
+    config = {
+        "text_config": own | {"rope_parameters": rope | {"full_attention": share}},
+        "vision_config": tower if vision is None else vision,
+        "audio_config": None,
+        **ids(tokenizer, video_token_id="<|video|>", eoa_token_index="<audio|>"),
+        **ids(tokenizer, **{f"{name}_token_id": token for name, token in names.items() if name != "eoa"}),
+    }
+    return config, processor
+
+
+def gemma4_moe():
+    """With experts, embeddings for each layer, and values of their own."""
+    experts = {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32}
+    own = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 512, "attention_k_eq_v": False}
+    return gemma4(kv_heads=1, **experts, **own)
+
+
+def gemma4_unified():
+    """Patches go to the language model as they are."""
+    vision = {"patch_size": 4, "pooling_kernel_size": 2, "mm_embed_dim": HIDDEN, "mm_posemb_size": 64}
+    return gemma4("gemma4_unified", vision | {"output_proj_dims": HIDDEN, "initializer_range": 0.1})
+
+
 def internvl(kind="qwen2"):
     """Tiles of 24 pixels a side, 4 tokens each."""
     marks = {
@@ -288,6 +338,9 @@ TINY = {
     "qwen3_5": qwen3_5,
     "qwen3_5_moe": qwen3_5_moe,
     "gemma3": gemma3,
+    "gemma4": gemma4,
+    "gemma4-moe": gemma4_moe,
+    "gemma4_unified": gemma4_unified,
     "internvl": internvl,
     "internvl-llama": lambda: internvl("llama"),
     "internvl-qwen3": lambda: internvl("qwen3"),

@@ -1,12 +1,11 @@
-"""Frozen, keyword-only configurations: what they have in common, and that of a converted model."""
+"""What a converted model is, and the sizes of a language model's attention."""
 
 import itertools
-from collections.abc import Iterable
-from dataclasses import MISSING, asdict, dataclass, field, fields, replace
-from types import NoneType, UnionType
-from typing import Any, Literal, NamedTuple, Self, cast, get_args, get_origin
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple, Self
 
 from mha2mla_vlm.errors import InputError, shown
+from mha2mla_vlm.strict import Strict, check_types
 
 OnBadRecord = Literal["fail", "skip"]
 ROTATE_AT = ("write", "read")
@@ -15,68 +14,6 @@ CHANNEL_BITS = (16, 8, 4, 2)  # of a latent channel
 POSITION_BYTES = 4  # of each number in a token's position
 SHARED: tuple[str, ...] = ("shared",)
 DECOUPLED: tuple[str, ...] = ("text", "vision")
-_KIND_NAMES = {
-    NoneType: "nothing",
-    bool: "true or false",
-    str: "text",
-    int: "a whole number",
-    float: "a number",
-}
-
-
-def option(default: Any, text: str, known: Iterable[str] = ()) -> Any:
-    """A field with its line of help, which the command line shows too, and values that it is completed to."""
-    return field(default=default, metadata={"help": text, "known": tuple(known)})
-
-
-@dataclass(frozen=True, kw_only=True)
-class Strict:
-    """A dataclass that is read from a mapping and rejects keys that it does not know."""
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Self:
-        """Read from a mapping; raises `InputError` for unknown and for missing keys."""
-        if not isinstance(values, dict):
-            raise InputError(f"{cls.__name__} must be a mapping, not {shown(values)}")
-        known = {f.name for f in fields(cls)}
-        if unknown := sorted(map(str, set(values) - known)):
-            listed = ", ".join(unknown)[:200]
-            raise InputError(f"unknown key(s) {listed} in {cls.__name__}; known: {', '.join(sorted(known))}")
-        needed = {f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING}
-        if missing := sorted(needed - set(values)):
-            raise InputError(f"missing key(s) {', '.join(missing)} in {cls.__name__}")
-        return cls(**values)
-
-    def to_dict(self) -> dict[str, Any]:
-        """As plain values, for JSON."""
-        return asdict(self)
-
-
-def check_types(config: Any) -> None:
-    """Raise `InputError` for a field whose value is not of its declared type; a whole number is a float too.
-
-    YAML reads `1e-5` as text and `yes` as true.
-    """
-    for item in fields(config):
-        value, declared = getattr(config, item.name), cast(Any, item.type)
-        if not _fits(value, declared):
-            kinds = get_args(declared) if get_origin(declared) is UnionType else (declared,)
-            wanted = " or ".join(_KIND_NAMES.get(kind, str(kind)) for kind in kinds)
-            hint = "; write 1.0e-5 for 1e-5" if float in kinds and isinstance(value, str) else ""
-            raise InputError(f"{item.name} = {shown(value)}: give {wanted}{hint}")
-
-
-def _fits(value: Any, declared: Any) -> bool:
-    kind, inner = get_origin(declared) or declared, get_args(declared)
-    if kind is UnionType:
-        return any(_fits(value, each) for each in inner)
-    if kind is dict:
-        return isinstance(value, dict) and all(
-            _fits(k, inner[0]) and _fits(v, inner[1]) for k, v in value.items()
-        )
-    if kind in (list, tuple):
-        return isinstance(value, kind) and all(_fits(each, inner[0]) for each in value)
-    return kind is Any or type(value) is kind or (kind is float and type(value) is int)
 
 
 class LatentBits(NamedTuple):
@@ -147,7 +84,7 @@ class LayerSpec:
 
     def fits(self, sizes: "AttentionSizes") -> bool:
         """Whether there are as many latent dims in keys and values as those that are kept."""
-        return self.rank is None or self.rank <= min(sizes.hidden, self.outputs(sizes))
+        return self.rank is None or self.rank <= min(sizes.most_latent_dims, self.outputs(sizes))
 
     def widths(self, sizes: "AttentionSizes") -> tuple[int, int]:
         """Numbers that a token caches: its latent, and its rotated keys."""
@@ -335,12 +272,25 @@ class AttentionSizes:
     hidden: int
     position_axes: int = 1  # numbers in a token's position: three with multimodal RoPE
     rotated: int | None = None  # dims of a head that RoPE turns, if not all
+    stride: int | None = None  # from the first dim of a pair to the second, if not half of those
+    one_projection: bool = False  # values are what keys are made of
     left: tuple[int, ...] = ()  # layers that keep a state of constant size, or a window of tokens
 
     @property
     def rotary_dim(self) -> int:
-        """Dims of a head that RoPE turns, the first ones."""
+        """Dims of a head that RoPE turns: of its first pairs."""
         return self.head_dim if self.rotated is None else self.rotated
+
+    @property
+    def pair_stride(self) -> int:
+        """Dims from the first of a pair to its second."""
+        return self.rotary_dim // 2 if self.stride is None else self.stride
+
+    @property
+    def most_latent_dims(self) -> int:
+        """Latent dims that hold keys and values whatever they are."""
+        made_of = self.kv_heads * self.head_dim if self.one_projection else self.numbers_per_token
+        return min(self.hidden, made_of)
 
     @property
     def growing(self) -> list[int]:
@@ -363,11 +313,17 @@ class AttentionSizes:
         return cls.of_text(config.get_text_config(decoder=True))
 
     @classmethod
-    def of_text(cls, text: Any) -> Self:
-        """Sizes under a language model's config."""
+    def of_text(cls, text: Any, index: int | None = None) -> Self:
+        """Sizes under a language model's config: of its layers of full attention, or of one layer."""
+        kinds = getattr(text, "layer_types", None) or ()
+        if index is None and FULL in kinds:
+            index = list(kinds).index(FULL)
+        kind = FULL if index is None or not kinds else kinds[index]
+        text = text if index is None else layer_config(text, index)
         head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        rope, kinds = rope_parameters(text), getattr(text, "layer_types", None) or ()
+        rope = rope_parameters(text, kind)
         share = rope.get("partial_rotary_factor", 1)
+        rotated = None if share == 1 else int(head_dim * share)
         return cls(
             layers=text.num_hidden_layers,
             heads=text.num_attention_heads,
@@ -375,13 +331,27 @@ class AttentionSizes:
             head_dim=head_dim,
             hidden=text.hidden_size,
             position_axes=3 if "mrope_section" in rope else 1,
-            rotated=None if share == 1 else int(head_dim * share),
+            rotated=rotated,
+            one_projection=bool(getattr(text, "attention_k_eq_v", False)) and kind == FULL,
+            stride=head_dim // 2 if rotated is not None and is_proportional(rope) else None,
             left=tuple(index for index, kind in enumerate(kinds) if kind != FULL),
         )
 
 
-def rope_parameters(text: Any) -> dict[str, Any]:
-    """Parameters of RoPE in layers of full attention, under a language model's config."""
+def rope_parameters(text: Any, kind: str = FULL) -> dict[str, Any]:
+    """Parameters of RoPE in layers of a kind, under a language model's config."""
     found: Any = getattr(text, "rope_parameters", None)
-    own: Any = found.get(FULL, found) if isinstance(found, dict) else None
+    own: Any = found.get(kind, found) if isinstance(found, dict) else None
     return own if isinstance(own, dict) else {}
+
+
+def is_proportional(rope: dict[str, Any]) -> bool:
+    """Whether RoPE that turns only a part of a head's dims has its pairs where all of them would be, and
+    tables for the others too, that turn by nothing.
+    """
+    return rope.get("rope_type") == "proportional"
+
+
+def layer_config(text: Any, index: int) -> Any:
+    """A language model's config as one of its layers has it: heads may differ by layer (Gemma 4)."""
+    return text.per_layer_config[index] if getattr(text, "is_heterogeneous", False) else text

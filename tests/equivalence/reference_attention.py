@@ -4,8 +4,13 @@ import cmath
 
 import torch
 from torch import nn
+from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
+from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5RMSNorm
+from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import Qwen3_5MoeRMSNorm
 
 from mha2mla_vlm.utils.compat import one_table
+
+FROM_ONE = (Qwen3_5RMSNorm, Qwen3_5MoeRMSNorm, Gemma3RMSNorm)  # norms whose weights count from one
 
 
 class ReferenceAttention(nn.Module):
@@ -41,8 +46,14 @@ class ReferenceAttention(nn.Module):
 
     def _normed_outputs(self, x):
         """What latents are made of where keys are normed: per KV head its normed key and its value."""
-        keys, values = (self._heads(name, x, self.source.kv_heads) for name in ("k_proj", "v_proj"))
-        both = [(self._norm(self.source.k_norm, key), value) for key, value in zip(keys, values, strict=True)]
+        source = self.source
+        if source.v_proj is None:
+            values = self._heads("k_proj", x, source.kv_heads)
+            return torch.cat([self._norm(source.v_norm, value) for value in values])
+        keys, values = (self._heads(name, x, source.kv_heads) for name in ("k_proj", "v_proj"))
+        if hasattr(source, "v_norm"):
+            values = [self._norm(source.v_norm, value) for value in values]
+        both = [(self._norm(source.k_norm, key), value) for key, value in zip(keys, values, strict=True)]
         return torch.cat([part for head in both for part in head])
 
     def _heads(self, name, x, heads):
@@ -51,9 +62,9 @@ class ReferenceAttention(nn.Module):
         return (made if projection.bias is None else made + projection.bias.double()).view(heads, -1)
 
     def _norm(self, norm, x):
-        weight, eps = norm.weight.double(), getattr(norm, "variance_epsilon", None)
-        if eps is None:  # as Qwen3.5's and Gemma's do
-            weight, eps = 1 + weight, norm.eps
+        weight = getattr(norm, "weight", torch.ones(len(x))).double()
+        eps = norm.eps if hasattr(norm, "eps") else norm.variance_epsilon
+        weight = 1 + weight if isinstance(norm, FROM_ONE) else weight
         return weight * x / (x.square().mean() + eps).sqrt()
 
     def _rotate(self, x, cos, sin, head):
@@ -98,10 +109,9 @@ class ReferenceAttention(nn.Module):
             query, gate = query[: source.head_dim], query[source.head_dim :].sigmoid()
         if source.is_normed:
             query = self._norm(source.q_norm, query)
-            rope, half = source.rope_pairs[head].tolist(), source.rotary_dim // 2
-            others = [pair for pair in range(half) if pair not in rope]
-            never = range(2 * half, source.head_dim)
-            query = query[[*rope, *(i + half for i in rope), *others, *(i + half for i in others), *never]]
+            rope = source.rope_pairs[head].tolist()
+            rope += [pair + source.pair_stride for pair in rope]
+            query = query[[*rope, *(dim for dim in range(source.head_dim) if dim not in rope)]]
         rope = self._rotate(query[: source.rope_dim], cos, sin, head)
         query = torch.cat([rope, query[source.rope_dim :]])
         seen = self.keep[b].bool() & (torch.arange(len(keys)) <= t)

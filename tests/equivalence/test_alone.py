@@ -28,6 +28,7 @@ MODELS = {
     "normed": ("qwen3_vl", {}),
     "in bits": ("llava", {"bits": (4, 12, 8, 8)}),
     "at read": ("qwen2_5_vl", {"rotate_at": "read"}),
+    "several kinds of layers": ("gemma4", {"rope_dim": 8, "rank": 20, "rotate_at": "read"}),
 }
 OPTIONS = {"max_new_tokens": 4, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
 KEY = "model.language_model.layers.1.self_attn.kv_b_proj.vision.weight"

@@ -12,6 +12,7 @@ PACKAGE = "mha2mla_vlm"
 SOURCE = Path(mha2mla_vlm.__file__).parent
 FLOORS = (  # from the bottom; what shares a floor does not import each other
     ("errors",),
+    ("strict",),
     ("config",),
     ("utils",),
     ("data",),

@@ -134,12 +134,14 @@ def fold_coefficients(covariance: torch.Tensor, kept: torch.Tensor) -> torch.Ten
     return coefficients
 
 
-def fold_keys(keys: torch.Tensor, fold: torch.Tensor) -> torch.Tensor:
-    """Key rows `[G, D, ..]` (weights or biases) folded by a and b `[G, 2, P]`; rounded once. Rows beyond 2 P,
-    which the original does not rotate, stay as they are.
+def fold_keys(keys: torch.Tensor, fold: torch.Tensor, stride: int | None = None) -> torch.Tensor:
+    """Key rows `[G, D, ..]` (weights or biases) folded by a and b `[G, 2, P]`; rounded once. Pair i is rows
+    `(i, i + stride)`, by default P; what is in no pair, which the original does not rotate, stays.
     """
     a, b = (x.reshape(*x.shape, *[1] * (keys.ndim - 2)) for x in fold.unbind(1))
-    turned = 2 * a.shape[1]
-    first, second = keys[:, :turned].to(fold.dtype).chunk(2, dim=1)
-    folded = torch.cat([a * first + b * second, a * second - b * first], dim=1).to(keys.dtype)
-    return torch.cat([folded, keys[:, turned:]], dim=1)
+    pairs, stride = a.shape[1], stride or a.shape[1]
+    first, second = (keys[:, i : i + pairs].to(fold.dtype) for i in (0, stride))
+    folded = keys.clone()
+    folded[:, :pairs] = (a * first + b * second).to(keys.dtype)
+    folded[:, stride : stride + pairs] = (a * second - b * first).to(keys.dtype)
+    return folded

@@ -29,6 +29,7 @@ from mha2mla_vlm.utils.compat import (
     of_full_attention,
     set_attention_name,
     takes_layer_type,
+    unshared,
 )
 
 OURS, LATER = "ours", "ours, later layers"
@@ -72,16 +73,18 @@ def random_caches(
     sizes = AttentionSizes.of(converted.config)
     like = latent_attentions(decoder_layers(converted))[0].q_proj.weight
     heads, specs = sizes.kv_heads, converted.mla_config.layers(sizes)
-    whole = ((batch, heads, context, sizes.head_dim),) * 2
-    attends = [attention_of(layer) is not None for layer in decoder_layers(converted)]
-    dense: list[tuple[Shape, Shape] | None] = [whole if each else None for each in attends]
+    text = converted.config.get_text_config(decoder=True)
+    dense = list[tuple[Shape, Shape] | None]()
+    for index, layer in enumerate(decoder_layers(converted)):
+        own = AttentionSizes.of_text(text, index)
+        whole = (batch, own.kv_heads, context, own.head_dim)
+        dense.append(None if attention_of(layer) is None else (whole, whole))
     latent = list(dense)
     for index, spec in enumerate(specs):
         if spec is not None:
             rank, rope = spec.widths(sizes)
             latent[index] = (batch, 1, context, rank), (batch, heads, context, rope // heads)
     empty = LatentCache() if quantization is None else quantized_cache(**quantization)
-    text = converted.config.get_text_config(decoder=True)
     hold_latents(empty, [spec is not None for spec in specs], text)
     bits = [spec and spec.bits if empty.holds_rows else None for spec in specs]
     plain = LatentCache()
@@ -188,11 +191,13 @@ def time_layers(
             if model is converted and converted.model.reads_positions:
                 kwargs["token_positions"] = TokenPositions(text_model(converted).rotary_emb)
             for index in sizes.growing:
-                decoder_layers(model)[index].self_attn(
+                attention = decoder_layers(model)[index].self_attn
+                attention(
                     hidden_states=hidden,
                     position_embeddings=embeddings[model],
                     attention_mask=None,
                     **cache_argument(cache),
+                    **unshared(attention),
                     **kwargs,
                 )
 

@@ -4,6 +4,7 @@ Shapes: T tokens, C hidden, A answer tokens, P pairs of rotary dims.
 """
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
@@ -18,6 +19,7 @@ from mha2mla_vlm.model.attention import MLAAttention
 from mha2mla_vlm.model.modality import TokenModality
 from mha2mla_vlm.model.modeling import attention_of, text_model
 from mha2mla_vlm.model.offload import front_modules, resident
+from mha2mla_vlm.utils.compat import unshared
 
 Tables = tuple[torch.Tensor, torch.Tensor]  # cos and sin
 Key = tuple[str, int, int]  # of hidden states `[1, T, C]`: which stream, before which layer, which chat
@@ -135,12 +137,14 @@ def layer_arguments(
 class _Stub(nn.Module):
     """Stands for a decoder layer: keeps what it is called with, and returns zeros."""
 
-    def __init__(self, calls: list[Call]) -> None:
+    def __init__(self, layer: nn.Module, calls: list[Call]) -> None:
         super().__init__()
-        self.calls = calls
+        self.names, self.calls = list(inspect.signature(layer.forward).parameters), calls
+        self.unshared = unshared(layer)
 
     def forward(self, *args: Any, **given: Any) -> torch.Tensor:
-        hidden = args[0] if args else given.pop("hidden_states")
+        hidden, *others = args or [given.pop("hidden_states")]
+        given |= dict(zip(self.names[1:], others, strict=False)) | self.unshared
         self.calls.append((hidden if not self.calls or hidden.any() else None, given))
         return torch.zeros_like(hidden)
 
@@ -152,7 +156,7 @@ def _stubbed(model: PreTrainedModel) -> Iterator[list[Call]]:
     """
     text: Any = text_model(model)
     layers, norm, calls = text.layers, text.norm, list[Call]()
-    text.layers, text.norm = nn.ModuleList(_Stub(calls) for _ in layers), _Stub(calls)
+    text.layers, text.norm = nn.ModuleList(_Stub(layer, calls) for layer in layers), _Stub(norm, calls)
     try:
         yield calls
     finally:

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from mha2mla_vlm.calibration.activations import Chat, States, answer_states, calls_of
 from mha2mla_vlm.model.attention import MLAAttention
 from mha2mla_vlm.model.modeling import decoder_layers
-from mha2mla_vlm.model.offload import end_modules, resident
+from mha2mla_vlm.model.offload import end_modules, logits_of, resident
 
 GRADIENT = "gradient"  # a stream of `[S, T, C]`
 
@@ -50,7 +50,7 @@ def begin_gradients(
             hidden = states[stream, last, number].to(device).detach().requires_grad_()
             generator = torch.Generator().manual_seed(chat.number)
             with torch.enable_grad():
-                logits = head(answer_states(chat, hidden, norm)).float()
+                logits = logits_of(model, answer_states(chat, hidden, norm)).float()
             signs = torch.randint(2, (sketches, *logits.shape), generator=generator).to(device) * 2.0 - 1.0
             directions = sketch_directions(logits.detach(), signs)
             found = [torch.autograd.grad(logits, hidden, u, retain_graph=True)[0] for u in directions]

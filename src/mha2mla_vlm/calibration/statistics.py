@@ -12,8 +12,9 @@ import torch
 from transformers import BatchFeature
 
 from mha2mla_vlm.algorithms.error_metric import attention_usage, key_metric
+from mha2mla_vlm.algorithms.pair_selection.base import split_dims
 from mha2mla_vlm.algorithms.token_stats import TokenStats
-from mha2mla_vlm.config import DECOUPLED
+from mha2mla_vlm.config import DECOUPLED, AttentionSizes
 from mha2mla_vlm.data.records import IGNORE_INDEX
 from mha2mla_vlm.model.normed import keys_and_values, normed_queries
 from mha2mla_vlm.model.rope import rotate
@@ -75,8 +76,9 @@ class Heads:
         if turned < half:
             never = (0, half - turned)
             cos, sin = torch.nn.functional.pad(cos, never, value=1.0), torch.nn.functional.pad(sin, never)
-            parts = order.split([turned, turned, half - turned, half - turned])
-            order = torch.cat([parts[0], parts[2], parts[1], parts[3]])
+            pairs, stride = order[None, :turned], AttentionSizes.of_text(module.config).pair_stride
+            rope, others = (dims[0].chunk(2) for dims in split_dims(pairs, module.head_dim, stride))
+            order = torch.cat([rope[0], others[0], rope[1], others[1]])
             q, k = q[..., order], k[..., order]
         gate = None if gate is None else gate[0].float().transpose(0, 1)
         given = {"queries": q, "keys": k, "values": v, "cos": cos, "sin": sin, "gate": gate, "order": order}

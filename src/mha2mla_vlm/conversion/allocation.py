@@ -75,7 +75,7 @@ def measured_rope_dim(sizes: AttentionSizes) -> int:
 
 def most_latent(sizes: AttentionSizes, rope_dim: int) -> int:
     """Largest d_kv where a number of rope dims is cached beside the latent."""
-    return min(sizes.hidden // sizes.kv_heads, 2 * sizes.head_dim - rope_dim)
+    return min(sizes.most_latent_dims // sizes.kv_heads, 2 * sizes.head_dim - rope_dim)
 
 
 def budget_units(sizes: AttentionSizes, config: ConversionConfig) -> int:

@@ -6,8 +6,9 @@ from typing import Self
 
 from mha2mla_vlm.algorithms.factorization import FACTORIZATIONS, factorization
 from mha2mla_vlm.algorithms.pair_selection import PAIR_SELECTIONS
-from mha2mla_vlm.config import ROTATE_AT, Strict, option
+from mha2mla_vlm.config import ROTATE_AT
 from mha2mla_vlm.errors import InputError, shown
+from mha2mla_vlm.strict import Strict, option
 
 AUTO = "auto"
 LATENT_BITS = ("16", "mixed")

@@ -150,8 +150,8 @@ def _front_and_shards(model: PreTrainedModel, number: torch.dtype) -> int:
 
 
 def _vision_depth(config: Any) -> int:
-    vision = config.vision_config
-    return int(getattr(vision, "depth", None) or vision.num_hidden_layers)
+    depths = (getattr(config.vision_config, name, None) for name in ("depth", "num_hidden_layers"))
+    return next((depth for depth in depths if depth), 1)  # Gemma 4 12B has no tower
 
 
 def _one_layer(
@@ -223,11 +223,12 @@ def _small(config: Any) -> Any:
     values = config.to_dict()
     text, vision = values["text_config"], values["vision_config"]
     text |= {"num_hidden_layers": 1, "vocab_size": SMALL_VOCABULARY, "bos_token_id": None}
-    text |= {"eos_token_id": None, "pad_token_id": None}
+    text |= {"eos_token_id": None, "pad_token_id": 0}
     if text.get("layer_types"):
         text["layer_types"] = [FULL]
-    depth = "depth" if "depth" in vision else "num_hidden_layers"
-    vision[depth] = 1
+    if own := text.get("per_layer_config"):
+        text["per_layer_config"] = {0: own[str(AttentionSizes.of(config).growing[0])]}
+    vision |= dict.fromkeys({"depth", "num_hidden_layers"} & vision.keys(), 1)
     for number, name in enumerate(_token_names(values)):
         values[name] = 2 + number
     return type(config)(**values)

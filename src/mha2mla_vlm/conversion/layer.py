@@ -24,7 +24,7 @@ from mha2mla_vlm.conversion.weights import converted_layer, factored_weights, ke
 from mha2mla_vlm.evaluation.answers import as_kl, kl_sum
 from mha2mla_vlm.model.attention import MLAAttention
 from mha2mla_vlm.model.modeling import decoder_layers
-from mha2mla_vlm.model.offload import end_modules, resident
+from mha2mla_vlm.model.offload import end_modules, logits_of, resident
 from mha2mla_vlm.utils.distributed import SharedSums
 
 CALIBRATION_PARTIAL = "calibration partial"
@@ -144,7 +144,7 @@ class LayerwiseConversion(Sweep):
             return partial, {}
         spec = self.spec(index)
         whole, warned = self.whole(partial, spec), index if self.warn else None
-        given: dict[str, Any] = {"head_dim": self.sizes.head_dim, "rotary_dim": self.sizes.rotary_dim}
+        given: dict[str, Any] = {"head_dim": self.sizes.head_dim, "pair_stride": self.sizes.pair_stride}
         given["by_importance"] = spec.bits is not None
         factors = layer_factors(whole, stats, spec, self.methods.factorization, **given, layer=warned)
         spectra = {k: thinned(f.spectrum) for k, f in factors.items() if f.spectrum is not None}
@@ -165,7 +165,7 @@ class LayerwiseConversion(Sweep):
 
                 def log_probs(stream: str, key: int = number, chat: Chat = chat) -> torch.Tensor:
                     hidden = self.states[stream, last, key].to(self.device)
-                    return head(answer_states(chat, hidden, norm)).float().log_softmax(-1)
+                    return logits_of(self.model, answer_states(chat, hidden, norm)).float().log_softmax(-1)
 
                 expected = log_probs(ORIGINAL)
                 found = [kl_sum(log_probs(stream), expected) for stream in self.ends.values()]

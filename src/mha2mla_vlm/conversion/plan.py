@@ -23,7 +23,7 @@ from mha2mla_vlm.model.card import by_layer
 from mha2mla_vlm.model.families import get_family
 from mha2mla_vlm.model.families.base import Family
 from mha2mla_vlm.model.modeling import attention_of, decoder_layers
-from mha2mla_vlm.model.normed import NORMS, PROJECTIONS, is_normed
+from mha2mla_vlm.model.normed import NORMS, PROJECTIONS, VALUE_NORM, is_normed
 from mha2mla_vlm.model.origin import shared_name
 from mha2mla_vlm.utils.compat import is_plain_tensor
 from mha2mla_vlm.utils.progress import console
@@ -40,7 +40,7 @@ def check_model(model: PreTrainedModel) -> None:
     for index in AttentionSizes.of(model.config).growing:
         layer = decoder_layers(model)[index]
         for name, child in layer.self_attn.named_children():
-            if name in NORMS:
+            if name in (*NORMS, VALUE_NORM):
                 continue
             modules = child.values() if isinstance(child, nn.ModuleDict) else [child]
             wrong = [m for m in modules if any(True for _ in m.parameters()) and not _is_linear(m)]
@@ -67,9 +67,11 @@ def check_attention(model: PreTrainedModel) -> None:
         children = dict(attention.named_children())
         own = [name for name, _ in attention.named_parameters(recurse=False)]
         unknown = [name for name in (*children, *own) if name not in (*PROJECTIONS, *norms)]
-        missing = [name for name in PROJECTIONS if name not in children]
+        needed = [name for name in PROJECTIONS if name != "v_proj" or not family.values_of_keys]
+        missing = [name for name in needed if name not in children]
         found = [name for name in norms if name in children]
-        of_heads = all(tuple(children[name].weight.shape) == (attention.head_dim,) for name in found)
+        sizes_of = [tuple(weight.shape) for name in found for weight in children[name].parameters()]
+        of_heads = all(size == (attention.head_dim,) for size in sizes_of)
         if unknown or missing or len(found) not in (0, len(norms)) or not of_heads:
             raise InputError(
                 f"layer {index}: attention ({type(attention).__name__}) has {', '.join((*children, *own))}; "
@@ -144,6 +146,11 @@ def _check_layer_types(text: Any, family: Family) -> None:
     family.
     """
     kinds, left = set(getattr(text, "layer_types", None) or ()), family.left_layers
+    if shared := getattr(text, "num_kv_shared_layers", 0):
+        raise InputError(
+            f"num_kv_shared_layers = {shared}: layers that reuse keys and values of others, as Gemma 4 E2B "
+            "and E4B have, are not supported; supported is 0, as Gemma 4 12B, 26B-A4B and 31B have"
+        )
     if "sliding_attention" not in left and (
         "sliding_attention" in kinds or getattr(text, "sliding_window", None)
     ):
@@ -177,7 +184,7 @@ def _check_sizes(mla: MLAConfig, method: Factorization, sizes: AttentionSizes) -
         return
     keys, values = sizes.kv_heads * (sizes.head_dim - rope), sizes.kv_heads * sizes.head_dim
     at_read = mla.rotate_at == "read"
-    largest = min(sizes.hidden, 2 * values if at_read else keys + values)
+    largest = min(sizes.most_latent_dims, 2 * values if at_read else keys + values)
     if method.apart:
         parts = block_ranks(rank, keys, values, method.whole)
         if not (1 <= parts[0] <= keys and 1 <= parts[1] <= values):

@@ -183,7 +183,7 @@ class LayerwiseProfile(Sweep):
             spec = replace(spec, rope_dim=measured_rope_dim(self.sizes))
         partial = self.partial(source, profile, spec)
         whole, by_channel = self.whole(partial, spec), self.config.bits_by_channel
-        options: dict[str, Any] = {"head_dim": self.sizes.head_dim, "rotary_dim": self.sizes.rotary_dim}
+        options: dict[str, Any] = {"head_dim": self.sizes.head_dim, "pair_stride": self.sizes.pair_stride}
         options["by_importance"] = by_channel
         given = (whole, profile.stats, spec, self.methods.factorization)
         factors, made = layer_factors(*given, **options), [partial]

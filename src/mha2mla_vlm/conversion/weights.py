@@ -23,7 +23,7 @@ from mha2mla_vlm.calibration.statistics import LayerStats
 from mha2mla_vlm.config import SHARED, AttentionSizes, LayerSpec, MLAConfig
 from mha2mla_vlm.model.attention import MLAAttention
 from mha2mla_vlm.model.modeling import decoder_layers, layer_prefixes, mla_classes, text_model
-from mha2mla_vlm.model.normed import is_normed, kept_children
+from mha2mla_vlm.model.normed import is_normed, kept_children, key_scale
 from mha2mla_vlm.utils.compat import attention_name, rotary_scaling, set_attention_name
 
 logger = logging.getLogger(__name__)
@@ -72,17 +72,23 @@ def partial_rope_weights(
 
 
 def _normed_weights(attention: Any, selection: RopeSelection, scale: float) -> dict[str, torch.Tensor]:
-    """`partial_rope_weights` where keys are normed: `T` over `normed.latent_inputs`, `[.., 2 G D]`."""
+    """`partial_rope_weights` where keys are normed: `T` over `normed.latent_inputs`."""
     like, head_dim = attention.k_proj.weight, attention.head_dim
-    pairs, rotary_dim = selection.pairs.to(like.device), AttentionSizes.of_text(attention.config).rotary_dim
-    rope, others = split_dims(pairs, head_dim, rotary_dim)
-    plain = torch.eye(2 * len(pairs) * head_dim, dtype=like.dtype, device=like.device)
-    keys, values = plain.unflatten(0, (len(pairs), 2, head_dim)).unbind(1)
+    pairs, sizes = selection.pairs.to(like.device), AttentionSizes.of_text(attention.config)
+    rope, others = split_dims(pairs, head_dim, sizes.pair_stride)
+    of_values, new = key_scale(attention), {"dtype": like.dtype, "device": like.device}
+    if of_values is None:
+        plain = torch.eye(2 * len(pairs) * head_dim, **new)
+        keys, values = plain.unflatten(0, (len(pairs), 2, head_dim)).unbind(1)
+    else:
+        values = torch.eye(len(pairs) * head_dim, **new).unflatten(0, (len(pairs), head_dim))
+        keys = values * of_values.to(like.dtype)[:, None]
     turned = torch.cat([head[rows] for head, rows in zip(keys, rope, strict=True)])
     if selection.fold is None:
-        keys = torch.cat([keys[:, :rotary_dim] * scale, keys[:, rotary_dim:]], dim=1)
+        every = torch.arange(sizes.rotary_dim // 2, device=like.device)
+        keys[:, torch.cat([every, every + sizes.pair_stride])] *= scale
     else:
-        keys = fold_keys(keys, selection.fold.to(pairs.device))
+        keys = fold_keys(keys, selection.fold.to(pairs.device), sizes.pair_stride)
     both = [torch.cat([kh[rows], vh]) for kh, vh, rows in zip(keys, values, others, strict=True)]
     return {
         "rope_pairs": selection.pairs,
@@ -152,7 +158,7 @@ def layer_factors(
     method: Factorization,
     *,
     head_dim: int,
-    rotary_dim: int | None = None,
+    pair_stride: int | None = None,
     by_importance: bool = False,
     layer: int | None = None,
 ) -> dict[str, Factors]:
@@ -164,7 +170,7 @@ def layer_factors(
     """
     assert method.factors is not None, "keys and values stay whole"
     assert spec.rank is not None, "keys and values stay whole"
-    rope, others = split_dims(whole["rope_pairs"], head_dim, rotary_dim)
+    rope, others = split_dims(whole["rope_pairs"], head_dim, pair_stride)
     key_dims = torch.cat([rope, others], dim=1) if spec.at_read else others
     outputs = Outputs(whole["kv_a_proj.shared.weight"], key_dims, rope.shape[1] if spec.at_read else 0)
     rank, factors = min(outputs.weight.shape) if by_importance else spec.rank, {}
@@ -244,7 +250,8 @@ def rebuild(
     """A converted model with `weights`, of each layer, in its attention and copies of all else in `model`."""
     config = converted_config(model.config, mla)
     prefixes = _attention_prefixes(model)
-    state = {prefix + key: torch.zeros(1) for prefix in prefixes.values() for key in REPLACED}
+    plain = [prefixes[i] for i in prefixes if not is_normed(decoder_layers(model)[i].self_attn)]
+    state = {prefix + key: torch.zeros(1) for prefix in plain for key in REPLACED}
     known = model.state_dict()
     state |= {key: known[key].clone() for key in kept_names(model, known)}
     for index, prefix in prefixes.items():

@@ -165,8 +165,8 @@ def _process(processor: ProcessorMixin, texts: list[str], images: list[list[Imag
     kwargs: dict[str, Any] = _special(processor, texts[0])
     if any(images):
         # a chat without images is an empty list to processors that keep images apart by chat, else left out
-        own = processor.image_processor.model_input_names
-        by_chat = "pixel_attention_mask" in own or "num_crops" in own  # Gemma's
+        own = set(processor.image_processor.model_input_names)
+        by_chat = own & {"pixel_attention_mask", "num_crops", "image_position_ids"}  # the last two: Gemma's
         kwargs["images"] = images if by_chat else [chat for chat in images if chat]
     return processor(text=texts, **kwargs, padding=True, return_tensors="pt")
 
@@ -284,11 +284,10 @@ def chat_length(processor: ProcessorMixin, record: Record) -> int:
             f"{record.source}: {found} times {processor.image_token} in the text for {len(images)} image(s); "
             "leave it out, an image's place is a part of type image"
         )
+    text = with_image_text(processor, text)
     plain = len(processor.tokenizer(text, **_special(processor, text))["input_ids"])
     if not images:
         return plain
-    if with_image_text(processor, text) != text:  # and crops, perhaps
-        return encode(processor, [record])["input_ids"].shape[1]
     sizes = [(image.height, image.width) for image in images]
     try:
         visual = image_token_counts(processor, sizes)

@@ -58,8 +58,8 @@ class MLAAttention(nn.Module):
         self.layer_idx = source.layer_idx
         self.head_dim, self.rope_dim, self.nope_dim = source.head_dim, rope_dim, source.head_dim - rope_dim
         sizes = AttentionSizes.of_text(self.config)
-        self.rotary_dim = sizes.rotary_dim
-        self.heads, self.kv_heads = self.config.num_attention_heads, self.config.num_key_value_heads
+        self.rotary_dim, self.pair_stride = sizes.rotary_dim, sizes.pair_stride
+        self.heads, self.kv_heads = sizes.heads, sizes.kv_heads
         self.num_key_value_groups = self.heads // self.kv_heads  # the name attention backends look for
         self.scaling = source.scaling
         self.attention_dropout = source.attention_dropout
@@ -73,7 +73,9 @@ class MLAAttention(nn.Module):
         down_bias = bias if rank is None else spec.bits is not None  # what integers count from
         new: dict[str, Any] = {"device": source.q_proj.weight.device, "dtype": source.q_proj.weight.dtype}
         if self.is_normed:
-            hidden = 2 * self.kv_heads * self.head_dim  # of what latents are made
+            hidden = (
+                (1 if sizes.one_projection else 2) * self.kv_heads * self.head_dim
+            )  # what latents are made of
         else:
             self.q_proj = nn.Linear(
                 hidden, self.heads * self.head_dim, bias=source.q_proj.bias is not None, **new
@@ -195,7 +197,7 @@ class MLAAttention(nn.Module):
         queries, gate = normed_queries(self, hidden_states)
         queries = queries.view(batch, new, *groups, self.head_dim).permute(0, 2, 3, 1, 4)
         if self.is_normed:  # else the rows of `q_proj` are in this order
-            order = head_order(self.rope_pairs, self.head_dim, self.rotary_dim)[:, None, None]
+            order = head_order(self.rope_pairs, self.head_dim, self.pair_stride)[:, None, None]
             queries = queries.gather(-1, order.expand(batch, *queries.shape[1:]))
         rope, nope = queries.split([self.rope_dim, self.nope_dim], dim=-1)
         rope = rotate(rope, cos[:, :, None], sin[:, :, None])

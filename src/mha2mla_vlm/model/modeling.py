@@ -173,6 +173,11 @@ class MLAInnerMixin(MLACheckpoint):
 
     def with_modality(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Arguments of `forward`, plus the modality and positions of all tokens, for all layers."""
+        if inputs.get("return_shared_kv_states"):
+            raise InputError(
+                "Gemma 4's drafters read keys and values, and a converted model has latents; give another "
+                "assistant_model"
+            )
         cache = pop_cache(inputs)
         if inputs.get("use_cache") is None:
             inputs["use_cache"] = self.config.get_text_config(decoder=True).use_cache and not self.training

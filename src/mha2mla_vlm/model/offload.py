@@ -68,6 +68,13 @@ def end_modules(model: PreTrainedModel) -> tuple[nn.Module, nn.Module]:
     return text_model(model).norm, model.lm_head
 
 
+def logits_of(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
+    """Logits of normed hidden states, as the model's own forward makes them of its head."""
+    logits: torch.Tensor = model.lm_head(hidden)
+    cap = getattr(model.config.get_text_config(decoder=True), "final_logit_softcapping", None)  # Gemma's
+    return logits if cap is None else cap * (logits / cap).tanh()
+
+
 def stored_names(model: PreTrainedModel) -> list[str]:
     """Names of what a checkpoint of the model holds; tied weights once."""
     tied = tied_names(model)

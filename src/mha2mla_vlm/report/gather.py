@@ -17,7 +17,7 @@ from mha2mla_vlm.model.cache.latent import bytes_per_token
 from mha2mla_vlm.model.cache.quantized import QuantizationConfig, quantized_bytes_per_token
 from mha2mla_vlm.model.families import get_family
 from mha2mla_vlm.model.modeling import attention_of, decoder_layers
-from mha2mla_vlm.model.offload import end_modules
+from mha2mla_vlm.model.offload import end_modules, logits_of
 from mha2mla_vlm.report.speed import Speed, measure_speed
 from mha2mla_vlm.utils.progress import track
 
@@ -149,7 +149,7 @@ def _layers(
                 pairs=layer.self_attn.rope_pairs.tolist()
                 if spec
                 else every_pair
-                if attention_of(layer)
+                if index in sizes.growing
                 else [],
                 predicted=None if predicted is None else predicted[index],
                 measured=None if measured is None else measured[index],
@@ -186,11 +186,11 @@ def _layer_kl(
 
 def _loss(model: PreTrainedModel, chats: Sequence[Chat], states: MemoryStates) -> float:
     """KL of the ends of both streams."""
-    norm, head = end_modules(model)
+    norm, _ = end_modules(model)
     total, tokens, last = 0.0, 0, len(decoder_layers(model))
     for number, chat in enumerate(chats):
         expected, found = (
-            head(answer_states(chat, states[stream, last, number].to(model.device), norm))
+            logits_of(model, answer_states(chat, states[stream, last, number].to(model.device), norm))
             .float()
             .log_softmax(-1)
             for stream in (ORIGINAL, CHANGED)

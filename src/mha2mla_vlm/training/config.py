@@ -7,8 +7,9 @@ from typing import Any, get_args
 
 import yaml
 
-from mha2mla_vlm.config import OnBadRecord, Strict, check_types, option
+from mha2mla_vlm.config import OnBadRecord
 from mha2mla_vlm.errors import InputError, reading, shown, shown_path
+from mha2mla_vlm.strict import Strict, check_types, option
 from mha2mla_vlm.training.policies import ALIASES, POLICIES, find_policy
 from mha2mla_vlm.training.recipes import find_recipe
 

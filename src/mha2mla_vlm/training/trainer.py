@@ -19,6 +19,7 @@ from transformers.trainer_callback import PrinterCallback
 from mha2mla_vlm.data.records import IGNORE_INDEX
 from mha2mla_vlm.evaluation.answers import all_right
 from mha2mla_vlm.model.modeling import text_model
+from mha2mla_vlm.model.offload import logits_of
 from mha2mla_vlm.training.config import FinetuneConfig
 from mha2mla_vlm.training.distillation import (
     answer_columns,
@@ -143,7 +144,7 @@ class RecoveryTrainer(Trainer):
             if given is None or not self._same_inputs:
                 return teacher(**inputs, use_cache=False, logits_to_keep=columns).logits
             hidden = text_model(teacher)(**given).last_hidden_state
-            return teacher.lm_head(hidden[:, columns])
+            return logits_of(teacher, hidden[:, columns])
 
     @torch.no_grad()
     def prediction_step(

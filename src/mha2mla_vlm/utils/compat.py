@@ -26,6 +26,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPI
 from transformers.models.llama.modeling_llama import eager_attention_forward
 from transformers.utils.output_capturing import _active_collector
 
+from mha2mla_vlm.config import is_proportional, rope_parameters
+
 if TYPE_CHECKING:  # a mixin to a GenerationMixin
     from transformers import GenerationMixin as _Generation
     from transformers import Trainer
@@ -143,13 +145,19 @@ def keep_address(tensor: torch.Tensor) -> None:
 
 
 def one_table(table: torch.Tensor, config: Any) -> torch.Tensor:
-    """A rotary table as `[B, T, D]`, under a language model's config.
+    """A rotary table as `[B, T, D]`, under a language model's config, of the dims that are rotated.
 
     transformers 5.16 hands Qwen2.5-VL's layers the time, height and width tables of multimodal RoPE apart,
-    `[3, B, T, D]`, and merges their sections within its attention; later versions do it before.
+    `[3, B, T, D]`, and merges their sections within its attention; later versions do it before. Tables of
+    proportional RoPE (Gemma 4) are of all dims.
     """
     if table.ndim == 3:
-        return table
+        rope = rope_parameters(config)
+        if not is_proportional(rope):
+            return table
+        halves = table.chunk(2, dim=-1)
+        turned = int(rope.get("partial_rotary_factor", 1) * table.shape[-1]) // 2
+        return torch.cat([half[..., :turned] for half in halves], dim=-1)
     sections = 2 * list(config.rope_parameters["mrope_section"])
     parts = table.split(sections, dim=-1)
     return torch.cat([part[i % 3] for i, part in enumerate(parts)], dim=-1)
@@ -169,6 +177,19 @@ def rotary_scaling(rotary: Any) -> float:
     """What the tables of layers of full attention are multiplied by (longer-context variants of RoPE)."""
     own = getattr(rotary, "full_attention_attention_scaling", 1.0)
     return float(getattr(rotary, "attention_scaling", own))
+
+
+class _Forgetful(dict[str, Any]):
+    def __setitem__(self, key: str, value: Any) -> None:
+        """Keeps nothing."""
+
+
+def unshared(module: nn.Module) -> dict[str, Any]:
+    """The argument by which Gemma 4's layers, and their attention, want a place for keys and values that
+    later layers may read, which none does in models that are converted.
+    """
+    name = "shared_kv_states"
+    return {name: _Forgetful()} if name in inspect.signature(module.forward).parameters else {}
 
 
 def attention_backend(config: Any) -> Any:
@@ -241,20 +262,23 @@ def reshaped_names(model: Any) -> list[str]:
 def image_token_counts(processor: Any, sizes: list[tuple[int, int]]) -> list[int] | None:
     """Placeholders that images of these heights and widths take in one chat, without preparing their pixels.
 
-    None where the processor cannot tell: SmolVLM's has no such method, and LLaVA-OneVision's (which alone has
-    a `vision_aspect_ratio`) counts each image as if it were alone in its chat.
+    None where the processor cannot tell: SmolVLM's has no such method, LLaVA-OneVision's (which alone has
+    a `vision_aspect_ratio`) counts each image as if it were alone in its chat, and Gemma 3's counts no crops.
     """
     count = getattr(processor, "_get_num_multimodal_tokens", None)
-    if count is None or (len(sizes) > 1 and hasattr(processor, "vision_aspect_ratio")):
+    alone = len(sizes) > 1 and hasattr(processor, "vision_aspect_ratio")
+    if count is None or alone or hasattr(processor, "full_image_sequence"):
         return None
     return count(image_sizes=sizes)["num_image_tokens"]
 
 
 def with_image_text(processor: Any, text: str) -> str:
-    """A chat's text with what Gemma's processor writes in an image's place, which other processors only
-    repeat: line breaks and marks, that tokens beside them may merge with.
+    """A chat's text with what Gemma's processors write in an image's place, which other processors only
+    repeat: line breaks and marks, that tokens beside them may merge with. Gemma 4's then repeats it, too.
     """
     written = getattr(processor, "full_image_sequence", None)
+    if written is None and hasattr(processor, "eoi_token"):
+        written = processor.boi_token + processor.image_token + processor.eoi_token
     return text if written is None else text.replace(processor.image_token, written)
 
 

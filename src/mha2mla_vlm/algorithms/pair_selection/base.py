@@ -1,6 +1,6 @@
 """Partial RoPE: what a way to choose pairs is, and what all of them share. Pure functions over tensors.
 
-Pair `i` of a head is dims `(i, i + D/2)`; where the original rotates only the first dims, P pairs are those.
+Pair `i` of a head is dims `(i, i + D/2)`; where the original rotates only a part of them, P pairs are those.
 Shapes: T tokens, H query heads, G KV heads, M = H / G, D head dim, P = D / 2 pairs, R rope dims kept per
 head.
 """
@@ -70,13 +70,13 @@ def as_pairs(x: torch.Tensor) -> torch.Tensor:
 
 
 def split_dims(
-    pairs: torch.Tensor, head_dim: int, rotary_dim: int | None = None
+    pairs: torch.Tensor, head_dim: int, stride: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Dims of each KV head that stay rotated, `[G, R]` in half-split pair order, and the others, `[G, N]`.
 
-    The original rotates the first `rotary_dim`, by default all.
+    Pair `i` is dims `(i, i + stride)`, by default half of the head's.
     """
-    rope = torch.cat([pairs, pairs + (rotary_dim or head_dim) // 2], dim=-1)
+    rope = torch.cat([pairs, pairs + (stride or head_dim // 2)], dim=-1)
     is_rope = torch.zeros(len(pairs), head_dim, dtype=torch.bool, device=pairs.device).scatter(1, rope, True)
     others = (~is_rope).nonzero()[:, 1].view(len(pairs), -1)
     return rope, others

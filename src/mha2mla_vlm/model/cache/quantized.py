@@ -13,10 +13,11 @@ from typing import Any, Literal
 
 import torch
 
-from mha2mla_vlm.config import AttentionSizes, MLAConfig, Strict
+from mha2mla_vlm.config import AttentionSizes, MLAConfig
 from mha2mla_vlm.errors import InputError
 from mha2mla_vlm.model.cache.latent import LatentCache, LatentLayer, Pieces
 from mha2mla_vlm.model.cache.quantization import BITS, Quantized, dequantize, quantize
+from mha2mla_vlm.strict import Strict
 from mha2mla_vlm.utils.compat import replicate
 
 PIECE = {"cpu": 4096, "cuda": 16384}  # tokens that are dequantised at a time

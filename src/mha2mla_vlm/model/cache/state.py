@@ -30,7 +30,8 @@ def state_bytes_per_row(config: Any, *, itemsize: int = 2) -> int:
             total += channels * text.linear_conv_kernel_dim * itemsize
             total += heads * keys * text.linear_value_head_dim * STATE_ITEMSIZE
         else:
-            total += sizes.numbers_per_token * text.sliding_window * itemsize
+            own = AttentionSizes.of_text(text, index)
+            total += own.numbers_per_token * text.sliding_window * itemsize
     return total
 
 

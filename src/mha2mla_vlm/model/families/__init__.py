@@ -5,6 +5,8 @@ from typing import Any
 from mha2mla_vlm.errors import InputError, shown
 from mha2mla_vlm.model.families.base import Family
 from mha2mla_vlm.model.families.gemma3 import FAMILY as GEMMA3
+from mha2mla_vlm.model.families.gemma4 import FAMILY as GEMMA4
+from mha2mla_vlm.model.families.gemma4_unified import FAMILY as GEMMA4_UNIFIED
 from mha2mla_vlm.model.families.idefics3 import FAMILY as IDEFICS3
 from mha2mla_vlm.model.families.internvl import FAMILY as INTERNVL
 from mha2mla_vlm.model.families.llava import FAMILY as LLAVA
@@ -36,6 +38,8 @@ _ALL = (
     IDEFICS3,
     SMOLVLM,
     GEMMA3,
+    GEMMA4,
+    GEMMA4_UNIFIED,
 )
 FAMILIES: dict[str, Family] = {family.model_type: family for family in _ALL}
 

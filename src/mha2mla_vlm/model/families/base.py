@@ -15,7 +15,8 @@ class Family:
     projections: norms of each head's queries and keys (QK-norm). `left_layers` are types of layers that stay
     as the original has them. Where it is `gated`, the query projection gives a gate too, a sigmoid of which
     multiplies what attention gives before the output projection. `token_types` is the input that marks visual
-    tokens. With `partial_rotary` RoPE may turn only the first dims of a head.
+    tokens. With `partial_rotary` RoPE may turn only some dims of a head. With `values_of_keys` there may be
+    no projection to values, which then are what keys are made of by their norm and RoPE.
     """
 
     model_type: str  # `config.model_type` of the original model
@@ -29,6 +30,7 @@ class Family:
     left_layers: tuple[str, ...] = ()
     gated: bool = False
     partial_rotary: bool = False
+    values_of_keys: bool = False
     token_types: str = "mm_token_type_ids"
 
     @property

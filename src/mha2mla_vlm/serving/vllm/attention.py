@@ -143,7 +143,7 @@ class LatentAttention(nn.Module, AttentionLayerBase):
         query: torch.Tensor = self.query_proj(hidden).view(len(hidden), self.kv_heads, -1, self.head_dim)
         if not self.normed:  # the rows of `query_proj` are in this order
             return query
-        order = head_order(self.rope_pairs, self.head_dim, self.head_dim)[:, None]
+        order = head_order(self.rope_pairs, self.head_dim, self.head_dim // 2)[:, None]
         return self.q_norm(query).gather(-1, order.expand_as(query))
 
     def tables(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
