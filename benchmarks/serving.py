@@ -1,10 +1,13 @@
-"""What a small cache is worth to a server: vLLM with an original and its conversion, at equal cache memory.
+"""What a small cache is worth to a server: vLLM with an original and its conversions, at equal cache memory.
 
     .venv-vllm/bin/python benchmarks/serving.py     # after `make test-vllm`, which makes that environment
+    .venv-vllm/bin/python benchmarks/serving.py --tokens 2048 --kinds original fp8 write-0.25
 
-Both serve the same chats about images, all sent at once, each answered with the same number of tokens. The
-memory holds `--tokens` of the original's, fewer than the requests that run together need, so it must preempt
-some and compute them again. Runs alternate; a row has medians. Rows and a table go to OUT.
+A kind is the original, the original with vLLM's own cache of 8 bits (fp8), or a conversion: when keys are
+rotated, the budget and, if not 16, the bits of latents. All serve the same chats about images, all sent at
+once, each answered with the same number of tokens. The memory holds `--tokens` of the original's, fewer than
+the requests that run together need, so it must preempt some and compute them again. Runs alternate; a row has
+medians. Rows and a table go to OUT.
 """
 
 import argparse
@@ -16,7 +19,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -40,7 +43,7 @@ def prompts(name: str, processor: Any, count: int) -> list[dict[str, Any]]:
     return asked
 
 
-def measure(folder: str, memory: int, options: argparse.Namespace) -> dict[str, Any]:
+def measure(folder: str, cache_dtype: str, memory: int, options: argparse.Namespace) -> dict[str, Any]:
     """One run of one model, in this process."""
     from vllm import LLM, SamplingParams
 
@@ -51,6 +54,7 @@ def measure(folder: str, memory: int, options: argparse.Namespace) -> dict[str, 
         max_model_len=1024,
         max_num_seqs=options.running,
         kv_cache_memory_bytes=memory,
+        kv_cache_dtype=cache_dtype,
         block_size=PAGE,
         enable_prefix_caching=False,
         disable_log_stats=False,
@@ -72,47 +76,49 @@ def measure(folder: str, memory: int, options: argparse.Namespace) -> dict[str, 
     }
 
 
-def in_process(folder: str, memory: int, arguments: list[str]) -> dict[str, Any]:
+def in_process(folder: str, cache_dtype: str, memory: int, arguments: list[str]) -> dict[str, Any]:
     """`measure` in a process of its own."""
     with tempfile.NamedTemporaryFile("r", suffix=".json") as result:
-        command = [sys.executable, __file__, *arguments, "--one", folder, str(memory), result.name]
-        subprocess.run(command, check=True, stdout=sys.stderr)
+        given = ["--one", folder, cache_dtype, str(memory), result.name]
+        subprocess.run([sys.executable, __file__, *arguments, *given], check=True, stdout=sys.stderr)
         return json.load(result)
 
 
-def converted(name: str, budget: float, folder: Path) -> Path:
-    """A zoo model's conversion."""
+def converted(name: str, kind: str, folder: Path) -> Path:
+    """A zoo model's conversion of some kind."""
+    rotate_at, budget, *bits = kind.split("-")
+    config = ConversionConfig(
+        rotate_at=cast(Any, rotate_at), budget=float(budget), latent_bits=cast(Any, bits[0] if bits else "16")
+    )
     model, processor = load(f"zoo:{name}", dtype=torch.float32), load_processor(f"zoo:{name}")
     chats = zoo_records(name, split="train", samples=CALIBRATION, seed=1)
-    return save(
-        convert(model, processor, chats, ConversionConfig(rotate_at="write", budget=budget)),
-        processor,
-        folder,
-    )
+    return save(convert(model, processor, chats, config), processor, folder)
 
 
 def compare(options: argparse.Namespace, arguments: list[str]) -> dict[str, Any]:
-    """Alternating runs of the original and the converted model, and what they say."""
-    itemsize = getattr(torch, options.dtype).itemsize
+    """Alternating runs of all kinds, and what they say."""
+    itemsize, kinds = getattr(torch, options.dtype).itemsize, options.kinds
     with tempfile.TemporaryDirectory() as folder:
-        small = converted(options.model, options.budget, Path(folder, "small"))
-        folders = {"original": resolve(f"zoo:{options.model}"), "converted": str(small)}
-        each = {kind: bytes_per_token(load_config(path), itemsize=itemsize) for kind, path in folders.items()}
-        memory = options.tokens * each["original"]
-        runs: dict[str, list[dict[str, Any]]] = {kind: [] for kind in folders}
+        original = str(resolve(f"zoo:{options.model}"))
+        whole = dict.fromkeys(("original", "fp8"), original)
+        folders = {k: whole.get(k) or str(converted(options.model, k, Path(folder, k))) for k in kinds}
+        each = {k: bytes_per_token(load_config(path), itemsize=itemsize) for k, path in folders.items()}
+        memory = options.tokens * bytes_per_token(load_config(original), itemsize=itemsize)
+        runs: dict[str, list[dict[str, Any]]] = {kind: [] for kind in kinds}
         for _ in range(options.repeats):
             for kind, path in folders.items():
-                runs[kind].append(in_process(path, memory, arguments))
+                cache_dtype = "fp8" if kind == "fp8" else "auto"
+                runs[kind].append(in_process(path, cache_dtype, memory, arguments))
                 print(kind, runs[kind][-1], file=sys.stderr)
     rows = {
-        kind: {"bytes_per_token": each[kind]}
+        kind: {"bytes_per_token": each[kind] // (itemsize if kind == "fp8" else 1)}
         | {name: statistics.median(run[name] for run in found) for name in found[0]}
         for kind, found in runs.items()
     }
     return {
         "model": options.model,
         "cache_bytes": memory,
-        **{name: getattr(options, name) for name in ("budget", "requests", "running", "new", "dtype")},
+        **{name: getattr(options, name) for name in ("requests", "running", "new", "dtype")},
         "rows": rows,
         "device": device_name(torch.device("cpu")),
         "date": datetime.date.today().isoformat(),
@@ -142,7 +148,7 @@ def table(found: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="qwen2_5_vl", help="name of a zoo model")
-    parser.add_argument("--budget", type=float, default=0.25)
+    parser.add_argument("--kinds", nargs="+", default=["original", "fp8", "write-0.25", "read-0.0625-mixed"])
     parser.add_argument("--tokens", type=int, default=4096, help="tokens of the original that memory holds")
     parser.add_argument("--requests", type=int, default=96)
     parser.add_argument("--running", type=int, default=48, help="requests that may run together")
@@ -150,11 +156,11 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     parser.add_argument("--eager", action="store_true", help="without torch.compile")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
-        folder, memory, result = options.one
-        Path(result).write_text(json.dumps(measure(folder, int(memory), options)))
+        folder, cache_dtype, memory, result = options.one
+        Path(result).write_text(json.dumps(measure(folder, cache_dtype, int(memory), options)))
         return
     found = compare(options, sys.argv[1:])
     OUT.mkdir(exist_ok=True)
