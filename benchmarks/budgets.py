@@ -3,10 +3,10 @@
     python benchmarks/budgets.py                     # half an hour on two cores; resumes
     python benchmarks/budgets.py --models llava --samples 50 -o /tmp/rows
 
-Calibration: 128 chats about training scans, a fifth of them held out by `convert`. Measured before any training:
-KL to the original and exact match on chats about test scans, with 95% bootstrap intervals over chats; and beside
-it what `convert` predicted and what it measured on those that it held out. Appends a row to `OUT/rows.jsonl` for
-each conversion, and writes the table of all rows there into `OUT/README.md`.
+Calibration: 128 chats about training scans, a fifth of them held out by `convert`. Measured before any
+training: KL to the original and exact match on chats about test scans, with 95% bootstrap intervals over
+chats; and beside it what `convert` predicted and what it measured on those that it held out. Appends a row to
+`OUT/rows.jsonl` for each conversion, and writes the table of all rows there into `OUT/README.md`.
 """
 
 import argparse
@@ -23,7 +23,16 @@ from mha2mla_vlm.zoo.chats import zoo_records
 MARK = "<!-- written by benchmarks/budgets.py -->"
 BUDGETS = (0.5, 0.25, 0.125, 0.09375, 0.0625, 0.04)
 BITS = ("auto", "16", "mixed")
-COLUMNS = ("budget", "`--latent-bits`", "latents", "bytes", "predicted", "KL by `convert`", "KL", "exact match")
+COLUMNS = (
+    "budget",
+    "`--latent-bits`",
+    "latents",
+    "bytes",
+    "predicted",
+    "KL by `convert`",
+    "KL",
+    "exact match",
+)
 
 
 def run(name: str, samples: int, rows: Rows) -> None:

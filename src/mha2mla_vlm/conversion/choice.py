@@ -66,11 +66,11 @@ def candidates(
 ) -> dict[str, MLAConfig]:
     """Sizes of layers under the budget for each way to keep latents, the simpler one first.
 
-    Of bits by channel only if they are predicted to cost less, and 16 bits more than `ENOUGH`.
+    Of bits by channel only if they are predicted to cost less.
     """
     first, *others = config.tried_bits
     found = {first: allocated(mla, profile.losses, sizes, config.keeping(first))}
-    for bits in others if predicted(found[first]) > ENOUGH else []:
+    for bits in others:
         try:
             other = allocated(mla, profile.losses, sizes, config.keeping(bits))
         except InputError:  # no layers within the limit of arithmetic
@@ -83,6 +83,11 @@ def candidates(
 def predicted(mla: MLAConfig) -> float:
     """KL that converting the layers, each by itself, is predicted to cost together."""
     return sum(mla.predicted_kl or [])
+
+
+def is_little(measured: Mapping[str, Measured]) -> bool:
+    """Whether one of what was measured costs no more than `ENOUGH`."""
+    return any(each.kl[each.last] <= ENOUGH for each in measured.values())
 
 
 def better(measured: Mapping[str, Measured]) -> str:
@@ -103,13 +108,13 @@ def choice(
     no choice.
     """
     costs, first = {bits: predicted(mla) for bits, mla in mlas.items()}, next(iter(mlas))
+    found = [f"{NAMES[bits]} {each.said(each.last)}" for bits, each in measured.items()]
     if not why and len(mlas) == 1:
-        why = f"predicted to cost {costs[chosen]:.4f} of KL"
-        why += f", and up to {ENOUGH:g} is little" if costs[chosen] <= ENOUGH else ", bits by channel no less"
+        why = "bits by channel are predicted to lose no less"
     elif not why:
-        found = (f"{NAMES[bits]} {each.said(each.last)}" for bits, each in measured.items())
         why = f"on held-out chats {', '.join(found)}"
-        why += ": no clear difference" if chosen == first else ""
+        clear = f"up to {ENOUGH:g} is little" if len(measured) == 1 else "no clear difference"
+        why += f": {clear}" if chosen == first else ""
     return {
         "chosen": chosen,
         "why": f"latents {NAMES[chosen]}: {why}",

@@ -13,7 +13,7 @@ from mha2mla_vlm.strict import Strict, option
 AUTO = "auto"
 SIXTEEN, BY_CHANNEL = "16", "mixed"
 LATENT_BITS = (SIXTEEN, BY_CHANNEL, AUTO)
-ENOUGH = 0.001  # KL in nats; numbers of 16 bits that are predicted to cost no more are taken
+ENOUGH = 0.001  # KL in nats; numbers of 16 bits that cost no more are taken
 DEFAULT_BUDGET = {"write": 0.375, "read": 0.125, AUTO: 0.125}
 DEFAULT_FACTORIZATION = {
     "write": "output-weighted",
@@ -34,8 +34,8 @@ class ConversionConfig(Strict):
     predicted to cost least together under the budget and under `max_decode_cost`.
 
     `latent_bits` says whether latents are numbers of 16 bits ("16") or channels differ in bits ("mixed").
-    With "auto", the default where a budget is allocated, they are of 16, unless that is predicted to cost
-    more than `ENOUGH`: then both are converted and measured on the held-out chats (`conversion.choice`).
+    With "auto", the default where a budget is allocated, they are of 16, unless these are measured to cost
+    more than `ENOUGH` on the held-out chats, and bits by channel to cost less (`conversion.choice`).
 
     `qk_rope_head_dim` (R) and `d_kv`, per KV head, are instead the same in every layer; given one of them and
     a budget, the other is allocated; given only one of them, the other is a half (R) or a quarter (d_kv) of
@@ -80,7 +80,7 @@ class ConversionConfig(Strict):
         None,
         "16: latents are numbers of 16 bits. mixed: 16, 8, 4 or 2 bits for each channel, by what its error "
         "costs, which is better in the same bytes if calibration is broad. auto: 16, unless that is "
-        f"predicted to cost more than {ENOUGH:g} nats of KL and mixed is measured to lose less.  "
+        f"measured to cost more than {ENOUGH:g} nats of KL on the held-out chats, and mixed to cost less.  "
         "[default: auto; 16 with fixed sizes]",
         LATENT_BITS,
     )

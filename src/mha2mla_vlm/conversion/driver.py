@@ -1,7 +1,7 @@
 """The one conversion, of a model in memory or on disk: sweeps over its layers, each made handed to a sink."""
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -9,8 +9,8 @@ import torch
 from transformers import BatchFeature, PreTrainedModel
 
 from mha2mla_vlm.config import AttentionSizes, MLAConfig
-from mha2mla_vlm.conversion.choice import better, candidates, choice, possible
-from mha2mla_vlm.conversion.config import AUTO, ConversionConfig
+from mha2mla_vlm.conversion.choice import better, candidates, choice, is_little, possible, predicted
+from mha2mla_vlm.conversion.config import AUTO, ENOUGH, ConversionConfig
 from mha2mla_vlm.conversion.layer import LayerwiseConversion, Measured
 from mha2mla_vlm.conversion.plan import is_allocated, plan, print_plan
 from mha2mla_vlm.conversion.profile import LayerwiseProfile, Profile
@@ -60,7 +60,7 @@ def run(
     """Convert, from where `work` stopped, and give each layer to `sink`, which may be given all once more.
 
     A budget needs a `profile`; where none is given, two sweeps measure it. Where it is not clear how latents
-    are best kept, each way is converted and measured, the likelier one last.
+    are best kept, each way is converted and measured.
     """
     asked, (config, why) = config, possible(model, config, chats.lacks)
     sizes, before = AttentionSizes.of(model.config), 0
@@ -75,29 +75,38 @@ def run(
         mlas = candidates(mla, profile, sizes, config)
     known = None if profile is None else profile.layers.__getitem__
 
-    def convert(bits: str, number: int, to: Sink | None) -> Measured:
+    def convert(bits: str, number: int, write: bool) -> Measured:
         """The sweep of this number, for one way to keep latents."""
-        given: dict[str, Any] = {"device": device, "work": work, "sink": to, "known": known}
-        return _convert(
-            model,
-            config.keeping(bits),
-            mlas[bits],
-            chats,
-            **given,
-            before=before + number * (sizes.layers + 1),
-        )
+        given: dict[str, Any] = {"device": device, "work": work, "known": known}
+        given |= {"sink": sink if write else None, "before": before + number * (sizes.layers + 1)}
+        return _convert(model, config.keeping(bits), mlas[bits], chats, **given)
 
-    measured, last = dict[str, Measured](), list(mlas)[-1]
-    for number, bits in enumerate(mlas):
-        measured[bits] = convert(bits, number, sink if bits == last else None)
-    if (chosen := better(measured)) != last:
-        convert(chosen, len(mlas), sink)
+    chosen, measured = _best(mlas, convert)
     found = {}
     if asked.latent_bits == AUTO and is_allocated(model.config, config):
         found = {"latent_bits": choice(chosen, why, mlas, measured)}
         if work.main:
             console().print(found["latent_bits"]["why"])
     return _converted(model, asked, mlas[chosen], measured[chosen], chats, work, found)
+
+
+def _best(
+    mlas: Mapping[str, MLAConfig], convert: Callable[[str, int, bool], Measured]
+) -> tuple[str, dict[str, Measured]]:
+    """The way to keep latents that is written in the end, and what each that was tried loses.
+
+    One is written at once if it is likely to stay, the last or one predicted to cost little.
+    """
+    measured, written = dict[str, Measured](), ""
+    for bits, mla in mlas.items():
+        if not is_little(measured):
+            likely = bits == list(mlas)[-1] or predicted(mla) <= ENOUGH
+            measured[bits] = convert(bits, len(measured), likely)
+            written = bits if likely else written
+    chosen = better(measured)
+    if chosen != written:
+        convert(chosen, len(measured), True)
+    return chosen, measured
 
 
 def _converted(
