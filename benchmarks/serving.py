@@ -85,7 +85,9 @@ def converted(name: str, budget: float, folder: Path) -> Path:
     model, processor = load(f"zoo:{name}", dtype=torch.float32), load_processor(f"zoo:{name}")
     chats = zoo_records(name, split="train", samples=CALIBRATION, seed=1)
     return save(
-        convert(model, processor, chats, ConversionConfig(rotate_at="write", budget=budget)),
+        convert(
+            model, processor, chats, ConversionConfig(rotate_at="write", budget=budget, latent_bits="16")
+        ),
         processor,
         folder,
     )
