@@ -8,6 +8,7 @@ from forks import contents
 from helpers import answered, original
 
 from mha2mla_vlm import load
+from mha2mla_vlm.config import AttentionSizes
 from mha2mla_vlm.conversion.choice import possible
 from mha2mla_vlm.conversion.config import ENOUGH, ConversionConfig
 from mha2mla_vlm.conversion.estimate import predict
@@ -20,6 +21,7 @@ from mha2mla_vlm.model.checkpoint import save
 from mha2mla_vlm.zoo.chats import write_chats
 
 FAMILY, NORMED = "qwen2_5_vl", "qwen3_vl"
+HYBRID = "qwen3_5"  # normed, too, and most layers stay as they were
 AT_READ = ConversionConfig(rotate_at="read", budget=0.2)
 BACK = ConversionConfig(rotate_at="write", budget=0.0625)  # of FAMILY: both are tried, and 16 bits are taken
 NARROW = ["only 5 chats"]
@@ -159,18 +161,19 @@ def test_what_is_possible(few):
 
 
 @pytest.mark.usefixtures("few")
+@pytest.mark.parametrize("name", [NORMED, pytest.param(HYBRID, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("mode", ["auto", "write"])
-def test_normed_keys_have_bits_by_channel_at_read_only(mode):
-    model, processor = original(NORMED)
+def test_normed_keys_have_bits_by_channel_at_read_only(name, mode):
+    model, processor = original(name)
     config = ConversionConfig(rotate_at=mode, budget=0.15)
-    small = convert(model, processor, answered(NORMED, 4), config)
+    small = convert(model, processor, answered(name, 4), config)
     found, mla = small.findings["latent_bits"], small.mla_config
     assert bytes_per_token(small.config) <= 0.15 * bytes_per_token(model.config)
     assert ("mixed" in found["kl"]) == (mode == "auto")
     if mode == "write":
         assert "normed" in found["why"]
     if mla.latent_bits is not None:
-        assert mla.rotate_at == "read"
+        assert {spec.rotate_at for spec in mla.layers(AttentionSizes.of(model.config)) if spec} == {"read"}
 
 
 @pytest.mark.usefixtures("few")
