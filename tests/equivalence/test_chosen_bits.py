@@ -24,6 +24,7 @@ FAMILY, NORMED = "qwen2_5_vl", "qwen3_vl"
 HYBRID = "qwen3_5"  # normed, too, and most layers stay as they were
 AT_READ = ConversionConfig(rotate_at="read", budget=0.2)
 BACK = ConversionConfig(rotate_at="write", budget=0.0625)  # of FAMILY: both are tried, and 16 bits are taken
+SMALL = ConversionConfig(budget=0.05, rotate_at="write")  # no sizes in 16 bits are so small
 NARROW = ["only 5 chats"]
 
 
@@ -152,9 +153,8 @@ def test_what_is_possible(few):
     found, why = possible(model, config, NARROW)
     assert found == config.keeping("16")
     assert "calibration is narrow (only 5 chats)" in why
-    small = ConversionConfig(budget=0.05, rotate_at="write")
-    found, why = possible(model, small, [])
-    assert found == small.keeping("mixed")
+    found, why = possible(model, SMALL, [])
+    assert found == SMALL.keeping("mixed")
     assert "no sizes in 16 bits" in why
     whole = ConversionConfig(budget=0.2, factorization="weight-svd")
     assert possible(model, whole, []).config == whole.keeping("16")
@@ -179,7 +179,8 @@ def test_normed_keys_have_bits_by_channel_at_read_only(name, mode):
 @pytest.mark.usefixtures("few")
 def test_an_estimate_is_made_of_what_may_be_chosen(tmp_path):
     folder, chats = save(*original(FAMILY), tmp_path / "model"), answered(FAMILY)
-    for config in (AT_READ, ConversionConfig(budget=0.05, rotate_at="write")):  # by channel only
+    for config in (AT_READ, SMALL):
         found = predict(folder, chats, config)
         share = found.bytes_per_token / found.bytes_per_token_original
-        assert 0.5 * config.budget < share <= config.budget
+        least = 0.2 if config == SMALL else 0.5  # of the original in float32 bits are half of a share
+        assert least * config.budget < share <= config.budget

@@ -203,8 +203,13 @@ def _evenly(mla: MLAConfig, sizes: AttentionSizes, config: ConversionConfig) -> 
         return _evenly(mla, sizes, config.of("read"))
     unit = dims_in_unit(sizes, config)
     units = budget_units(sizes, config) // len(sizes.growing)
-    if config.bits_by_channel:  # of 4 bits, all latent
-        rank = min(4 * units * unit, most_latent(sizes, 0) // 2 * 2) * sizes.kv_heads
+    if config.bits_by_channel:  # of 4 bits; rotated keys that are cached have 8
+        if not config.at_read:
+            rope = (config.qk_rope_head_dim or 0) // (2 * unit) or units - max(1, units // 3)
+            rope = min(rope, sizes.rotary_dim // (2 * unit))
+            mla, units = replace(mla, qk_rope_head_dim=2 * rope * unit), units - rope
+        most = most_latent(sizes, 0 if config.at_read else sizes.rotary_dim)
+        rank = min(4 * units * unit, most // 2 * 2) * sizes.kv_heads
         bits: list[list[int] | None] = [[0, 0, rank, 0]] * sizes.layers
         return replace(mla, kv_lora_rank=rank, latent_bits=bits, kv_bias=True)
     if config.at_read:
