@@ -63,7 +63,7 @@ def settings(budget: float, head_dim: int) -> Iterator[tuple[str, ConversionConf
             }
             yield f"{name}, R = D/4", ConversionConfig(**quarter, **how)
     for name, like in ALLOCATED.items():
-        yield name, ConversionConfig(budget=budget, **METHODS[like])
+        yield name, ConversionConfig(budget=budget, latent_bits="16", **METHODS[like])
 
 
 def run(name: str, budgets: list[float], samples: int, folder: Path) -> None:

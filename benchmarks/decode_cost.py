@@ -46,10 +46,11 @@ def main() -> None:
 def settings(budget: float) -> Iterator[tuple[str, ConversionConfig]]:
     """Every row of one budget: its name and how to convert."""
     for mode in ("write", "read"):
-        yield mode, ConversionConfig(rotate_at=mode, budget=budget)
+        yield mode, ConversionConfig(rotate_at=mode, budget=budget, latent_bits="16")
     for limit in LIMITS:
         name = f"auto, at most {limit:g}" if limit < LIMITS[-1] else "auto, no limit"
-        yield name, ConversionConfig(rotate_at="auto", budget=budget, max_decode_cost=limit)
+        how: dict[str, Any] = {"rotate_at": "auto", "latent_bits": "16", "max_decode_cost": limit}
+        yield name, ConversionConfig(budget=budget, **how)
 
 
 def rows(name: str, samples: int, budgets: list[float]) -> Iterator[list[str]]:
@@ -57,8 +58,9 @@ def rows(name: str, samples: int, budgets: list[float]) -> Iterator[list[str]]:
     model, processor = load(f"zoo:{name}", dtype="float32"), load_processor(f"zoo:{name}")
     chats = zoo_records(name, split="train", samples=128, seed=1)
     held_out = zoo_records(name, split="test", samples=samples, seed=0)
-    both = make_profile(model, processor, chats, ConversionConfig(rotate_at="auto"))
-    profiles = {"write": make_profile(model, processor, chats), "read": both, "auto": both}
+    at_write, auto = (ConversionConfig(rotate_at=each, latent_bits="16") for each in ("write", "auto"))
+    both = make_profile(model, processor, chats, auto)
+    profiles = {"write": make_profile(model, processor, chats, at_write), "read": both, "auto": both}
     measured: dict[str, dict[str, Any]] = {}  # limits that change nothing give the same model
     for budget in budgets:
         for label, config in settings(budget):

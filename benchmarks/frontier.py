@@ -33,13 +33,17 @@ from mha2mla_vlm.zoo.chats import zoo_records
 PUBLISHED = {0.5: (32, 32), 0.25: (16, 16), 0.125: (8, 8), 0.0625: (4, 4), 0.04: (2, 3)}
 CONVERTED: dict[str, dict[str, Any]] = {
     "published": {"rope_selection": "mkl", "fold": False, "factorization": "md-svd"},
-    "write, 16 bits": {"rotate_at": "write"},
-    "read, 16 bits": {"rotate_at": "read"},
+    "write, 16 bits": {"rotate_at": "write", "latent_bits": "16"},
+    "read, 16 bits": {"rotate_at": "read", "latent_bits": "16"},
     "auto, bits by channel": {"rotate_at": "auto", "latent_bits": "mixed"},
     "read, bits by channel": {"rotate_at": "read", "latent_bits": "mixed"},
     "write, bits by channel": {"rotate_at": "write", "latent_bits": "mixed"},
     # CARE's factors, of the covariance of inputs, with our ranks of layers
-    "activation-svd, read, 16 bits": {"rotate_at": "read", "factorization": "activation-svd"},
+    "activation-svd, read, 16 bits": {
+        "rotate_at": "read",
+        "latent_bits": "16",
+        "factorization": "activation-svd",
+    },
 }
 SAME_PROFILE = {"read, bits by channel": "auto, bits by channel"}
 ORIGINAL, CACHED = "original", "caches"

@@ -25,7 +25,8 @@ def cells(name: str, share: float, mode: str) -> list[str]:
     """Predicted KL, summed over layers, and measured KL of one conversion."""
     model, processor = original(name)
     chats = answered(name, CHATS, PROMPTS)
-    small = convert(model, processor, chats[:CALIBRATION], ConversionConfig(budget=share, rotate_at=mode))
+    config = ConversionConfig(budget=share, rotate_at=mode, latent_bits="16")
+    small = convert(model, processor, chats[:CALIBRATION], config)
     found = evaluate(small, processor, chats[CALIBRATION:], baseline=model)
     return [f"{sum(small.mla_config.predicted_kl):.4f}", f"{found['kl']:.4f}"]
 

@@ -111,7 +111,7 @@ def row(name: str) -> str:
     """One line of the table."""
     kind, text = SHAPES[name]
     config = getattr(transformers, kind)(text_config=text)
-    sizes, settings = AttentionSizes.of(config), ConversionConfig(budget=SHARE)
+    sizes, settings = AttentionSizes.of(config), ConversionConfig(budget=SHARE, latent_bits="16")
     plan(config, settings)  # raises for what cannot be converted
     with torch.device("meta"):
         language = empty_model(config).model.get_decoder()

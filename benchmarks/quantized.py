@@ -91,7 +91,10 @@ class Quality:
         original = load(self.name, dtype=torch.float32)
         calibration = zoo_records(name, split="train", samples=128, seed=1)
         self.small = convert(
-            original, self.processor, calibration, ConversionConfig(rotate_at="write", budget=BUDGET)
+            original,
+            self.processor,
+            calibration,
+            ConversionConfig(rotate_at="write", budget=BUDGET, latent_bits="16"),
         ).bfloat16()
         self.original = original.bfloat16()
         self.records = zoo_records(name, split="test", samples=samples, seed=0)

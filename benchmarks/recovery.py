@@ -136,7 +136,9 @@ class Bench:
 
 def ours(bench: Bench, budget: float) -> Iterator[tuple[int, dict[str, Any]]]:
     """Our conversion and our default, for each number of examples."""
-    start = bench.converted(f"ours-{budget}", ConversionConfig(rotate_at="write", budget=budget), "ours")
+    start = bench.converted(
+        f"ours-{budget}", ConversionConfig(rotate_at="write", budget=budget, latent_bits="16"), "ours"
+    )
     for count in EXAMPLES:
         yield count, bench.tuned(start, "ours-tuned", count)
 
@@ -188,7 +190,9 @@ def control(bench: Bench) -> Iterator[tuple[int, dict[str, Any]]]:
 def variants(bench: Bench) -> None:
     """Rows of ours with one thing changed."""
     budget, count = VARIED
-    start = bench.converted(f"ours-{budget}", ConversionConfig(rotate_at="write", budget=budget), "ours")
+    start = bench.converted(
+        f"ours-{budget}", ConversionConfig(rotate_at="write", budget=budget, latent_bits="16"), "ours"
+    )
     done = {row["recipe"] for row in bench.rows()}
     for name, change in VARIANTS.items():
         if name not in done:

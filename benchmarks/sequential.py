@@ -69,7 +69,7 @@ def loss(
             if above is not None:
                 above.advance(index, converted_layer(layer.self_attn, weights, mla.layer(index)))
             phases.advance()
-        return conversion.kl()["factorization"]
+        return conversion.measured().kl["factorization"]
 
 
 def main() -> None:
@@ -85,9 +85,11 @@ def main() -> None:
                 zoo_records(name, split="train", samples=100, seed=77),
             )
         )
-        profile = make_profile(model, processor, zoo_records(name, split="train", samples=128, seed=1))
+        records = zoo_records(name, split="train", samples=128, seed=1)
+        at_write = ConversionConfig(rotate_at="write", latent_bits="16")
+        profile = make_profile(model, processor, records, at_write)
         for budget in BUDGETS:
-            config = ConversionConfig(rotate_at="write", budget=budget)
+            config = replace(at_write, budget=budget)
             sizes = AttentionSizes.of(model.config)
             mla = allocated(plan(model.config, config), profile.losses, sizes, config)
             above = AboveConverted(model, chosen, profile)

@@ -32,7 +32,7 @@ set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 PAPER=ai2d,gqa,pope,seedbench,realworldqa,mmbench_en_dev_static,chartqa,docvqa_val
 # 25% in latents with rotated keys beside them, which decode fastest; 12.5% rotated at read; then bits by channel
-SIZES="25:--rotate-at write --budget 0.25
+SIZES="25:--rotate-at write --latent-bits 16 --budget 0.25
 12.5:--rotate-at read --budget 0.125
 6.25:--rotate-at read --latent-bits mixed --budget 0.0625"
 

@@ -146,7 +146,7 @@ def test_modes_and_bits_are_chosen_together(family):
 
 
 def test_what_does_not_go_with_it_is_refused(family):
-    with pytest.raises(InputError, match="latent_bits '8': give 16 or mixed"):
+    with pytest.raises(InputError, match="latent_bits '8': give 16, mixed or auto"):
         ConversionConfig(latent_bits="8")
     with pytest.raises(InputError, match="give one instead of d_kv"):
         ConversionConfig(latent_bits="mixed", d_kv=8)

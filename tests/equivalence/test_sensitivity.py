@@ -34,7 +34,7 @@ def test_sketches_are_the_metric_of_probabilities_on_the_mean():
 def test_small_errors_cost_what_is_predicted(family, index):
     model, processor = original(family)
     visual = get_family(model.config.model_type).visual_token_ids(model.config)
-    batches, _ = encode_split(model, processor, answered(family), ConversionConfig())
+    batches = encode_split(model, processor, answered(family), ConversionConfig()).calibration
     states = MemoryStates()
     chats = begin(model, batches, visual, torch.device("cpu"), states, ["original", "changed"])
     layers, sizes = decoder_layers(model), AttentionSizes.of(model.config)

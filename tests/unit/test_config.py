@@ -234,8 +234,12 @@ def test_a_plan_that_the_model_cannot_have_is_refused(name, values, words):
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"budget": 0.05, "rotate_at": "write"}, ["budget = 0.05", "least for these sizes is 0.0625"]),
-        ({"budget": 0.25, "qk_rope_head_dim": 32}, ["budget = 0.25", "0.28125"]),
+        ({"budget": 0.03, "rotate_at": "write"}, ["budget = 0.03", "least for these sizes is 0.03125"]),
+        (
+            {"budget": 0.05, "rotate_at": "write", "latent_bits": "16"},
+            ["budget = 0.05", "least for these sizes is 0.0625"],
+        ),
+        ({"budget": 0.25, "qk_rope_head_dim": 32, "latent_bits": "16"}, ["budget = 0.25", "0.28125"]),
         ({"budget": 0.5, "qk_rope_head_dim": 30}, ["qk_rope_head_dim = 30", "multiple of 4"]),
         ({"budget": 0.5, "d_kv": 9}, ["d_kv = 9", "multiple of 4"]),
         ({"rotate_at": "auto", "budget": 0.01}, ["budget = 0.01", "least for these sizes is 0.015625"]),

@@ -23,8 +23,10 @@ def test_random_chats_are_text_and_the_same_each_time(family):
 def test_they_calibrate_and_measure_nothing(family):
     model, processor = original(family)
     records = answered(family)
-    plain, held_out = encode_split(model, processor, records, ConversionConfig())
-    more, same = encode_split(model, processor, records, ConversionConfig(random_chats=5))
+    few, many = (
+        encode_split(model, processor, records, ConversionConfig(random_chats=count)) for count in (0, 5)
+    )
+    (plain, held_out), (more, same) = ((each.calibration, each.held_out) for each in (few, many))
     assert (len(more), len(same)) == (len(plain) + 5, len(held_out))
     assert [list(batch["input_ids"].shape) for batch in same] == [
         list(batch["input_ids"].shape) for batch in held_out

@@ -86,6 +86,8 @@ def _estimate(model: str, records: Any, config: Any, dtype: DType, device: Any) 
 
     if config.rotate_at == AUTO:
         console().print("modes and sizes are chosen by measuring; the estimate is for all layers at read")
+    if config.latent_bits == AUTO:
+        console().print("bits of latents, too: the time is for both ways, if calibration allows for a choice")
     prediction = predict(model, records, config, dtype=dtype.value, device=device)
     return Result(prediction.to_dict(), prediction_table(prediction))
 

@@ -3,7 +3,7 @@
 import contextlib
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Self
 
@@ -25,13 +25,14 @@ Options = dict[LayerSpec, Option]
 class LayerLosses:
     """KL divergence that converting only one layer costs, predicted by `sensitivity`: by units of rope dims,
     and of latent dims beyond that at half of the rope dims; and, rotated at read, by units of latent dims.
-    `bits` are those of channels, by mode and units, where a unit is bytes.
+    `by_channel` are by mode those of latents whose channels differ in `bits`, by units too, which are bytes.
     """
 
     rope: Curve = field(default_factory=dict)
     latent: Curve = field(default_factory=dict)
     read: Curve = field(default_factory=dict)
-    bits: dict[str, BitsBySize] = field(default_factory=dict)
+    by_channel: Mapping[str, Curve] = field(default_factory=dict)
+    bits: Mapping[str, BitsBySize] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values, for JSON."""
@@ -40,12 +41,10 @@ class LayerLosses:
     @classmethod
     def from_dict(cls, values: dict[str, dict[str, Any]]) -> Self:
         """From plain values."""
-        bits = {
-            mode: {int(k): LatentBits(*v) for k, v in sizes.items()}
-            for mode, sizes in values.get("bits", {}).items()
-        }
-        curves = {name: curve for name, curve in values.items() if name != "bits"}
-        return cls(bits=bits, **{n: {int(k): v for k, v in curve.items()} for n, curve in curves.items()})
+        rope, latent, read = ({int(k): v for k, v in values[n].items()} for n in ("rope", "latent", "read"))
+        by_channel = {m: {int(k): v for k, v in curve.items()} for m, curve in values["by_channel"].items()}
+        bits = {m: {int(k): LatentBits(*v) for k, v in sizes.items()} for m, sizes in values["bits"].items()}
+        return cls(rope=rope, latent=latent, read=read, by_channel=by_channel, bits=bits)
 
 
 def dims_in_unit(sizes: AttentionSizes, config: ConversionConfig) -> int:
@@ -106,7 +105,8 @@ def _allocated_sizes(
 ) -> MLAConfig:
     """The same where keys are rotated at write."""
     unit = unit_dims(sizes.head_dim)
-    rope, latent = ([_curves(layer, sizes)[n] for layer in losses] for n in range(2))
+    rope = [_rope_curve(layer, sizes) for layer in losses]
+    latent = [_latent_curve(layer, sizes, config) for layer in losses]
     if config.qk_rope_head_dim is not None:
         rope = [{config.qk_rope_head_dim // unit: 0.0}] * len(rope)
     if config.d_kv is not None:
@@ -120,17 +120,19 @@ def _allocated_sizes(
     )
 
 
-def _curves(layer: LayerLosses, sizes: AttentionSizes) -> tuple[dict[int, float], dict[int, float]]:
-    """Losses of a layer by units of rope dims and of latent dims."""
-    unit = unit_dims(sizes.head_dim)
-    whole = sizes.rotary_dim // unit
-    most = most_latent(sizes, sizes.rotary_dim) // unit
-    return interpolate(layer.rope, whole - 1) | {whole: 0.0}, interpolate(layer.latent, most)
+def _rope_curve(layer: LayerLosses, sizes: AttentionSizes) -> dict[int, float]:
+    """Losses of a layer by units of rope dims."""
+    whole = sizes.rotary_dim // unit_dims(sizes.head_dim)
+    return interpolate(layer.rope, whole - 1) | {whole: 0.0}
 
 
-def _read_curve(layer: LayerLosses, sizes: AttentionSizes) -> dict[int, float]:
-    """Losses of a layer by units of latent dims, where keys are rotated at read."""
-    return interpolate(layer.read, most_latent(sizes, 0) // (unit_dims(sizes.head_dim) // 2))
+def _latent_curve(layer: LayerLosses, sizes: AttentionSizes, config: ConversionConfig) -> dict[int, float]:
+    """Losses of a layer by units of latent dims, or of bytes where channels differ in bits."""
+    if config.bits_by_channel:
+        mode = config.rotate_at
+        return interpolate(layer.by_channel[mode], max(layer.bits[mode]))
+    rope_dim, curve = (0, layer.read) if config.at_read else (sizes.rotary_dim, layer.latent)
+    return interpolate(curve, most_latent(sizes, rope_dim) // dims_in_unit(sizes, config))
 
 
 def _allocated_latents(
@@ -138,7 +140,7 @@ def _allocated_latents(
 ) -> MLAConfig:
     """The same where keys are rotated at read: all is latent dims."""
     unit = dims_in_unit(sizes, config)
-    curves = [_read_curve(layer, sizes) for layer in losses]
+    curves = [_latent_curve(layer, sizes, config) for layer in losses]
     chosen = allocate([{0: 0.0}] * len(curves), curves, budget_units(sizes, config))
     return replace(
         mla,
@@ -189,8 +191,11 @@ def least_decode_cost(mla: MLAConfig, sizes: AttentionSizes, config: ConversionC
     """The least arithmetic of any modes and sizes within the budget; of any 4 bits, where they are chosen."""
     unit = 2 * dims_in_unit(sizes, config) * sizes.kv_heads  # bytes
     bits = {1: LatentBits(0, 0, 2 * unit, 0)}
-    by_mode = dict.fromkeys(config.modes, bits) if config.bits_by_channel else {}
-    flat = LayerLosses(rope={1: 0.0}, latent={1: 0.0}, read={1: 0.0}, bits=by_mode)
+    by_mode = dict.fromkeys(config.modes, bits)
+    curve = {1: 0.0}
+    flat = LayerLosses(
+        rope=curve, latent=curve, read=curve, by_channel=dict.fromkeys(config.modes, curve), bits=by_mode
+    )
     found = []
     layers = len(sizes.growing)
     for options, units in _ways(mla, [flat] * layers, sizes, config):
@@ -202,12 +207,14 @@ def least_decode_cost(mla: MLAConfig, sizes: AttentionSizes, config: ConversionC
 def _ways(
     mla: MLAConfig, losses: Sequence[LayerLosses], sizes: AttentionSizes, config: ConversionConfig
 ) -> list[tuple[list[Options], int]]:
-    """Options of each layer and the finest units that they take at most: all at write; any."""
+    """Options of each layer and the finest units that they take at most: all at write; any. Of modes that
+    were measured.
+    """
     spec, finest = mla.layer(sizes.growing[0]), unit_dims(sizes.head_dim) // 2
     assert spec is not None, "a layer that is converted"
     ways, found = [], [Options() for _ in losses]
     for mode, options in (("write", _write_options), ("read", _read_options)):
-        if mode in config.modes:
+        if mode in config.modes and not (config.bits_by_channel and mode not in losses[0].bits):
             own = config.of(mode)
             found = [a | options(spec, b, sizes, own) for a, b in zip(found, losses, strict=True)]
             ways.append((found, budget_units(sizes, own) * dims_in_unit(sizes, own) // finest))
@@ -218,11 +225,9 @@ def _write_options(
     spec: LayerSpec, layer: LayerLosses, sizes: AttentionSizes, config: ConversionConfig
 ) -> Options:
     coarse, options = unit_dims(sizes.head_dim), Options()
-    rope, latent = _curves(layer, sizes)
-    if config.bits_by_channel:
-        latent = interpolate(layer.latent, max(layer.bits["write"]))
+    rope, latent = _rope_curve(layer, sizes), _latent_curve(layer, sizes, config)
     for a, b in itertools.product(rope, latent):
-        sized = _of_size(spec, layer, "write", b, dims_in_unit(sizes, config) * sizes.kv_heads)
+        sized = _of_size(spec, layer, b, sizes, config)
         made = replace(sized, rope_dim=a * coarse)
         if config.qk_rope_head_dim in (None, made.rope_dim) and made.fits(sizes):
             units = a + b if config.bits_by_channel else 2 * (a + b)
@@ -233,20 +238,21 @@ def _write_options(
 def _read_options(
     spec: LayerSpec, layer: LayerLosses, sizes: AttentionSizes, config: ConversionConfig
 ) -> Options:
-    curve, options = _read_curve(layer, sizes), Options()
-    if config.bits_by_channel:
-        curve = interpolate(layer.read, max(layer.bits["read"]))
-    for units, loss in curve.items():
-        sized = _of_size(spec, layer, "read", units, dims_in_unit(sizes, config) * sizes.kv_heads)
+    options = Options()
+    for units, loss in _latent_curve(layer, sizes, config).items():
+        sized = _of_size(spec, layer, units, sizes, config)
         made = replace(sized, rope_dim=config.qk_rope_head_dim or sizes.rotary_dim)
         options[made] = Option(units, made.products(sizes) / sizes.products, loss)
     return options
 
 
-def _of_size(spec: LayerSpec, layer: LayerLosses, mode: str, units: int, numbers: int) -> LayerSpec:
-    """A layer's spec with a latent of some units, each of `numbers` of 16 bits or of as many bytes."""
-    if mode not in layer.bits:
-        return replace(spec, rank=units * numbers, rotate_at=mode)
+def _of_size(
+    spec: LayerSpec, layer: LayerLosses, units: int, sizes: AttentionSizes, config: ConversionConfig
+) -> LayerSpec:
+    """A layer's spec with a latent of some units, each of numbers of 16 bits or of as many bytes."""
+    mode = config.rotate_at
+    if not config.bits_by_channel:
+        return replace(spec, rank=units * dims_in_unit(sizes, config) * sizes.kv_heads, rotate_at=mode)
     bits = layer.bits[mode][units]
     return replace(spec, rank=bits.rank, bits=bits, bias=True, rotate_at=mode)
 

@@ -11,7 +11,9 @@ from mha2mla_vlm.errors import InputError, shown
 from mha2mla_vlm.strict import Strict, option
 
 AUTO = "auto"
-LATENT_BITS = ("16", "mixed")
+SIXTEEN, BY_CHANNEL = "16", "mixed"
+LATENT_BITS = (SIXTEEN, BY_CHANNEL, AUTO)
+ENOUGH = 0.001  # KL in nats; numbers of 16 bits that cost no more are taken
 DEFAULT_BUDGET = {"write": 0.375, "read": 0.125, AUTO: 0.125}
 DEFAULT_FACTORIZATION = {
     "write": "output-weighted",
@@ -30,6 +32,10 @@ class ConversionConfig(Strict):
     the latent. With "read" keys are made of the latent when they are read and R costs no bytes: it is the
     whole head dim unless given. With "auto", the default, each layer gets the mode and the sizes that are
     predicted to cost least together under the budget and under `max_decode_cost`.
+
+    `latent_bits` says whether latents are numbers of 16 bits ("16") or channels differ in bits ("mixed").
+    With "auto", the default where a budget is allocated, they are of 16, unless these are measured to cost
+    more than `ENOUGH` on the held-out chats, and bits by channel to cost less (`conversion.choice`).
 
     `qk_rope_head_dim` (R) and `d_kv`, per KV head, are instead the same in every layer; given one of them and
     a budget, the other is allocated; given only one of them, the other is a half (R) or a quarter (d_kv) of
@@ -71,9 +77,11 @@ class ConversionConfig(Strict):
         f"original's, mean over layers.  [default: {DEFAULT_DECODE_COST:g}]",
     )
     latent_bits: str = option(
-        "16",
-        "16: latents are numbers of 16 bits. mixed: 16, 8, 4, 2 or no bits for each channel, by what its "
-        "error costs, which loses far less in the same bytes.",
+        None,
+        "16: latents are numbers of 16 bits. mixed: 16, 8, 4 or 2 bits for each channel, by what its error "
+        "costs, which is better in the same bytes if calibration is broad. auto: 16, unless that is "
+        f"measured to cost more than {ENOUGH:g} nats of KL on the held-out chats, and mixed to cost less.  "
+        "[default: auto; 16 with fixed sizes]",
         LATENT_BITS,
     )
     samples: int = option(128, "Chats to calibrate and measure on, at most.")
@@ -104,7 +112,6 @@ class ConversionConfig(Strict):
                 "makes keys and values of one latent"
             )
         self._check_auto()
-        self._check_bits()
         if self.random_chats < 0:
             raise InputError(f"random_chats = {self.random_chats}: give 0 or more")
         if not 0 < self.held_out < 1:
@@ -115,6 +122,7 @@ class ConversionConfig(Strict):
             )
         if self.budget is not None:
             self._check_budget(self.budget)
+        self._check_bits()
 
     def _only_at_write(self) -> bool:
         """Whether sizes or methods are given that rotation at write alone can have."""
@@ -142,10 +150,13 @@ class ConversionConfig(Strict):
             )
 
     def _check_bits(self) -> None:
-        if self.latent_bits not in LATENT_BITS:
-            raise InputError(f"latent_bits {shown(self.latent_bits)}: give {' or '.join(LATENT_BITS)}")
+        if self.latent_bits not in (None, *LATENT_BITS):
+            raise InputError(f"latent_bits {shown(self.latent_bits)}: give 16, mixed or auto")
         if self.bits_by_channel and self.share is None:
             raise InputError("latent_bits mixed shares a budget among channels: give one instead of d_kv")
+        if self.latent_bits in (None, AUTO):
+            chosen = self.share is not None and self.d_kv is None
+            object.__setattr__(self, "latent_bits", AUTO if chosen else SIXTEEN)
 
     def _check_budget(self, budget: float) -> None:
         if not 0 < budget <= 1:
@@ -170,7 +181,16 @@ class ConversionConfig(Strict):
     @property
     def bits_by_channel(self) -> bool:
         """Whether each latent channel gets bits of its own."""
-        return self.latent_bits == "mixed"
+        return self.latent_bits == BY_CHANNEL
+
+    @property
+    def tried_bits(self) -> tuple[str, ...]:
+        """How latents may be kept."""
+        return (SIXTEEN, BY_CHANNEL) if self.latent_bits == AUTO else (self.latent_bits,)
+
+    def keeping(self, bits: str) -> Self:
+        """The same for one of `tried_bits`."""
+        return replace(self, latent_bits=bits)
 
     @property
     def modes(self) -> tuple[str, ...]:

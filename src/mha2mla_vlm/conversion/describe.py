@@ -15,6 +15,7 @@ from mha2mla_vlm.model.cache.latent import bytes_per_token
 from mha2mla_vlm.model.cache.state import state_bytes_per_row
 from mha2mla_vlm.model.checkpoint import load_config, resolve
 from mha2mla_vlm.model.files import check_weights, weights_files
+from mha2mla_vlm.model.origin import read_findings
 from mha2mla_vlm.utils.remote import remote_tensors
 
 
@@ -26,13 +27,14 @@ def describe(name: str) -> dict[str, Any]:
     that converting only this layer was predicted to cost, by which sizes were allocated. `decode_cost` is the
     arithmetic of attention for each cached token, in that of the original (`MLAConfig.decode_cost`).
     `rotary_dim` is how many dims of a head the original rotates, `state_bytes_per_row` what layers that are
-    not of full attention keep besides, before and after (`cache.state.state_bytes_per_row`).
+    not of full attention keep besides, before and after (`cache.state.state_bytes_per_row`). A folder with
+    `conversion.json` says `kl_interval`, and `latent_bits_choice`, why latents are kept as they are.
     """
     config = load_config(name)
     if getattr(config, "mla", None) is None:
         raise InputError(f"{name!r} is not a converted model; make one with: mha2mla convert")
     mla = MLAConfig.from_dict(config.mla)
-    sizes = AttentionSizes.of(config)
+    sizes, findings = AttentionSizes.of(config), read_findings(name)
     return {
         "family": config.model_type.removesuffix("_mla"),
         "layers": sizes.layers,
@@ -41,6 +43,7 @@ def describe(name: str) -> dict[str, Any]:
         "rotate_at": mla.rotate_at,
         "rotary_dim": sizes.rotary_dim,
         "latent_bits": mla.latent_bits,
+        "latent_bits_choice": _choice(findings),
         "decode_cost": mla.decode_cost(sizes),
         "modalities": list(mla.modalities),
         "bytes_per_token": bytes_per_token(config),
@@ -50,12 +53,15 @@ def describe(name: str) -> dict[str, Any]:
         "factorization": mla.factorization,
         "folded": mla.folded,
         "kl": mla.kl,
+        "kl_interval": findings.get("kl_interval"),
         "predicted_kl": mla.predicted_kl,
         "pairs": _pairs(resolve(name), sizes.layers),
     }
 
 
-def conversion_summary(original: Any, mla: MLAConfig, dtype: torch.dtype) -> dict[str, Any]:
+def conversion_summary(
+    original: Any, mla: MLAConfig, dtype: torch.dtype, findings: dict[str, Any]
+) -> dict[str, Any]:
     """What a conversion made of a model with the config `original`; bytes in its dtype."""
     converted = converted_config(original, mla)
     return {
@@ -67,10 +73,17 @@ def conversion_summary(original: Any, mla: MLAConfig, dtype: torch.dtype) -> dic
         "decode_cost": mla.decode_cost(AttentionSizes.of(original)),
         "bytes_per_token": bytes_per_token(converted, itemsize=dtype.itemsize),
         "bytes_per_token_original": bytes_per_token(original, itemsize=dtype.itemsize),
+        "latent_bits_choice": _choice(findings),
         "kl": None if not mla.kl else list(mla.kl.values())[-1],
+        "kl_interval": None if not mla.kl else findings["kl_interval"][list(mla.kl)[-1]],
         "kl_by_step": mla.kl,
         "predicted_kl": mla.predicted_kl,
     }
+
+
+def _choice(findings: dict[str, Any]) -> str | None:
+    """Why latents are kept as they are, where that was chosen."""
+    return findings.get("latent_bits", {}).get("why")
 
 
 def _pairs(source: str, layers: int) -> list[list[list[int]]]:
@@ -98,7 +111,7 @@ def layers_table(description: dict[str, Any]) -> Table:
     title = f"{description['family']}: {size:,} cache bytes per token, {ratio:.1%} of the original"
     if state := description["state_bytes_per_row"]:
         title += f"; and {state:,} bytes a chat in layers left as they were, as in the original"
-    table = Table(title=title)
+    table = Table(title=title, caption=description["latent_bits_choice"])
     bits = f"r in {', '.join(map(str, CHANNEL_BITS))} bits"
     for column in ("layer", "R", "r", bits, "rotated at", "predicted KL", "pairs that stay rotated"):
         table.add_column(column)

@@ -16,6 +16,7 @@ from transformers import AutoModelForImageTextToText, BatchFeature, PreTrainedMo
 from mha2mla_vlm.calibration.activations import advance
 from mha2mla_vlm.config import FULL, AttentionSizes, MLAConfig
 from mha2mla_vlm.conversion.allocation import budget_units, dims_in_unit, most_latent
+from mha2mla_vlm.conversion.choice import possible
 from mha2mla_vlm.conversion.config import AUTO, ConversionConfig
 from mha2mla_vlm.conversion.layer import LayerwiseConversion
 from mha2mla_vlm.conversion.on_disk import rest_shards
@@ -70,20 +71,23 @@ def predict(
     """Estimate what `on_disk.convert_checkpoint` takes; raises `InputError` for what it would refuse."""
     source = resolve(name)
     model_config = load_config(name)
-    mla, sizes = plan(model_config, config), AttentionSizes.of(model_config)
+    plan(model_config, config)
     if getattr(model_config, "mla", None) is not None:
         raise InputError(
             f"{str(name)!r} has partial RoPE already; only conversions of originals can be estimated"
         )
-    allocated = is_allocated(model_config, config)
-    if allocated:
-        mla = _evenly(mla, sizes, config).over_all(sizes)
     if Path(source).is_dir():
         check_weights(Path(source))
+    sizes, original = AttentionSizes.of(model_config), empty_model(model_config)
     number = _stored_dtype(source, sizes.growing[0]) if dtype == "auto" else getattr(torch, dtype)
-    original, converted = empty_model(model_config), empty_model(converted_config(model_config, mla))
     check_attention(original)
-    calibration, held_out = encode_split(original, load_processor(name), records, config)
+    chats = encode_split(original, load_processor(name), records, config)
+    config = possible(original, config, chats.lacks).config
+    mla, allocated = plan(model_config, config), is_allocated(model_config, config)
+    if allocated:
+        mla = _evenly(mla, sizes, config).over_all(sizes)
+    converted = empty_model(converted_config(model_config, mla))
+    calibration, held_out = chats.calibration, chats.held_out
     tokens, others = (sum(x["input_ids"].shape[1] for x in chats) for chats in (calibration, held_out))
     target, base = torch.device(device), resident_bytes() or 0
     phases, peak, kept = _one_layer(
@@ -91,9 +95,11 @@ def predict(
     )
     output_bytes = _bytes(converted, stored_names(converted), number)
     layers, converted_layers = sizes.layers, len(sizes.growing)
-    counts = {"calibration": len(calibration) * layers, "held-out loss": len(held_out) * layers}
+    ways = len(config.tried_bits)  # each is converted, where it is not clear which is best
+    counts = {"calibration": len(calibration) * layers, "held-out loss": ways * len(held_out) * layers}
+    counts |= dict.fromkeys(("partial RoPE", "factorisation"), ways * converted_layers)
     counts["sensitivity"] = counts["calibration"]
-    counts["vision and embeddings"] = (len(calibration) + len(held_out)) * _vision_depth(model_config)
+    counts["vision and embeddings"] = (len(calibration) + ways * len(held_out)) * _vision_depth(model_config)
     seconds = {phase: taken * counts.get(phase, converted_layers) for phase, taken in phases.items()}
     seconds["writing"] = (output_bytes + converted_layers * kept) / WRITE_RATE
     # all layers' states stay until their gradients have come down; else those of two layers are there
@@ -173,7 +179,8 @@ def _one_layer(
     chat, work = _renamed(batch, model_config), MemoryWork()
     given: dict[str, Any] = {"device": device, "phases": phases}
     with phases:
-        timed = LayerwiseConversion(model, config, mla, **given, work=MemoryWork(), warn=False)
+        simplest = config.keeping(config.tried_bits[0])
+        timed = LayerwiseConversion(model, simplest, mla, **given, work=MemoryWork(), warn=False)
         timed.begin([chat], [chat])
         phases.seconds.clear()
         advance(decoder_layers(model)[0], 0, timed.held_out, timed.states, "original")  # the first is slow
@@ -196,8 +203,13 @@ def _evenly(mla: MLAConfig, sizes: AttentionSizes, config: ConversionConfig) -> 
         return _evenly(mla, sizes, config.of("read"))
     unit = dims_in_unit(sizes, config)
     units = budget_units(sizes, config) // len(sizes.growing)
-    if config.bits_by_channel:  # of 4 bits, all latent
-        rank = min(4 * units * unit, most_latent(sizes, 0) // 2 * 2) * sizes.kv_heads
+    if config.bits_by_channel:  # of 4 bits; rotated keys that are cached have 8
+        if not config.at_read:
+            rope = (config.qk_rope_head_dim or 0) // (2 * unit) or units - max(1, units // 3)
+            rope = min(rope, sizes.rotary_dim // (2 * unit))
+            mla, units = replace(mla, qk_rope_head_dim=2 * rope * unit), units - rope
+        most = most_latent(sizes, 0 if config.at_read else sizes.rotary_dim)
+        rank = min(4 * units * unit, most // 2 * 2) * sizes.kv_heads
         bits: list[list[int] | None] = [[0, 0, rank, 0]] * sizes.layers
         return replace(mla, kv_lora_rank=rank, latent_bits=bits, kv_bias=True)
     if config.at_read:

@@ -21,7 +21,7 @@ from mha2mla_vlm.calibration.layer_profile import LayerProfile, measure_layer, m
 from mha2mla_vlm.calibration.statistics import LayerStats
 from mha2mla_vlm.conversion.sweep import CALIBRATION, Known, Sweep
 from mha2mla_vlm.conversion.weights import converted_layer, factored_weights, keys_in_steps, layer_factors
-from mha2mla_vlm.evaluation.answers import as_kl, kl_sum
+from mha2mla_vlm.evaluation.answers import as_kl, kl_interval, kl_sum
 from mha2mla_vlm.model.attention import MLAAttention
 from mha2mla_vlm.model.modeling import decoder_layers
 from mha2mla_vlm.model.offload import end_modules, logits_of, resident
@@ -39,6 +39,31 @@ class ConvertedLayer:
 
     weights: dict[str, torch.Tensor]
     spectra: dict[str, Spectrum]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """What a conversion loses on held-out chats: mean KL after each transform, its sum in each chat, and how
+    many `tokens` of answers each has.
+    """
+
+    kl: dict[str, float]
+    by_chat: dict[str, list[float]]
+    tokens: list[int]
+
+    @property
+    def last(self) -> str:
+        """The name of the last transform."""
+        return list(self.kl)[-1]
+
+    def intervals(self) -> dict[str, list[float]]:
+        """95% intervals of KL, by transform."""
+        return {name: kl_interval(sums, self.tokens) for name, sums in self.by_chat.items()}
+
+    def said(self, name: str) -> str:
+        """A transform's KL in words."""
+        low, high = self.intervals()[name]
+        return f"KL {self.kl[name]:.4f} ({low:.4f} to {high:.4f})"
 
 
 def thinned(spectrum: torch.Tensor, points: int = 48) -> Spectrum:
@@ -155,11 +180,11 @@ class LayerwiseConversion(Sweep):
         return converted_layer(source, factored_weights(whole, factors), spec), spectra
 
     @torch.no_grad()
-    def kl(self) -> dict[str, float]:
-        """After the last layer: mean divergence from the original on held-out answers, in nats a token."""
+    def measured(self) -> Measured:
+        """After the last layer: divergence from the original on held-out answers, in nats a token."""
         norm, head = end_modules(self.model)
-        last = len(decoder_layers(self.model))
-        sums = SharedSums(self.held_out_total)
+        last, count = len(decoder_layers(self.model)), self.held_out_total
+        sums = SharedSums(count)
         with resident((norm, head), self.device):
             for number, chat in enumerate(self.held_out):
 
@@ -170,6 +195,14 @@ class LayerwiseConversion(Sweep):
                 expected = log_probs(ORIGINAL)
                 found = [kl_sum(log_probs(stream), expected) for stream in self.ends.values()]
                 numbers = torch.tensor([*found, len(expected)], dtype=torch.float64, device=self.device)
-                sums.add(chat.number, {"kl": numbers})
-        *totals, answers = sums.over_processes()["kl"].tolist()
-        return {name: as_kl(total / answers) for name, total in zip(self.ends, totals, strict=True)}
+                row = torch.zeros(count, len(numbers), dtype=torch.float64, device=self.device)
+                row[chat.number] = numbers
+                sums.add(chat.number, {"all": numbers, "by chat": row})
+        whole = sums.over_processes()
+        *totals, answers = whole["all"].tolist()
+        *columns, tokens = whole["by chat"].T.tolist()
+        return Measured(
+            kl={name: as_kl(total / answers) for name, total in zip(self.ends, totals, strict=True)},
+            by_chat=dict(zip(self.ends, columns, strict=True)),
+            tokens=[int(each) for each in tokens],
+        )

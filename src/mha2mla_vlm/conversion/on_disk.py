@@ -16,6 +16,7 @@ from safetensors import safe_open
 from transformers import PreTrainedModel, ProcessorMixin
 
 from mha2mla_vlm.config import AttentionSizes, MLAConfig
+from mha2mla_vlm.conversion.choice import possible
 from mha2mla_vlm.conversion.config import ConversionConfig
 from mha2mla_vlm.conversion.describe import conversion_summary
 from mha2mla_vlm.conversion.driver import Chats, Converted, Sink, run
@@ -83,6 +84,7 @@ def convert_checkpoint(
     with _room_for_experts(folder, model_config, Path(output)) as options:
         model = _on_disk(folder, model_config, dtype, target, options)
         chats = encode_split(model, processor, records, config)
+        possible(model, config, chats.lacks)
         _check_shares(chats)
         given = {"model": str(folder), "config": config.to_dict(), "dtype": str(model.dtype)}
         given["records"] = _digest(chats)  # which encodes each, before any work
@@ -118,7 +120,7 @@ def _convert(
     work.finish()
     return StreamedConversion(
         mla=found.mla,
-        summary=conversion_summary(model.config, found.mla, model.dtype),
+        summary=conversion_summary(model.config, found.mla, model.dtype, found.findings),
         seconds=dict(work.seconds),
         peak_bytes=peak_resident_bytes(),
     )
@@ -245,8 +247,7 @@ def rest_shards(model: PreTrainedModel) -> list[list[str]]:
 def _digest(chats: Chats) -> str:
     """What the chats are, in short."""
     found = hashlib.sha256()
-    count = sum(map(len, chats))
-    for batch in track((batch for part in chats for batch in part), "reading chats", count):
+    for batch in track(chats, "reading chats", len(chats)):
         for key, value in sorted(batch.items()):
             found.update(key.encode() + value.cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return found.hexdigest()

@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, ProcessorMixin
 
+from mha2mla_vlm.conversion.choice import possible
 from mha2mla_vlm.conversion.config import ConversionConfig
 from mha2mla_vlm.conversion.driver import Chats, measure, run
 from mha2mla_vlm.conversion.plan import check_model, plan
@@ -46,18 +47,20 @@ def convert(
     """
     check_model(model)
     plan(model.config, config)
-    chats = _checked(encode_split(model, processor, records, config))
-    made: list[dict[str, Any]] = []
+    chats = encode_split(model, processor, records, config)
+    possible(model, config, chats.lacks)
+    _check(chats)
+    made: dict[int, dict[str, Any]] = {}
     found = run(
         model,
         config,
         chats,
         device=model.device,
         work=MemoryWork(),
-        sink=lambda _, weights: made.append(weights),
+        sink=made.__setitem__,
         profile=profile,
     )
-    small = rebuild(model, found.mla, made)
+    small = rebuild(model, found.mla, [made[index] for index in sorted(made)])
     small.findings = found.findings
     return small
 
@@ -71,8 +74,10 @@ def make_profile(
     """What calibration shows, for several calls of `convert` with the same records and methods."""
     check_model(model)
     plan(model.config, config)
-    calibration = _checked(encode_split(model, processor, records, config)).calibration
-    return measure(model, config, calibration, device=model.device, work=MemoryWork())
+    chats = encode_split(model, processor, records, config)
+    config = possible(model, config, chats.lacks).config
+    _check(chats)
+    return measure(model, config, chats.calibration, device=model.device, work=MemoryWork())
 
 
 def encode_split(
@@ -86,18 +91,19 @@ def encode_split(
     if silent := [record.source for record in records if not record.answers()]:
         raise InputError(f"{silent[0]}: no assistant message; give chats with answers, which the loss is of")
     count = min(len(records) - 1, max(1, round(config.held_out * len(records))))
-    if not config.random_chats and process_index() == 0 and (found := lacks(records[:-count])):
+    found = lacks(records[:-count])
+    if found and not config.random_chats and process_index() == 0:
         logger.warning(
             "calibration is narrow: %s; other chats may lose much, so add such chats, or --random-chats 32",
             ", ".join(found),
         )
     more = random_chats(processor.tokenizer, config.random_chats)
     parts = [*records[:-count], *more], records[-count:]
-    return Chats(*(EncodedRecords(processor, part, visual) for part in parts))
+    calibration, held_out = (EncodedRecords(processor, part, visual) for part in parts)
+    return Chats(calibration=calibration, held_out=held_out, lacks=found)
 
 
-def _checked(chats: Chats) -> Chats:
-    """The chats, each encoded once: raises `InputError` for one that cannot be."""
-    for _ in track((batch for part in chats for batch in part), "reading chats", sum(map(len, chats))):
+def _check(chats: Chats) -> None:
+    """Encode each chat once: raises `InputError` for one that cannot be."""
+    for _ in track(chats, "reading chats", len(chats)):
         pass
-    return chats

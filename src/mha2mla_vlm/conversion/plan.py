@@ -1,5 +1,6 @@
 """What a model will be converted to, and what cannot be: found before any work."""
 
+import contextlib
 from dataclasses import replace
 from typing import Any, cast
 
@@ -13,7 +14,7 @@ from mha2mla_vlm.algorithms.factorization.base import Factorization
 from mha2mla_vlm.algorithms.factorization.blocks import block_ranks
 from mha2mla_vlm.config import DECOUPLED, FULL, SHARED, AttentionSizes, LayerSpec, MLAConfig
 from mha2mla_vlm.conversion.allocation import budget_units, dims_in_unit, least_decode_cost
-from mha2mla_vlm.conversion.config import AUTO, ConversionConfig
+from mha2mla_vlm.conversion.config import AUTO, BY_CHANNEL, SIXTEEN, ConversionConfig
 from mha2mla_vlm.conversion.weights import converted_config
 from mha2mla_vlm.errors import InputError
 from mha2mla_vlm.model.attention import MLAAttention
@@ -104,8 +105,13 @@ def _is_linear(module: nn.Module) -> bool:
 def plan(model_config: Any, config: ConversionConfig) -> MLAConfig:
     """Sizes of the converted model; raises `InputError` for what cannot be converted.
 
-    Where modes are chosen by measuring it is planned as if all layers were rotated at read.
+    Where modes are chosen by measuring it is planned as if all layers were rotated at read; where bits of
+    latents are, in 16, or, where these have no sizes as small, by channel.
     """
+    if config.latent_bits == AUTO:
+        with contextlib.suppress(InputError):
+            return plan(model_config, config.keeping(SIXTEEN))
+        return plan(model_config, config.keeping(BY_CHANNEL))
     _check_not_quantized(model_config)
     if getattr(model_config, "mla", None) is not None:
         return _plan_factors(model_config, config)

@@ -5,7 +5,7 @@ Shapes: R rope dims kept.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, overload
+from typing import Any, overload
 
 import torch
 from transformers import BatchFeature
@@ -15,6 +15,7 @@ from mha2mla_vlm.algorithms.budget import unit_dims
 from mha2mla_vlm.calibration.activations import Chat, advance
 from mha2mla_vlm.calibration.layer_profile import LayerProfile, measure_layer
 from mha2mla_vlm.calibration.sensitivity import begin_gradients, project_errors
+from mha2mla_vlm.calibration.statistics import LayerStats
 from mha2mla_vlm.config import LayerSpec
 from mha2mla_vlm.conversion.allocation import (
     BitsBySize,
@@ -23,7 +24,7 @@ from mha2mla_vlm.conversion.allocation import (
     measured_rope_dim,
     tried_units,
 )
-from mha2mla_vlm.conversion.config import ConversionConfig
+from mha2mla_vlm.conversion.config import SIXTEEN, ConversionConfig
 from mha2mla_vlm.conversion.sweep import CALIBRATION, Sweep
 from mha2mla_vlm.conversion.weights import converted_layer, factored_weights, keys_in_steps, layer_factors
 from mha2mla_vlm.conversion.work import Work
@@ -33,6 +34,8 @@ from mha2mla_vlm.model.offload import resident
 from mha2mla_vlm.utils.distributed import SharedSums
 
 SKETCHES = 2  # of each chat's answers
+ROPE, CHANNELS = "rope", " by channel"  # curves are of rope dims, or of a mode's latents
+Tried = dict[tuple[str, int], MLAAttention]  # by curve and units
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +43,7 @@ class Profile:
     """Of every layer, what calibration found and, for methods that take a budget, what converting it costs.
 
     It serves any sizes, so conversions to several budgets share one (`convert(..., profile=...)`); one made
-    for `rotate_at` "auto" serves "write" and "read" too.
+    for `rotate_at` "auto" serves "write" and "read" too, and one for `latent_bits` "auto" "16" and "mixed".
     """
 
     config: ConversionConfig
@@ -51,12 +54,15 @@ class Profile:
         """Raise `ValueError` if this is the profile of another method than that of `config`."""
         known = {self.config.rotate_at: self.config} | {m: self.config.of(m) for m in self.config.modes}
         found = known.get(config.rotate_at)
-        if found is None or _of_any_size(found) != _of_any_size(config):
+        measured = set(config.tried_bits) <= set(self.config.tried_bits)
+        if found is None or not measured or _of_any_size(found) != _of_any_size(config):
             raise ValueError(f"the profile was made for {self.config}, not for {config}")
 
 
 def _of_any_size(config: ConversionConfig) -> ConversionConfig:
-    return replace(config, budget=None, qk_rope_head_dim=None, d_kv=None, max_decode_cost=None)
+    return replace(
+        config, budget=None, qk_rope_head_dim=None, d_kv=None, max_decode_cost=None, latent_bits=SIXTEEN
+    )
 
 
 class KeptLayers(Sequence[LayerProfile]):
@@ -130,28 +136,34 @@ class LayerwiseProfile(Sweep):
         """What converting a layer costs; nothing of one that stays."""
         if self.stays(index):
             return self._gradients_only(index, chats)
-        layer, modes = decoder_layers(self.model)[index], list(self.by_mode)
+        layer, tried, bits = decoder_layers(self.model)[index], Tried(), dict[str, BitsBySize]()
         with resident(layer.modules(), self.device):
             with self.phases.phase("tried sizes"):
-                tried = [self._tried(layer.self_attn, profile, index, mode) for mode in modes]
+                for mode in self.by_mode:
+                    tried |= self._tried(layer.self_attn, profile, index, mode, bits)
             with self.phases.phase("sensitivity"):
                 given = (layer, index, chats, self.states, CALIBRATION)
-                found = project_errors(*given, [module for one in tried for module in one.modules])
-        units = {name: at for mode in modes for name, at in self._units(mode).items()}
-        errors: dict[str, torch.Tensor] = {}
-        for mode, part in zip(modes, found.split([len(one.modules) for one in tried]), strict=True):
-            latent = "read" if mode == "read" else "latent"
-            rope, half, rest = part.split([len(part) - 1 - len(units[latent]), 1, len(units[latent])])
-            errors |= {"rope": rope} if mode == "write" else {}
-            errors[latent] = rest - half
-        sums, losses = SharedSums(total), torch.cat(list(errors.values())).square().sum(2) / (2 * SKETCHES)
+                found = project_errors(*given, list(tried.values()))
+        rows = dict(zip(tried, found, strict=True))
+        errors = {
+            (curve, units): row if curve == ROPE else row - rows[curve.partition(" ")[0], 0]
+            for (curve, units), row in rows.items()
+            if units
+        }
+        sums, losses = SharedSums(total), torch.stack([*errors.values()]).square().sum(2) / (2 * SKETCHES)
         for chat, column in zip(chats, losses.unbind(1), strict=True):
             sums.add(chat.number, {"losses": column, "answers": chat.answers.sum()})
         whole = sums.over_processes()
-        values = (whole["losses"] / whole["answers"]).split([len(part) for part in errors.values()])
-        curves = zip(errors, values, strict=True)
-        bits = {mode: one.bits for mode, one in zip(modes, tried, strict=True) if one.bits}
-        return LayerLosses(bits=bits, **{k: dict(zip(units[k], v.tolist(), strict=True)) for k, v in curves})
+        curves: dict[str, dict[int, float]] = {}
+        for (curve, units), value in zip(errors, (whole["losses"] / whole["answers"]).tolist(), strict=True):
+            curves.setdefault(curve, {})[units] = value
+        return LayerLosses(
+            rope=curves.get(ROPE, {}),
+            latent=curves.get("write", {}),
+            read=curves.get("read", {}),
+            by_channel={mode: curves[mode + CHANNELS] for mode in bits},
+            bits=bits,
+        )
 
     def _gradients_only(self, index: int, chats: Sequence[Chat]) -> LayerLosses:
         layer = decoder_layers(self.model)[index]
@@ -159,53 +171,75 @@ class LayerwiseProfile(Sweep):
             project_errors(layer, index, chats, self.states, CALIBRATION, [])
         return LayerLosses()
 
-    def _units(self, mode: str) -> dict[str, list[int]]:
-        return tried_units(self.sizes, self.config.of(mode))
-
-    def _tried(self, source: Any, profile: LayerProfile, index: int, mode: str) -> "_Tried":
-        """A layer with each number of rope dims that is tried, then what `_factored` gives."""
-        spec, unit = replace(self.spec(index), rotate_at=mode), unit_dims(self.sizes.head_dim)
-        units = self._units(mode)
-        specs = [replace(spec, rope_dim=number * unit) for number in units.get("rope", [])]
-        tried = [self.partial(source, profile, each) for each in specs]
-        factored, bits = self._factored(source, profile, spec, units["read" if spec.at_read else "latent"])
-        return _Tried(tried + factored, bits)
-
-    def _factored(
-        self, source: Any, profile: LayerProfile, spec: LayerSpec, units: Sequence[int]
-    ) -> tuple[list[MLAAttention], BitsBySize]:
-        """The layer with half of its rope dims (at read all), whole and with each size of the latent; and the
-        bits of channels for every size, where they differ.
+    def _tried(
+        self, source: Any, profile: LayerProfile, index: int, mode: str, bits: dict[str, BitsBySize]
+    ) -> Tried:
+        """A layer with each number of rope dims that is tried; with half of them (at read all) and keys and
+        values whole, at 0 units of the mode; and so with each size of the latent. Adds to `bits` those of
+        channels for every size.
         """
-        numbers = dims_in_unit(self.sizes, self.config.of(spec.rotate_at)) * self.sizes.kv_heads
-        spec = replace(spec, rank=units[-1] * numbers)
+        spec, unit = replace(self.spec(index), rotate_at=mode), unit_dims(self.sizes.head_dim)
+        config, made = self.config.of(mode), Tried()
+        for number in tried_units(self.sizes, config).get(ROPE, []):
+            made[ROPE, number] = self.partial(source, profile, replace(spec, rope_dim=number * unit))
         if not spec.at_read:
             spec = replace(spec, rope_dim=measured_rope_dim(self.sizes))
-        partial = self.partial(source, profile, spec)
-        whole, by_channel = self.whole(partial, spec), self.config.bits_by_channel
-        options: dict[str, Any] = {"head_dim": self.sizes.head_dim, "pair_stride": self.sizes.pair_stride}
-        options["by_importance"] = by_channel
-        given = (whole, profile.stats, spec, self.methods.factorization)
-        factors, made = layer_factors(*given, **options), [partial]
-        bits: BitsBySize = {}
-        if by_channel:
-            costs = importance(factors.values())
-            bits = {size: best_bits(costs, 2 * size * numbers) for size in range(1, units[-1] + 1)}
-            if not spec.at_read:
-                whole = keys_in_steps(whole, profile.stats.pooled(), head_dim=self.sizes.head_dim)
-        for size in units:
-            if by_channel:
-                own = replace(spec, rank=bits[size].rank, bits=bits[size], bias=True)
-                some = {k: in_steps(factor, bits[size]) for k, factor in factors.items()}
+        made[mode, 0] = partial = self.partial(source, profile, spec)
+        whole = self.whole(partial, spec)
+        for kept in self.tried_bits(mode):
+            own = config.keeping(kept)
+            units = tried_units(self.sizes, own)["read" if spec.at_read else "latent"]
+            numbers = dims_in_unit(self.sizes, own) * self.sizes.kv_heads
+            given = (source, whole, profile.stats, spec, units, numbers)
+            if own.bits_by_channel:
+                found, bits[mode] = self._by_channel(*given)
+                made |= {(mode + CHANNELS, size): module for size, module in found.items()}
             else:
-                own = replace(spec, rank=size * numbers)
-                some = {k: factor.of_rank(size * numbers) for k, factor in factors.items()}
-            made.append(converted_layer(source, factored_weights(whole, some), own))
+                made |= {(mode, size): module for size, module in self._in_numbers(*given).items()}
+        return made
+
+    def _in_numbers(
+        self,
+        source: Any,
+        whole: dict[str, torch.Tensor],
+        stats: LayerStats,
+        spec: LayerSpec,
+        units: Sequence[int],
+        numbers: int,
+    ) -> dict[int, MLAAttention]:
+        """The layer with each size of the latent, in units of so many numbers of 16 bits."""
+        factors = self._factors(whole, stats, replace(spec, rank=units[-1] * numbers))
+        made = {}
+        for size in units:
+            some = {k: factor.of_rank(size * numbers) for k, factor in factors.items()}
+            own = replace(spec, rank=size * numbers)
+            made[size] = converted_layer(source, factored_weights(whole, some), own)
+        return made
+
+    def _by_channel(
+        self,
+        source: Any,
+        whole: dict[str, torch.Tensor],
+        stats: LayerStats,
+        spec: LayerSpec,
+        units: Sequence[int],
+        numbers: int,
+    ) -> tuple[dict[int, MLAAttention], BitsBySize]:
+        """The same where channels differ in bits, in units of as many bytes as numbers of 16 bits take; and
+        the bits for every size.
+        """
+        factors = self._factors(whole, stats, replace(spec, rank=units[-1] * numbers), by_importance=True)
+        costs = importance(factors.values())
+        bits = {size: best_bits(costs, 2 * size * numbers) for size in range(1, units[-1] + 1)}
+        if not spec.at_read:
+            whole = keys_in_steps(whole, stats.pooled(), head_dim=self.sizes.head_dim)
+        made = {}
+        for size in units:
+            own = replace(spec, rank=bits[size].rank, bits=bits[size], bias=True)
+            some = {k: in_steps(factor, bits[size]) for k, factor in factors.items()}
+            made[size] = converted_layer(source, factored_weights(whole, some), own)
         return made, bits
 
-
-class _Tried(NamedTuple):
-    """Ways to convert a layer, and the bits of its channels by units."""
-
-    modules: list[MLAAttention]
-    bits: BitsBySize
+    def _factors(self, whole: dict[str, torch.Tensor], stats: LayerStats, spec: LayerSpec, **how: Any) -> Any:
+        how |= {"head_dim": self.sizes.head_dim, "pair_stride": self.sizes.pair_stride}
+        return layer_factors(whole, stats, spec, self.methods.factorization, **how)

@@ -11,10 +11,9 @@ from mha2mla_vlm.algorithms.pair_selection import pair_selection
 from mha2mla_vlm.calibration.activations import Chat, begin
 from mha2mla_vlm.calibration.layer_profile import LayerProfile, Methods
 from mha2mla_vlm.config import AttentionSizes, LayerSpec, MLAConfig
-from mha2mla_vlm.conversion.config import ConversionConfig
+from mha2mla_vlm.conversion.config import BY_CHANNEL, ConversionConfig
 from mha2mla_vlm.conversion.weights import partial_layer, rotated_at_read, table_scale
 from mha2mla_vlm.conversion.work import Work
-from mha2mla_vlm.errors import InputError
 from mha2mla_vlm.model.attention import MLAAttention
 from mha2mla_vlm.model.families import get_family
 from mha2mla_vlm.model.modeling import decoder_layers
@@ -36,11 +35,16 @@ def methods(config: ConversionConfig) -> Methods:
     )
 
 
+def has_normed_keys(model: PreTrainedModel) -> bool:
+    """Whether keys are normed in any layer that is converted."""
+    growing = AttentionSizes.of(model.config).growing
+    return any(is_normed(decoder_layers(model)[index].self_attn) for index in growing)
+
+
 class Sweep:
     """A sweep over the layers of `model`, which may lie on disk, for a conversion as `config` and `mla` say.
 
-    What it finds stays in `work`; `phases` show how far it is. Raises `InputError` for rotated keys of 8 bits
-    where queries are normed.
+    What it finds stays in `work`; `phases` show how far it is.
     """
 
     def __init__(
@@ -58,13 +62,11 @@ class Sweep:
         self.by_mode = {mode: methods(config.of(mode)) for mode in config.modes}
         self.phases, self.work, self.states = phases, work, work.states
         self.sizes = AttentionSizes.of(model.config)
-        layers = [decoder_layers(model)[index] for index in self.sizes.growing]
-        normed = any(is_normed(layer.self_attn) for layer in layers)
-        if normed and config.bits_by_channel and "write" in config.modes:
-            raise InputError(  # steps of keys would have to be in the queries, behind their norm
-                f"latent_bits mixed with rotate_at {config.rotate_at} does not go with normed keys; "
-                "give --rotate-at read"
-            )
+
+    def tried_bits(self, mode: str) -> list[str]:
+        """How latents may be kept in layers of a mode."""
+        possible = mode == "read" or not has_normed_keys(self.model)
+        return [bits for bits in self.config.tried_bits if bits != BY_CHANNEL or possible]
 
     def chats(self, batches: Sequence[BatchFeature], streams: Sequence[str]) -> list[Chat]:
         """This process's share of chats, brought before the first layer, where they begin `streams`."""

@@ -151,13 +151,17 @@ def summary(answers: Sequence[Answered]) -> dict[str, Any]:
 
 
 def _interval(answers: Sequence[Answered], sums: Sequence[float], counts: Sequence[int]) -> list[float]:
-    """`bootstrap_interval` of what answers have, by their chats; never below 0, where rounding may put KL."""
+    """`kl_interval` of what answers have, by their chats."""
     by_chat: dict[int, tuple[float, int]] = {}
     for answer, value, count in zip(answers, sums, counts, strict=True):
         total, number = by_chat.get(id(answer.record), (0.0, 0))
         by_chat[id(answer.record)] = total + value, number + count
-    values, numbers = zip(*by_chat.values(), strict=True)
-    return [max(0.0, end) for end in bootstrap_interval(values, numbers)]
+    return kl_interval(*zip(*by_chat.values(), strict=True))
+
+
+def kl_interval(sums: Sequence[float], counts: Sequence[int]) -> list[float]:
+    """`bootstrap_interval` of chats, never below 0, where rounding may put KL."""
+    return [max(0.0, end) for end in bootstrap_interval(sums, counts)]
 
 
 def evaluate(

@@ -125,7 +125,7 @@ def model_card(
         base=f"`{base}`" if base else f"a {family.model_type} model",
         adapter=source.get("adapter"),
         trained=trained,
-        facts=_facts(config, mla),
+        facts=_facts(config, mla, found),
         calibration=_calibration(found),
         measured=_measured(results),
         licence=_licence(source, family.licence),
@@ -187,7 +187,7 @@ def _licence(source: dict[str, str], of_family: str) -> str:
     return f"It is stated as `{stated}`. {of_family}" if stated else of_family
 
 
-def _facts(config: Any, mla: MLAConfig) -> dict[str, str]:
+def _facts(config: Any, mla: MLAConfig, findings: dict[str, Any]) -> dict[str, str]:
     """Sizes, method and losses."""
     before, after = bytes_per_token(config, original=True), bytes_per_token(config)
     specs = mla.layers(sizes := AttentionSizes.of(config))
@@ -197,15 +197,28 @@ def _facts(config: Any, mla: MLAConfig) -> dict[str, str]:
         "rope dims per KV head (R), by layer": by_layer([spec and spec.rope_dim for spec in specs]),
         "latent dims (r), by layer": by_layer([spec and spec.rank for spec in specs]),
         "bits of latent dims": _bits(specs),
+        **_choice(findings),
         "arithmetic of attention for each cached token, in that of the original": (
             f"{mla.decode_cost(sizes):.3g}"
         ),
         **method(mla),
     }
-    losses = (mla.kl or {}).items()
+    losses, intervals = (mla.kl or {}).items(), findings.get("kl_interval", {})
     return facts | {
-        f"KL after {step.replace('_', ' ')}": f"{kl:.4f} nats per answer token" for step, kl in losses
+        f"KL after {step.replace('_', ' ')}": f"{kl:.4f}{_ends(intervals.get(step))} nats per answer token"
+        for step, kl in losses
     }
+
+
+def _ends(interval: list[float] | None) -> str:
+    """The ends of a 95% interval, if it is known."""
+    return "" if interval is None else f" ({interval[0]:.4f} to {interval[1]:.4f})"
+
+
+def _choice(findings: dict[str, Any]) -> dict[str, str]:
+    """Why latents are kept as they are, where that was chosen."""
+    found = findings.get("latent_bits")
+    return {"chosen": found["why"]} if found else {}
 
 
 def _state(config: Any) -> dict[str, str]:
