@@ -260,9 +260,9 @@ def table(folder: Path) -> str:
     """All results of a folder as Markdown."""
     lines = [
         "| shape | layers | sizes | minutes | predicted | peak GB | predicted | result GB | predicted "
-        "| phases |"
+        "| phases | measured |"
     ]
-    lines.append(f"|{10 * '---|'}")
+    lines.append(f"|{11 * '---|'}")
     for path in sorted(folder.glob("*.json")):
         row = json.loads(path.read_text())
         predicted, whole = row["predicted"], sum(row["phases"].values())
@@ -274,9 +274,10 @@ def table(folder: Path) -> str:
         )
         cells = [f"{value:{form}}" for found, guess, form in pairs for value in (found, guess)]
         sizes = f"budget {row['budget']:g}" if row.get("budget") else "R 32, d_kv 64"
-        lines.append(f"| {row['shape']} | {row['layers']} | {sizes} | {' | '.join(cells)} | {shares} |")
-        where = f"{row['device']}, torch {row['torch']}, {row['date']}"
-    return "\n".join([where, "", *lines, ""])
+        where = f"{row['date']}, {row['device']}, torch {row['torch'].partition('+')[0]}"
+        named = f"{row['shape']} | {row['layers']} | {sizes}"
+        lines.append(f"| {named} | {' | '.join(cells)} | {shares} | {where} |")
+    return "\n".join([*lines, ""])
 
 
 def main() -> None:

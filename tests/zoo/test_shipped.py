@@ -125,7 +125,7 @@ def test_demo_measures_the_cache(monkeypatch, capsys, tmp_path):
     result = json.loads(output.out.splitlines()[-1])
     page = Path(result.pop("report"))
     assert page == tmp_path / "demo" / "report.html"
-    assert page.read_text().count("<svg") == 4
+    assert page.read_text().count("<svg") == 6  # three plots, for wide windows and for narrow ones
     assert "2.0 kB</div>" in page.read_text()  # of the original, in bfloat16 as all that is counted
     assert json.loads((tmp_path / "demo" / "demo.json").read_text()) == result
     original, quarter, at_read, mixed = result["rows"]
