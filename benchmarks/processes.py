@@ -39,6 +39,7 @@ def converted(folder: Path, processes: int, options: list[str], port: int) -> di
         "-o",
         "small",
     ]
+    program += options
     start, started = time.perf_counter(), []
     for rank in range(processes):
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
