@@ -73,9 +73,8 @@ class MLAAttention(nn.Module):
         down_bias = bias if rank is None else spec.bits is not None  # what integers count from
         new: dict[str, Any] = {"device": source.q_proj.weight.device, "dtype": source.q_proj.weight.dtype}
         if self.is_normed:
-            hidden = (
-                (1 if sizes.one_projection else 2) * self.kv_heads * self.head_dim
-            )  # what latents are made of
+            made_of = 1 if sizes.one_projection else 2  # values, or keys and values
+            hidden = made_of * self.kv_heads * self.head_dim
         else:
             self.q_proj = nn.Linear(
                 hidden, self.heads * self.head_dim, bias=source.q_proj.bias is not None, **new
