@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import random
+import re
 
 import pytest
 from forks import COMMANDS, contents
@@ -12,7 +13,7 @@ SEED = int(os.environ.get("MHA2MLA_SEED", "0"))  # of the moments
 SIGNALS = ("SIGKILL", "SIGTERM", "SIGINT")
 CODES = {"SIGKILL": -9, "SIGTERM": 130, "SIGINT": 130}
 EVALUATE = ("evaluate", "small", "--data", "data", "--baseline", "model")
-TIMED = {"finetune.json", "training_log.jsonl"}  # with seconds in them
+TIMED = {"finetune.json", "training_log.jsonl", "out"}  # with seconds in them; the last is a page
 FEW = {"convert": 4, "finetune": 4, "report": 3, "zoo data": 3, "evaluate": 2}
 MANY = {name: 12 * count for name, count in FEW.items()} | {"demo": 6, "convert, budget": 24}
 BUDGET = ("convert", "model", "--data", "data", "--rotate-at", "write", "--budget", 0.3, "-o")
@@ -83,7 +84,9 @@ class Case:
 
 
 def without_times(path, data):
-    """The rows of a log, or a result, without what differs from run to run."""
+    """The rows of a log, a result or a page, without what differs from run to run."""
+    if data.startswith(b"<!doctype html>"):
+        return re.sub(rb"<td>[\d.]+ m?s</td>", b"", data)
     if path.endswith(".jsonl"):
         rows = [json.loads(line) for line in data.splitlines()]
         return [{k: v for k, v in row.items() if not k.endswith(("runtime", "per_second"))} for row in rows]

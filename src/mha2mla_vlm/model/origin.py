@@ -27,9 +27,9 @@ def shared_name(name: str | Path) -> str:
 
 
 def read_findings(checkpoint: str | Path) -> dict[str, Any]:
-    """What the conversion found, if the folder of a checkpoint holds it."""
-    path = Path(resolve(checkpoint)) / FINDINGS
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    """What the conversion found, if the folder or the repository of a checkpoint holds it."""
+    text = _text_of(resolve(checkpoint), FINDINGS)
+    return {} if text is None else json.loads(text)
 
 
 def stated_by(model: str | Path, config: Any) -> dict[str, str]:
@@ -48,13 +48,22 @@ def stated_by(model: str | Path, config: Any) -> dict[str, str]:
 
 def _card(model: str) -> ModelCardData:
     """What the card of a model in a folder, or of the hub, says of it."""
-    path = Path(model, "README.md")
+    text = _text_of(model, "README.md")
+    try:
+        return ModelCardData() if text is None else ModelCard(text, ignore_metadata_errors=True).data
+    except (ValueError, TypeError, YAMLError):
+        return ModelCardData()
+
+
+def _text_of(model: str, name: str) -> str | None:
+    """A text file of a model in a folder, or of the hub; None if there is none that can be read."""
+    path = Path(model, name)
     try:
         if not Path(model).is_dir():
-            path = Path(hf_hub_download(model, path.name, local_files_only=away_from(model) is not None))
-        return ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=True).data
-    except (*HUB_ERRORS, HFValidationError, OSError, ValueError, TypeError, YAMLError):
-        return ModelCardData()
+            path = Path(hf_hub_download(model, name, local_files_only=away_from(model) is not None))
+        return path.read_text(encoding="utf-8")
+    except (*HUB_ERRORS, HFValidationError, OSError, ValueError):
+        return None
 
 
 def original_of(checkpoint: str | Path) -> str | None:
