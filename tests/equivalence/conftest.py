@@ -9,12 +9,25 @@ from mha2mla_vlm.model.shipped import ZOO_NAMES
 
 NORMED = "qwen3_vl"
 FIRST = ZOO_NAMES[0]
+HYBRIDS = ("gemma3", "gemma4", "gemma4-moe", "gemma4_unified", "qwen3_5_moe")  # but for the fast one
 FAST = ("test_attention.py", "test_rotated_at_read.py")  # of it; the rest is slow
 
 
 @pytest.fixture(params=[*ZOO_NAMES, NORMED])
 def family(request):
     """Families of the zoo, and one with normed queries and keys; `test_families.py` has all others."""
+    return request.param
+
+
+@pytest.fixture(params=["qwen3_5", *(pytest.param(name, marks=pytest.mark.slow) for name in HYBRIDS)])
+def name(request):
+    """Each very small hybrid model in turn."""
+    return request.param
+
+
+@pytest.fixture(params=["write", "read"])
+def rotate_at(request):
+    """When keys are rotated."""
     return request.param
 
 

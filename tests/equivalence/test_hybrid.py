@@ -48,21 +48,6 @@ MIXED = ["two images", "text", "image"]
 slow = pytest.mark.slow
 
 
-OTHERS = ("gemma3", "gemma4", "gemma4-moe", "gemma4_unified", "qwen3_5_moe")
-
-
-@pytest.fixture(params=["qwen3_5", *(pytest.param(name, marks=slow) for name in OTHERS)])
-def name(request):
-    """Each very small hybrid model in turn."""
-    return request.param
-
-
-@pytest.fixture(params=["write", "read"])
-def rotate_at(request):
-    """When keys are rotated."""
-    return request.param
-
-
 def options(model, **more):
     """Of `generate`, for five tokens of text."""
     banned = list(model.visual_token_ids)
