@@ -14,6 +14,7 @@ import torch
 from torch.nn import functional
 
 from mha2mla_vlm.model.absorbed import Piece, Up, absorb_limit
+from mha2mla_vlm.model.cache.latent import Pieces
 from mha2mla_vlm.model.cache.pages import Paged, as_piece
 from mha2mla_vlm.model.decoding import attend_latents
 from mha2mla_vlm.model.kernels import find_kernel
@@ -44,8 +45,10 @@ def decode(
     if kernel is not None:
         return kernel(q_rope, q_nope, ups, scaling, stored, visual, None)[:, 0]
     seen = torch.arange(stored.room, device=query.device) < stored.lengths[:, None]
-    given = (visual, seen[:, None, None], ups, scaling, angles)
-    return _absorbed(query[:, :, None], stored.rows(), *given)[:, 0]
+    as_bytes = angles is not None and stored.packed is not None
+    held = stored.latent_bytes() if as_bytes else _piece(stored.rows(), ups, angles)
+    given = (stored.room, visual, seen[:, None, None], ups, scaling, angles)
+    return _absorbed(query[:, :, None], held, *given)[:, 0]
 
 
 def prefill(
@@ -65,7 +68,8 @@ def prefill(
     if past and new <= absorb_limit(heads, ups[0].kv_heads, ups[0].nope_dim, head_dim):
         causal = torch.ones(new, len(rows), dtype=torch.bool, device=rows.device).tril(past)
         which = None if visual is None else visual[None]
-        return _absorbed(queries, rows[None], which, causal[None, None], ups, scaling, angles)[0]
+        given = (len(rows), which, causal[None, None], ups, scaling, angles)
+        return _absorbed(queries, _piece(rows[None], ups, angles), *given)[0]
     keys, values = keys_and_values(rows, visual, ups, past, len(rows), angles)
     if not past:
         output = functional.scaled_dot_product_attention(
@@ -120,16 +124,16 @@ def _piece(rows: torch.Tensor, ups: Sequence[Up], angles: Angles | None) -> Piec
 
 def _absorbed(
     queries: torch.Tensor,
-    rows: torch.Tensor,
+    held: Piece | Pieces,
+    total: int,
     visual: torch.Tensor | None,
     mask: torch.Tensor,
     ups: Sequence[Up],
     scaling: float,
     angles: Angles | None,
 ) -> torch.Tensor:
-    """Attention of `queries [n, H, T, D]` over `rows [n, S, C]`; `[n, T, H, D]`."""
+    """Attention of `queries [n, H, T, D]` over `total` tokens that are `held`; `[n, T, H, D]`."""
     q_rope, q_nope = _parts(queries, ups)
-    piece = _piece(rows, ups, angles)
-    runs = (Run(0, rows.shape[1], Kind.TEXT if visual is None else Kind.MIXED),)
-    stored = piece if angles is None else Rebuilt(piece, ups, runs, visual, angles)
+    runs = (Run(0, total, Kind.TEXT if visual is None else Kind.MIXED),)
+    stored = held if angles is None else Rebuilt(held, ups, runs, visual, angles)
     return attend_latents("auto", q_rope, q_nope, ups, scaling, stored, runs, visual, mask)

@@ -6,8 +6,9 @@ its modality. Pure functions over tensors.
 Shapes: B batch, S all tokens, n tokens of a block, G KV heads, R rope dims, D head dim, r latent dims.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -24,13 +25,15 @@ BLOCK = 512  # tokens whose keys are there at a time
 class Angles:
     """Rotary tables `cos, sin [B, S, D]` of all tokens, and the `pairs [G, R/2]` of each KV head.
 
-    `rotation` is what these are the tables of, where there is a cache.
+    `rotation` is what these are the tables of, where there is a cache; elsewhere layers keep in `shared`,
+    if it is given, what others need as well.
     """
 
     cos: torch.Tensor
     sin: torch.Tensor
     pairs: torch.Tensor
     rotation: Rotation | None = None
+    shared: dict[Hashable, Any] | None = None
 
     @classmethod
     def of(cls, rotation: Rotation, pairs: torch.Tensor) -> "Angles":
@@ -43,6 +46,12 @@ class Angles:
     def dims(self) -> int:
         """D."""
         return self.cos.shape[-1]
+
+    @property
+    def plans(self) -> dict[Hashable, Any]:
+        """What layers have made of these, by what that depends on."""
+        known = self.shared if self.rotation is None else self.rotation.plans
+        return {} if known is None else known
 
     def columns(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Those of the kept pairs `[B, G, n, R/2]`, of some tokens."""

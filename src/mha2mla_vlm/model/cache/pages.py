@@ -17,7 +17,7 @@ import torch
 
 from mha2mla_vlm.config import LatentBits
 from mha2mla_vlm.model.absorbed import Piece
-from mha2mla_vlm.model.cache.packed import pack, unpack
+from mha2mla_vlm.model.cache.packed import PackedTokens, pack, unpack
 
 _BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 
@@ -147,6 +147,13 @@ class Paged:
             return self.pages[self.table].flatten(1, 2)
         rows = self.pages.view(torch.uint8)[self.table].flatten(1, 2)
         return self.packed.unpack(rows, self.pages.dtype)[0]
+
+    def latent_bytes(self) -> PackedTokens:
+        """The requests' packed latents as they lie, one after another, `P * N` tokens each: a copy."""
+        assert self.packed is not None, "rows of bytes"
+        bits, rows = self.packed.bits, self.pages.view(torch.uint8)[self.table].flatten(1, 2)
+        no_keys = rows.new_empty(len(rows), self.kv_heads, rows.shape[1], 0)
+        return PackedTokens(rows[..., : bits.row_bytes], no_keys, bits, self.pages.dtype)
 
     def visual(self) -> torch.Tensor:
         """Modality of the requests' tokens, `[n, P * N]`."""

@@ -198,7 +198,7 @@ def _sums(sums: torch.Tensor, text: torch.Tensor, stored: Rebuilt) -> Sums:
 def _plan(queries: Queries, stored: Rebuilt) -> _Plan:
     """The plan of the step's tokens, made by the first layer that needs it."""
     angles = stored.angles
-    plans = {} if angles.rotation is None else angles.rotation.plans
+    plans = angles.plans
     blocks = planned(queries, stored, WIDTH)
     key = plan_key(queries, stored, "laid out")
     if key not in plans:

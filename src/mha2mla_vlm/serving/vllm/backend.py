@@ -5,7 +5,7 @@ are rotated at read, H query heads, D head dim, n requests, P pages of the longe
 numbers in a position, B pages in all, N tokens of a page, W numbers of a row that hold a position.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -38,7 +38,7 @@ class LatentMetadata:
     The new tokens of request i are those from `starts[i]` to `starts[i + 1]`, its pages `block_table[i]`.
     `visual` is the modality of the decoding requests' tokens, once the first layer has read it.
     `places [B, N, W]` are the positions in all pages, once the layer that holds them has stored the new ones,
-    and `tables` the rotary tables of the requests that some layer has asked for.
+    and `angles_of` the rotary tables of the requests that some layer has asked for.
     """
 
     tokens: int
@@ -50,7 +50,7 @@ class LatentMetadata:
     slots: torch.Tensor
     visual: torch.Tensor | None = None
     places: torch.Tensor | None = None
-    tables: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    angles_of: dict[int, Angles] = field(default_factory=dict)
 
     def table(self, first: int, last: int, size: int) -> torch.Tensor:
         """Pages `[n, P]`, each of `size` tokens, of the requests from `first` to `last`."""
@@ -68,12 +68,17 @@ class LatentMetadata:
         return found.masked_fill(unused, 0)  # whatever is there, tables have a row 0
 
     def angles(self, layer: Any, first: int, last: int) -> Angles | None:
-        """Those of all tokens of these requests, where a layer rotates at read; tables serve all layers."""
+        """Those of all tokens of these requests, where a layer rotates at read; tables serve all layers, and
+        so does what is made of them where all pairs are rotated, which then are in order.
+        """
         if not layer.at_read:
             return None
-        if first not in self.tables:
-            self.tables[first] = layer.tables(self.positions(first, last))
-        return Angles(*self.tables[first], layer.rope_pairs)
+        if first not in self.angles_of:
+            cos, sin = layer.tables(self.positions(first, last))
+            pairs = torch.arange(cos.shape[-1], device=cos.device).expand(layer.kv_heads, -1)
+            self.angles_of[first] = Angles(cos, sin, pairs, shared={})
+        known = self.angles_of[first]
+        return known if layer.rope_dim == layer.head_dim else replace(known, pairs=layer.rope_pairs)
 
 
 class LatentMetadataBuilder(AttentionMetadataBuilder[LatentMetadata]):
