@@ -78,6 +78,7 @@ def test_expanded_path_is_the_reference(mla, family, prompts):
         assert (got - wrong).abs().max() > 1e-2
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("path", ["absorbed", "expanded", "chunked"])
 @pytest.mark.parametrize("cache", [LatentCache, DynamicCache])
 @pytest.mark.parametrize("prompt", list(PROMPTS))

@@ -188,7 +188,7 @@ def assert_resumed(forks, checkpoints, unbroken, tmp_path):
         "small",  # all is done but for the last name
     ],
 )
-@pytest.mark.parametrize("spill", [False, True])
+@pytest.mark.parametrize("spill", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_killed_run_is_resumed_to_the_same_bytes(assert_resumed, place, spill, tmp_path):
     more = ("--spill", tmp_path / "spilled") if spill else ()
     assert_resumed(place, SIZES, *more)
