@@ -128,8 +128,8 @@ def compare(options: argparse.Namespace, arguments: list[str]) -> dict[str, Any]
 def table(found: list[dict[str, Any]]) -> str:
     """Markdown of all results."""
     lines = [
-        "| model | cache | bytes per token | room, tokens | requests a second | preemptions |",
-        "|---|---|---|---|---|---|",
+        "| model | cache | bytes per token | room, tokens | requests a second | preemptions | measured |",
+        "|---|---|---|---|---|---|---|",
     ]
     for result in found:
         base = result["rows"]["original"]
@@ -139,10 +139,9 @@ def table(found: list[dict[str, Any]]) -> str:
                 f"| {result['model']} {kind} | {result['cache_bytes'] / 1e6:.1f} MB "
                 f"| {row['bytes_per_token']} | {row['capacity_tokens']:.0f} ({ratios[0]:.2f}) "
                 f"| {row['requests_per_second']:.2f} "
-                f"({ratios[1]:.2f}) | {row['preemptions']:.0f} |"
+                f"({ratios[1]:.2f}) | {row['preemptions']:.0f} | {result['date']}, {result['device']} |"
             )
-    head = f"{found[0]['device']}, {found[0]['date']}; in brackets the ratio to the original\n\n"
-    return head + "\n".join(lines) + "\n"
+    return "In brackets the ratio to the original.\n\n" + "\n".join(lines) + "\n"
 
 
 def main() -> None:
