@@ -24,9 +24,10 @@ import torch
 from shapes import SHAPES, models_of
 
 from mha2mla_vlm.bench.layers import random_caches, time_attention, time_layers
-from mha2mla_vlm.bench.models import byte_counts, compared, device_name, prefill
+from mha2mla_vlm.bench.models import byte_counts, compared, prefill
 from mha2mla_vlm.bench.report import as_ratio, rows_table
 from mha2mla_vlm.model.cache.quantization import BITS
+from mha2mla_vlm.utils.machine import device_name
 from mha2mla_vlm.utils.progress import console
 
 OUT = Path(__file__).parents[1] / "docs" / "decode"

@@ -23,7 +23,7 @@ import torch
 from shapes import HEAD_DIM, SHAPES, models_of, modes_of
 
 from mha2mla_vlm.bench.layers import LATER, OURS, Rows, best_dense, random_caches, time_attention
-from mha2mla_vlm.bench.models import device_name
+from mha2mla_vlm.utils.machine import device_name
 
 OUT = Path(__file__).parents[1] / "docs" / "decode" / "read"
 LAYERS = 28  # that share what a step makes once: tables of RoPE and the plan

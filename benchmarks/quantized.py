@@ -29,7 +29,6 @@ from transformers import cache_utils as transformers_caches
 from mha2mla_vlm import ConversionConfig, convert, load, load_processor
 from mha2mla_vlm.bench.context import modality_of
 from mha2mla_vlm.bench.layers import random_caches, rotary_tables
-from mha2mla_vlm.bench.models import device_name
 from mha2mla_vlm.bench.timing import peak_memory
 from mha2mla_vlm.data.records import IGNORE_INDEX, Record, encode, encode_with_labels
 from mha2mla_vlm.model.cache.latent import LatentCache, cache_bytes
@@ -38,6 +37,7 @@ from mha2mla_vlm.model.modality import TokenModality
 from mha2mla_vlm.model.modeling import decoder_layers
 from mha2mla_vlm.model.shipped import ZOO_NAMES
 from mha2mla_vlm.utils.compat import cache_argument
+from mha2mla_vlm.utils.machine import device_name
 from mha2mla_vlm.zoo.chats import zoo_records
 
 OUT = DOCS / "decode"

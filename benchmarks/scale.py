@@ -30,9 +30,9 @@ from PIL import Image
 from safetensors.torch import save_file
 from transformers import CLIPVisionConfig, PreTrainedConfig, ProcessorMixin
 
-from mha2mla_vlm.bench.models import device_name
 from mha2mla_vlm.data.records import Record, chat_length
 from mha2mla_vlm.model.families import get_family
+from mha2mla_vlm.utils.machine import device_name
 from mha2mla_vlm.zoo.architectures import new_model
 
 OUT = Path(__file__).parents[1] / "docs" / "scale"

@@ -24,8 +24,8 @@ from typing import Any, cast
 import torch
 
 from mha2mla_vlm import ConversionConfig, bytes_per_token, convert, load, load_processor, save
-from mha2mla_vlm.bench.models import device_name
 from mha2mla_vlm.model.checkpoint import load_config, resolve
+from mha2mla_vlm.utils.machine import device_name
 from mha2mla_vlm.zoo.chats import zoo_records
 
 OUT = Path(__file__).parents[1] / "docs" / "serving"

@@ -183,23 +183,27 @@ def task(
     return Result({"task": name, "include_path": str(output), "answers": count})
 
 
+BesideOption = Annotated[
+    str | None,
+    typer.Option(
+        help="A model to answer beside it, such as the original.",
+        show_default=False,
+        autocompletion=zoo_models,
+    ),
+]
+ExamplesOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Chats whose first questions are examples; for a zoo model some are made.",
+        show_default=False,
+    ),
+]
+
+
 def chat(
     checkpoint: ModelArgument,
-    baseline: Annotated[
-        str | None,
-        typer.Option(
-            help="A model to answer beside it, such as the original.",
-            show_default=False,
-            autocompletion=zoo_models,
-        ),
-    ] = None,
-    data: Annotated[
-        str | None,
-        typer.Option(
-            help="Chats whose first questions are examples; for a zoo model some are made.",
-            show_default=False,
-        ),
-    ] = None,
+    baseline: BesideOption = None,
+    data: ExamplesOption = None,
     host: Annotated[
         str, typer.Option(help="Address to listen at; 0.0.0.0 opens it to others.")
     ] = "127.0.0.1",

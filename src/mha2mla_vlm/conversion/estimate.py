@@ -95,11 +95,7 @@ def predict(
     )
     output_bytes = _bytes(converted, stored_names(converted), number)
     layers, converted_layers = sizes.layers, len(sizes.growing)
-    ways = len(config.tried_bits)  # each is converted, where it is not clear which is best
-    counts = {"calibration": len(calibration) * layers, "held-out loss": ways * len(held_out) * layers}
-    counts |= dict.fromkeys(("partial RoPE", "factorisation"), ways * converted_layers)
-    counts["sensitivity"] = counts["calibration"]
-    counts["vision and embeddings"] = (len(calibration) + ways * len(held_out)) * _vision_depth(model_config)
+    counts = _counts(model_config, sizes, len(calibration), len(held_out), len(config.tried_bits))
     seconds = {phase: taken * counts.get(phase, converted_layers) for phase, taken in phases.items()}
     seconds["writing"] = (output_bytes + converted_layers * kept) / WRITE_RATE
     # all layers' states stay until their gradients have come down; else those of two layers are there
@@ -115,6 +111,21 @@ def predict(
         seconds=sum(seconds.values()),
         phases=seconds,
     )
+
+
+def _counts(config: Any, sizes: AttentionSizes, calibration: int, held_out: int, ways: int) -> dict[str, int]:
+    """How often phases do what was timed, with so many chats and `ways` to keep latents, of which each is
+    converted where it is not clear which is best; others do it once for each layer that is converted.
+    """
+    measured = dict.fromkeys(("calibration", "sensitivity"), calibration * sizes.layers)
+    made = dict.fromkeys(("partial RoPE", "factorisation"), ways * len(sizes.growing))
+    seen = (calibration + ways * held_out) * _vision_depth(config)
+    return {
+        **measured,
+        **made,
+        "held-out loss": ways * held_out * sizes.layers,
+        "vision and embeddings": seen,
+    }
 
 
 def _stored_dtype(source: str, layer: int) -> torch.dtype:

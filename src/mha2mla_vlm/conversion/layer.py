@@ -20,7 +20,7 @@ from mha2mla_vlm.calibration.activations import Chat, advance, answer_states, at
 from mha2mla_vlm.calibration.layer_profile import LayerProfile, measure_layer, measure_moments
 from mha2mla_vlm.calibration.statistics import LayerStats
 from mha2mla_vlm.conversion.sweep import CALIBRATION, Known, Sweep
-from mha2mla_vlm.conversion.weights import converted_layer, factored_weights, keys_in_steps, layer_factors
+from mha2mla_vlm.conversion.weights import converted_layer, factored_weights, keys_in_steps
 from mha2mla_vlm.evaluation.answers import as_kl, kl_interval, kl_sum
 from mha2mla_vlm.model.attention import MLAAttention
 from mha2mla_vlm.model.modeling import decoder_layers
@@ -169,9 +169,7 @@ class LayerwiseConversion(Sweep):
             return partial, {}
         spec = self.spec(index)
         whole, warned = self.whole(partial, spec), index if self.warn else None
-        given: dict[str, Any] = {"head_dim": self.sizes.head_dim, "pair_stride": self.sizes.pair_stride}
-        given["by_importance"] = spec.bits is not None
-        factors = layer_factors(whole, stats, spec, self.methods.factorization, **given, layer=warned)
+        factors = self.factors(whole, stats, spec, by_importance=spec.bits is not None, layer=warned)
         spectra = {k: thinned(f.spectrum) for k, f in factors.items() if f.spectrum is not None}
         if spec.bits is not None:
             factors = {name: in_steps(factor, spec.bits) for name, factor in factors.items()}

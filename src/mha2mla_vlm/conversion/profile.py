@@ -12,10 +12,10 @@ from transformers import BatchFeature
 
 from mha2mla_vlm.algorithms.bits import best_bits, importance, in_steps
 from mha2mla_vlm.algorithms.budget import unit_dims
+from mha2mla_vlm.algorithms.factorization.low_rank import Factors
 from mha2mla_vlm.calibration.activations import Chat, advance
 from mha2mla_vlm.calibration.layer_profile import LayerProfile, measure_layer
 from mha2mla_vlm.calibration.sensitivity import begin_gradients, project_errors
-from mha2mla_vlm.calibration.statistics import LayerStats
 from mha2mla_vlm.config import LayerSpec
 from mha2mla_vlm.conversion.allocation import (
     BitsBySize,
@@ -26,7 +26,7 @@ from mha2mla_vlm.conversion.allocation import (
 )
 from mha2mla_vlm.conversion.config import SIXTEEN, ConversionConfig
 from mha2mla_vlm.conversion.sweep import CALIBRATION, Sweep
-from mha2mla_vlm.conversion.weights import converted_layer, factored_weights, keys_in_steps, layer_factors
+from mha2mla_vlm.conversion.weights import converted_layer, factored_weights, keys_in_steps
 from mha2mla_vlm.conversion.work import Work
 from mha2mla_vlm.model.attention import MLAAttention
 from mha2mla_vlm.model.modeling import decoder_layers
@@ -187,59 +187,32 @@ class LayerwiseProfile(Sweep):
         made[mode, 0] = partial = self.partial(source, profile, spec)
         whole = self.whole(partial, spec)
         for kept in self.tried_bits(mode):
-            own = config.keeping(kept)
+            own, stats = config.keeping(kept), profile.stats
             units = tried_units(self.sizes, own)["read" if spec.at_read else "latent"]
             numbers = dims_in_unit(self.sizes, own) * self.sizes.kv_heads
-            given = (source, whole, profile.stats, spec, units, numbers)
-            if own.bits_by_channel:
-                found, bits[mode] = self._by_channel(*given)
-                made |= {(mode + CHANNELS, size): module for size, module in found.items()}
-            else:
-                made |= {(mode, size): module for size, module in self._in_numbers(*given).items()}
+            most = replace(spec, rank=units[-1] * numbers)
+            factors = self.factors(whole, stats, most, by_importance=own.bits_by_channel)
+            curve, before, specs = mode, whole, [replace(spec, rank=size * numbers) for size in units]
+            if own.bits_by_channel:  # a unit is as many bytes as its numbers take
+                curve, costs = mode + CHANNELS, importance(factors.values())
+                bits[mode] = {n: best_bits(costs, 2 * n * numbers) for n in range(1, units[-1] + 1)}
+                chosen = [bits[mode][size] for size in units]
+                specs = [replace(spec, rank=each.rank, bits=each, bias=True) for each in chosen]
+                if not spec.at_read:
+                    before = keys_in_steps(whole, stats.pooled(), head_dim=self.sizes.head_dim)
+            made |= {
+                (curve, size): _of_size(source, before, factors, each)
+                for size, each in zip(units, specs, strict=True)
+            }
         return made
 
-    def _in_numbers(
-        self,
-        source: Any,
-        whole: dict[str, torch.Tensor],
-        stats: LayerStats,
-        spec: LayerSpec,
-        units: Sequence[int],
-        numbers: int,
-    ) -> dict[int, MLAAttention]:
-        """The layer with each size of the latent, in units of so many numbers of 16 bits."""
-        factors = self._factors(whole, stats, replace(spec, rank=units[-1] * numbers))
-        made = {}
-        for size in units:
-            some = {k: factor.of_rank(size * numbers) for k, factor in factors.items()}
-            own = replace(spec, rank=size * numbers)
-            made[size] = converted_layer(source, factored_weights(whole, some), own)
-        return made
 
-    def _by_channel(
-        self,
-        source: Any,
-        whole: dict[str, torch.Tensor],
-        stats: LayerStats,
-        spec: LayerSpec,
-        units: Sequence[int],
-        numbers: int,
-    ) -> tuple[dict[int, MLAAttention], BitsBySize]:
-        """The same where channels differ in bits, in units of as many bytes as numbers of 16 bits take; and
-        the bits for every size.
-        """
-        factors = self._factors(whole, stats, replace(spec, rank=units[-1] * numbers), by_importance=True)
-        costs = importance(factors.values())
-        bits = {size: best_bits(costs, 2 * size * numbers) for size in range(1, units[-1] + 1)}
-        if not spec.at_read:
-            whole = keys_in_steps(whole, stats.pooled(), head_dim=self.sizes.head_dim)
-        made = {}
-        for size in units:
-            own = replace(spec, rank=bits[size].rank, bits=bits[size], bias=True)
-            some = {k: in_steps(factor, bits[size]) for k, factor in factors.items()}
-            made[size] = converted_layer(source, factored_weights(whole, some), own)
-        return made, bits
-
-    def _factors(self, whole: dict[str, torch.Tensor], stats: LayerStats, spec: LayerSpec, **how: Any) -> Any:
-        how |= {"head_dim": self.sizes.head_dim, "pair_stride": self.sizes.pair_stride}
-        return layer_factors(whole, stats, spec, self.methods.factorization, **how)
+def _of_size(
+    source: Any, whole: dict[str, torch.Tensor], factors: dict[str, Factors], spec: LayerSpec
+) -> MLAAttention:
+    """A layer with as much of the factors of its keys and values as its spec says."""
+    if spec.bits is not None:
+        some = {name: in_steps(factor, spec.bits) for name, factor in factors.items()}
+    else:
+        some = {name: factor.of_rank(int(spec.rank or 0)) for name, factor in factors.items()}
+    return converted_layer(source, factored_weights(whole, some), spec)

@@ -7,12 +7,14 @@ import torch
 from transformers import BatchFeature, PreTrainedModel
 
 from mha2mla_vlm.algorithms.factorization import factorization
+from mha2mla_vlm.algorithms.factorization.low_rank import Factors
 from mha2mla_vlm.algorithms.pair_selection import pair_selection
 from mha2mla_vlm.calibration.activations import Chat, begin
 from mha2mla_vlm.calibration.layer_profile import LayerProfile, Methods
+from mha2mla_vlm.calibration.statistics import LayerStats
 from mha2mla_vlm.config import AttentionSizes, LayerSpec, MLAConfig
 from mha2mla_vlm.conversion.config import BY_CHANNEL, ConversionConfig
-from mha2mla_vlm.conversion.weights import partial_layer, rotated_at_read, table_scale
+from mha2mla_vlm.conversion.weights import layer_factors, partial_layer, rotated_at_read, table_scale
 from mha2mla_vlm.conversion.work import Work
 from mha2mla_vlm.model.attention import MLAAttention
 from mha2mla_vlm.model.families import get_family
@@ -90,6 +92,13 @@ class Sweep:
         """A layer's attention with partial RoPE only."""
         selection = profile.selection(spec.rope_dim, self.sizes, self.by_mode[spec.rotate_at])
         return partial_layer(source, selection, spec, table_scale(self.model))
+
+    def factors(
+        self, whole: dict[str, torch.Tensor], stats: LayerStats, spec: LayerSpec, **how: Any
+    ) -> dict[str, Factors]:
+        """Factors of a layer's keys and values, by modality; options go to `layer_factors`."""
+        how |= {"head_dim": self.sizes.head_dim, "pair_stride": self.sizes.pair_stride}
+        return layer_factors(whole, stats, spec, self.methods.factorization, **how)
 
     def whole(self, partial: MLAAttention, spec: LayerSpec) -> dict[str, torch.Tensor]:
         """Parameters of a layer after partial RoPE, as they are factorised."""

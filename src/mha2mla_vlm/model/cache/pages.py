@@ -145,15 +145,17 @@ class Paged:
         """The requests' rows of numbers, packed or not, one after another: `[n, P * N, C]`, a copy."""
         if self.packed is None:
             return self.pages[self.table].flatten(1, 2)
-        rows = self.pages.view(torch.uint8)[self.table].flatten(1, 2)
-        return self.packed.unpack(rows, self.pages.dtype)[0]
+        return self.packed.unpack(self._bytes(), self.pages.dtype)[0]
 
     def latent_bytes(self) -> PackedTokens:
         """The requests' packed latents as they lie, one after another, `P * N` tokens each: a copy."""
         assert self.packed is not None, "rows of bytes"
-        bits, rows = self.packed.bits, self.pages.view(torch.uint8)[self.table].flatten(1, 2)
+        bits, rows = self.packed.bits, self._bytes()
         no_keys = rows.new_empty(len(rows), self.kv_heads, rows.shape[1], 0)
         return PackedTokens(rows[..., : bits.row_bytes], no_keys, bits, self.pages.dtype)
+
+    def _bytes(self) -> torch.Tensor:
+        return self.pages.view(torch.uint8)[self.table].flatten(1, 2)
 
     def visual(self) -> torch.Tensor:
         """Modality of the requests' tokens, `[n, P * N]`."""

@@ -139,8 +139,13 @@ def live_answer(
         thread.join()
 
 
+def room_of(config: Any) -> int | None:
+    """Tokens that a chat of a model can have, None if its config does not say."""
+    return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+
+
 def _check_room(config: Any, tokens: int, max_new_tokens: int) -> None:
-    room = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    room = room_of(config)
     if room is not None and tokens + max_new_tokens > room:
         raise InputError(
             f"the conversation has {tokens:,} tokens, an answer up to {max_new_tokens:,}, and the model has "

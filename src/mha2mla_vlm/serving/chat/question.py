@@ -10,7 +10,7 @@ from PIL import Image
 from mha2mla_vlm.data.records import Record, open_image
 from mha2mla_vlm.errors import InputError
 from mha2mla_vlm.serving.chat.conversation import Conversation
-from mha2mla_vlm.serving.chat.live import Moment
+from mha2mla_vlm.serving.chat.live import Moment, room_of
 from mha2mla_vlm.utils.shown import data_url
 
 MAX_QUESTION = 2_000  # characters
@@ -71,7 +71,7 @@ def thumbnail(path: str | None) -> str | None:
 
 def check_answer_length(config: Any, max_new_tokens: int) -> None:
     """Raise `InputError` for answers that are longer than a model's chats can be."""
-    room = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    room = room_of(config)
     if room is not None and max_new_tokens > room:
         raise InputError(
             f"--max-new-tokens {max_new_tokens}: a chat of this model has room for {room:,} tokens"
