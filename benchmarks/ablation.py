@@ -7,7 +7,6 @@ Calibration: 128 chats about training scans. Measured: held-out chats about test
 `OUT/MODEL.jsonl` for each conversion and writes the tables of all rows there into `OUT/ablation.md`.
 """
 
-import argparse
 import json
 from collections.abc import Iterator
 from dataclasses import replace
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measured import DOCS, HeldOut, encoded, write_between
+from measured import HeldOut, encoded, write_between, zoo_parser
 
 from mha2mla_vlm import ConversionConfig, convert, load, load_processor
 from mha2mla_vlm.config import AttentionSizes
@@ -128,13 +127,8 @@ def table(folder: Path) -> str:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("-o", "--output", type=Path, default=DOCS / "ablation", help="folder of rows, tables")
-    parser.add_argument("--models", nargs="+", choices=ZOO_NAMES, default=ZOO_NAMES)
+    parser = zoo_parser(__doc__, "ablation", samples=200)
     parser.add_argument("--budgets", nargs="+", type=float, choices=BUDGETS, default=BUDGETS)
-    parser.add_argument("--samples", type=int, default=200, help="held-out chats")
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
     for name in options.models:

@@ -9,12 +9,10 @@ chats; and beside it what `convert` predicted and what it measured on those that
 `OUT/rows.jsonl` for each conversion, and writes the table of all rows there into `OUT/README.md`.
 """
 
-import argparse
 import json
-from pathlib import Path
 from typing import Any
 
-from measured import DOCS, HeldOut, Rows, encoded, write_between
+from measured import HeldOut, Rows, encoded, write_between, zoo_parser
 
 from mha2mla_vlm import ConversionConfig, bytes_per_token, convert, load, load_processor, make_profile
 from mha2mla_vlm.model.shipped import ZOO_NAMES
@@ -91,13 +89,7 @@ def interval(row: dict[str, Any], name: str) -> str:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    out = DOCS / "budgets"
-    parser.add_argument("-o", "--output", type=Path, default=out, help="folder of rows and page")
-    parser.add_argument("--models", nargs="+", choices=ZOO_NAMES, default=ZOO_NAMES)
-    parser.add_argument("--samples", type=int, default=200, help="chats to measure on")
+    parser = zoo_parser(__doc__, "budgets", samples=200)
     options = parser.parse_args()
     rows = Rows(options.output / "rows.jsonl", "model", "budget", "bits")
     for name in options.models:

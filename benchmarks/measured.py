@@ -1,5 +1,6 @@
 """What benchmarks of quality share: held-out chats, intervals, rows that resume, tables in a page."""
 
+import argparse
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,9 +16,19 @@ from mha2mla_vlm.data.records import Record, encode_with_labels
 from mha2mla_vlm.evaluation.answers import answer_log_probs, kl_sum, predicted
 from mha2mla_vlm.evaluation.intervals import bootstrap_interval
 from mha2mla_vlm.model.families import get_family
+from mha2mla_vlm.model.shipped import ZOO_NAMES
 
 DOCS = Path(__file__).parents[1] / "docs"
 END = "<!-- until here -->"
+
+
+def zoo_parser(text: str | None, folder: str, *, samples: int) -> argparse.ArgumentParser:
+    """What benchmarks of the shipped models are told: a folder, by default of docs/, models, how many chats."""
+    parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-o", "--output", type=Path, default=DOCS / folder, help="folder of rows and page")
+    parser.add_argument("--models", nargs="+", choices=ZOO_NAMES, default=ZOO_NAMES)
+    parser.add_argument("--samples", type=int, default=samples, help="held-out chats to measure on, of each kind")
+    return parser
 
 
 def encoded(model: Any, processor: Any, records: Sequence[Record]) -> list[Any]:

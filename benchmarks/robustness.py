@@ -11,13 +11,12 @@ the original with 95% bootstrap intervals over chats. Appends a row to `OUT/MODE
 writes the table of all rows there into `OUT/README.md`.
 """
 
-import argparse
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from measured import DOCS, HeldOut, Rows, encoded, write_between
+from measured import HeldOut, Rows, encoded, write_between, zoo_parser
 
 from mha2mla_vlm import ConversionConfig, convert, load, load_processor, make_profile
 from mha2mla_vlm.data.records import IGNORE_INDEX, Record, chat_length
@@ -169,14 +168,7 @@ def interval(row: dict[str, Any]) -> str:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "-o", "--output", type=Path, default=DOCS / "robustness", help="folder of rows, table"
-    )
-    parser.add_argument("--models", nargs="+", choices=ZOO_NAMES, default=ZOO_NAMES)
-    parser.add_argument("--samples", type=int, default=100, help="chats to measure on, of each kind")
+    parser = zoo_parser(__doc__, "robustness", samples=100)
     parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
     options = parser.parse_args()
     for name in options.models:

@@ -9,12 +9,11 @@ on chats about test scans, with 95% bootstrap intervals over chats. Bytes hold p
 `OUT/MODEL.jsonl` for each conversion, and writes the table of all rows there into `OUT/README.md`.
 """
 
-import argparse
 from pathlib import Path
 from typing import Any
 
 from ablation import METHODS, PUBLISHED, UNIFORM
-from measured import DOCS, HeldOut, Rows, encoded, write_between
+from measured import HeldOut, Rows, encoded, write_between, zoo_parser
 
 from mha2mla_vlm import ConversionConfig, bytes_per_token, convert, load, load_processor, make_profile
 from mha2mla_vlm.config import AttentionSizes
@@ -90,13 +89,7 @@ def table(folder: Path) -> str:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    out = DOCS / "rotated_at_read"
-    parser.add_argument("-o", "--output", type=Path, default=out, help="folder of rows, table")
-    parser.add_argument("--models", nargs="+", choices=ZOO_NAMES, default=ZOO_NAMES)
-    parser.add_argument("--samples", type=int, default=200, help="chats to measure on")
+    parser = zoo_parser(__doc__, "rotated_at_read", samples=200)
     options = parser.parse_args()
     for name in options.models:
         run(name, options.samples, options.output)
