@@ -23,11 +23,11 @@ END = "<!-- until here -->"
 
 
 def zoo_parser(text: str | None, folder: str, *, samples: int) -> argparse.ArgumentParser:
-    """What benchmarks of the shipped models are told: a folder, by default of docs/, models, how many chats."""
+    """The options of a benchmark of the shipped models: a folder, by default of docs/, models, chats."""
     parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--output", type=Path, default=DOCS / folder, help="folder of rows and page")
     parser.add_argument("--models", nargs="+", choices=ZOO_NAMES, default=ZOO_NAMES)
-    parser.add_argument("--samples", type=int, default=samples, help="held-out chats to measure on, of each kind")
+    parser.add_argument("--samples", type=int, default=samples, help="held-out chats, of each kind")
     return parser
 
 
