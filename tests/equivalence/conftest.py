@@ -13,9 +13,9 @@ HYBRIDS = ("gemma3", "gemma4", "gemma4-moe", "gemma4_unified", "qwen3_5_moe")  #
 FAST = ("test_attention.py", "test_rotated_at_read.py")  # of it; the rest is slow
 
 
-@pytest.fixture(params=[*ZOO_NAMES, NORMED])
+@pytest.fixture(params=ZOO_NAMES)
 def family(request):
-    """Families of the zoo, and one with normed queries and keys; `test_families.py` has all others."""
+    """Families of the zoo; `test_families.py` has all others."""
     return request.param
 
 
@@ -39,7 +39,7 @@ def mla(request):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Every test is fast for the families of the zoo only, a `long` one for the first of them."""
+    """A `long` test is fast for the first family only, and few are for the one with normed queries and keys."""
     for item in items:
         name = item.callspec.params.get("family") if hasattr(item, "callspec") else None
         if name is None or "equivalence" not in item.path.parts:

@@ -7,13 +7,12 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_published import FOLDER, distance, golden, golden_inputs, logits
+from test_published import FOLDER, PUBLISHED, distance, golden, golden_inputs, logits
 
 from mha2mla_vlm.conversion.import_published import import_published
 from mha2mla_vlm.errors import InputError
 from mha2mla_vlm.model.checkpoint import load, save
 from mha2mla_vlm.model.modeling import decoder_layers
-from mha2mla_vlm.model.shipped import ZOO_NAMES
 from mha2mla_vlm.utils.compat import cache_argument, cache_of
 
 STAGES = ("stage1", "stage2")
@@ -25,13 +24,13 @@ def imported(family, stage):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("family", ZOO_NAMES)
+@pytest.mark.parametrize("family", PUBLISHED)
 def test_an_imported_checkpoint_gives_the_published_logits(family, stage):
     found = logits(imported(family, stage), golden_inputs(family), use_cache=False)
     assert distance(found, golden(family)[stage]) < 1e-5
 
 
-@pytest.mark.parametrize("family", ZOO_NAMES)
+@pytest.mark.parametrize("family", PUBLISHED)
 @torch.no_grad()
 def test_the_absorbed_path_gives_the_published_logits(family):
     model, given = imported(family, "stage2"), golden_inputs(family)

@@ -22,7 +22,7 @@ def parts(names):
     }
 
 
-@pytest.fixture(params=[*ZOO_NAMES, "qwen3_vl", "idefics3"])
+@pytest.fixture(params=[*ZOO_NAMES, "idefics3"])
 def family(request):
     """Of the zoo, one with norms of queries and keys, and one whose language model has another name."""
     return request.param

@@ -21,7 +21,7 @@ RANK, DIM, TOKENS = 24, 128, 3000
 RUNS = (Run(0, 150, Kind.TEXT), Run(150, 2550, Kind.VISION), Run(2550, TOKENS, Kind.TEXT))
 
 
-@pytest.fixture(params=[*ZOO_NAMES, "qwen3_vl"])
+@pytest.fixture(params=ZOO_NAMES)
 def family(request):
     """Of the zoo, and one whose multimodal RoPE is interleaved."""
     return request.param

@@ -6,7 +6,7 @@ from mha2mla_vlm.errors import InputError
 
 ZOO_PREFIX = "zoo:"
 ZOO_FOLDER = Path(__file__).parents[1] / "zoo" / "models"
-ZOO_NAMES = ("qwen2_5_vl", "llava_next", "llava")
+ZOO_NAMES = ("qwen2_5_vl", "llava_next", "llava", "qwen3_vl")
 
 
 def check_name(name: str) -> str:
