@@ -181,7 +181,7 @@ def test_help_loads_neither_torch_nor_transformers():
 
 COMPLETIONS = {
     "mha2mla con": ["convert"],
-    "mha2mla convert z": ["zoo:qwen2_5_vl", "zoo:llava_next", "zoo:llava"],
+    "mha2mla convert z": ["zoo:qwen2_5_vl", "zoo:llava_next", "zoo:llava", "zoo:qwen3_vl"],
     "mha2mla convert zoo:llava_": ["zoo:llava_next"],
     "mha2mla convert m --factorization only": ["only-key", "only-value"],
     "mha2mla convert m --rope-selection mk": ["mkl"],

@@ -17,7 +17,7 @@ from mha2mla_vlm.model.shipped import ZOO_NAMES
 from mha2mla_vlm.zoo.architectures import new_model
 
 IMAGE = {"type": "image"}
-CLOSING = {"qwen2_5_vl": "<|im_end|>", "llava_next": "<|eot_id|>", "llava": "</s>"}
+CLOSING = {"qwen2_5_vl": "<|im_end|>", "llava_next": "<|eot_id|>", "llava": "</s>", "qwen3_vl": "<|im_end|>"}
 
 
 def text(value):

@@ -160,8 +160,6 @@ FRONTIER = {
     "at read": "read, 16 bits",
 }
 FRONTIER |= {"bits by channel": "auto, bits by channel"}
-OLDER = {"original": "original", "published": "published", "at write": "write", "at read": "read"}
-OLDER |= {"bits by channel": "read mixed"}
 
 
 def rows_of(path):
@@ -169,18 +167,18 @@ def rows_of(path):
 
 
 def counted(model, method, budget):
-    """The row that counts for a model, method and size: of the frontier, else of `rotated_at_read`."""
-    for row in rows_of("frontier/rows.jsonl"):
-        if (row["model"], row["method"], row["budget"]) == (model, FRONTIER[method], budget):
-            return row
-    rows = rows_of(f"rotated_at_read/{model}.jsonl")
-    return next(row for row in rows if (row["way"], row["budget"]) == (OLDER[method], budget))
+    """The row of the frontier for a model, method and size."""
+    wanted = model, FRONTIER[method], budget
+    rows = rows_of("frontier/rows.jsonl")
+    return next(row for row in rows if (row["model"], row["method"], row["budget"]) == wanted)
 
 
 @pytest.mark.parametrize("page", [ROOT / "README.md", DOCS / "convert.md"], ids=lambda path: path.name)
 def test_tables_of_quality_have_the_figures_that_count(page):
     text = page.read_text(encoding="utf-8")
-    head = "| cache | method | `zoo:qwen2_5_vl` | `zoo:llava_next` | `zoo:llava` |\n|---|---|---|---|---|\n"
+    models = ("qwen2_5_vl", "llava_next", "llava", "qwen3_vl")
+    columns = ["cache", "method", *(f"`zoo:{name}`" for name in models)]
+    head = f"| {' | '.join(columns)} |\n|---|---|---|---|---|---|\n"
     lines = text.split(head)[1].split("\n\n")[0].splitlines()
     assert len(lines) > 5
     words = {"write": "at write", "default": "at read", "read": "at read", "mixed": "bits by channel"}
@@ -189,7 +187,7 @@ def test_tables_of_quality_have_the_figures_that_count(page):
         share, title, *cells = (cell.strip(" *`") for cell in line.strip("|").split("|"))
         if title != "the same":
             method = words.get(re.split(r"[ ,]+", title.strip("`"))[-1], title)
-        for model, cell in zip(("qwen2_5_vl", "llava_next", "llava"), cells, strict=True):
+        for model, cell in zip(models, cells, strict=True):
             row = counted(model, method, float(share.rstrip("%")) / 100)
             loss = "" if method == "original" else f", {row['kl']:.4f}"
             assert cell == f"{row['exact_match']:.1%}{loss}", line

@@ -230,7 +230,7 @@ def test_the_processor_takes_a_page_without_rescaling_it(name):
         )
         made = processor.image_processor(page.image.convert("RGB"), return_tensors="np")
         width, height = page.image.size
-        if name == "qwen2_5_vl":
+        if name.startswith("qwen"):
             assert made["image_grid_thw"][0].tolist() == [1, height // 6, width // 6]
         elif name == "llava":
             assert made["pixel_values"].shape[-2:] == (height, width)
