@@ -39,7 +39,7 @@ def mla(request):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """A `long` test is fast for the first family only, and few are for the one with normed queries and keys."""
+    """A `long` test is fast for the first family only, and few are for the one with normed keys."""
     for item in items:
         name = item.callspec.params.get("family") if hasattr(item, "callspec") else None
         if name is None or "equivalence" not in item.path.parts:

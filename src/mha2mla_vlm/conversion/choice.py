@@ -31,14 +31,13 @@ class Possible(NamedTuple):
 def possible(model: PreTrainedModel, config: ConversionConfig, lacks: Sequence[str]) -> Possible:
     """What can be chosen for a model, calibrated on chats that lack something.
 
-    Raises `InputError` for bits by channel where rotated keys that are normed would be cached, and for what
-    has no sizes.
+    Raises `InputError` for bits by channel where only rotated keys that are normed could be cached, and for
+    what has no sizes.
     """
     normed = has_normed_keys(model)
-    if config.bits_by_channel and normed and "write" in config.modes:
+    if config.bits_by_channel and normed and config.modes == ("write",):
         raise InputError(  # steps of keys would have to be in the queries, behind their norm
-            f"latent_bits mixed with rotate_at {config.rotate_at} does not go with normed keys; "
-            "give --rotate-at read"
+            "latent_bits mixed with rotate_at write does not go with normed keys: give read or auto"
         )
     if config.latent_bits != AUTO:
         return Possible(config)
