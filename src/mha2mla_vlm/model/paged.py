@@ -40,8 +40,7 @@ def decode(
     `visual [n, P * N]` is their modality (`Paged.visual`), None for one modality.
     """
     q_rope, q_nope = _parts(query[:, :, None], ups)
-    plain = angles is None and stored.packed is None
-    kernel = find_kernel("auto", q_rope, q_nope, ups, stored, None) if plain else None
+    kernel = find_kernel("auto", q_rope, q_nope, ups, stored, None) if angles is None else None
     if kernel is not None:
         return kernel(q_rope, q_nope, ups, scaling, stored, visual, None)[:, 0]
     seen = torch.arange(stored.room, device=query.device) < stored.lengths[:, None]

@@ -138,8 +138,15 @@ class Paged:
         return replace(self, table=table, lengths=lengths)
 
     def views(self) -> Piece:
-        """Latents `[B, N, r]` and rotated keys `[B, G, N, R]` of all pages."""
-        return as_piece(self.pages, self.rank, self.kv_heads)
+        """Latents `[B, N, r]` and rotated keys `[B, G, N, R]` of all pages; of rows of bytes, bytes `[B, N, b]`
+        and int8.
+        """
+        if self.packed is None:
+            return as_piece(self.pages, self.rank, self.kv_heads)
+        size = self.packed.bits.row_bytes
+        rows = self.pages.view(torch.uint8)[..., : size + self.packed.rope]
+        latent, keys = as_piece(rows, size, self.kv_heads)
+        return latent, keys.view(torch.int8)
 
     def rows(self) -> torch.Tensor:
         """The requests' rows of numbers, packed or not, one after another: `[n, P * N, C]`, a copy."""

@@ -90,8 +90,8 @@ struct Scratch {
     other = buffer<float>(row_room * std::max<long>(TILE, width_room));
     weights = buffer<uint32_t>(2 * row_room * TILE / 2);
     pairs = buffer<uint32_t>(2 * row_room * width_room / 2);
-    latent = buffer<bf16>(TILE * width_room);
-    keys = buffer<bf16>(TILE * width_room);
+    latent = buffer<bf16>(TILE * width_room + 32);  // what is unpacked may write so many more
+    keys = buffer<bf16>(TILE * width_room + 32);
   }
 };
 

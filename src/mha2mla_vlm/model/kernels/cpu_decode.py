@@ -10,8 +10,10 @@ from typing import Self
 
 import torch
 
+from mha2mla_vlm.config import LatentBits
 from mha2mla_vlm.model.absorbed import Piece, Up
 from mha2mla_vlm.model.cache.latent import Pieces
+from mha2mla_vlm.model.cache.packed import PackedTokens
 from mha2mla_vlm.model.cache.pages import Paged
 from mha2mla_vlm.model.cache.quantization import Quantized
 from mha2mla_vlm.model.cache.quantized import QuantizedTokens
@@ -20,6 +22,7 @@ from mha2mla_vlm.utils.compat import is_plain_tensor
 
 TILE = 64  # tokens, as in cpu_product.h
 RANGES = torch.float16
+_NUMBERS, _BY_CHANNEL, _INTEGERS = range(3)  # as in cpu_source.h
 
 _long, _int, _pointer = ctypes.c_long, ctypes.c_int, ctypes.c_void_p
 
@@ -33,20 +36,23 @@ class _Up(ctypes.Structure):
 
 class _Source(ctypes.Structure):
     _fields_ = (
-        ("numbers", _pointer), ("batch", _long), ("head", _long), ("token", _long),
+        ("stored", _pointer), ("batch", _long), ("head", _long), ("token", _long),
         ("codes", _pointer), ("low", _pointer), ("step", _pointer),
         *((name, _long) for name in (
             "coded", "code_batch", "code_head", "code_token", "range_batch", "range_head",
         )),
         ("bits", _int), ("block", _int),
         ("pages", _pointer), ("pages_row", _long), ("page", _long),
+        ("form", _int), ("channels", _int * 4),
     )  # fmt: skip
 
     @classmethod
-    def of(cls, x: torch.Tensor) -> Self:
-        """Numbers `[B, heads, S, width]`."""
-        batch, head, token, _ = x.stride()
-        return cls(numbers=x.data_ptr(), batch=batch, head=head, token=token)
+    def of(cls, x: torch.Tensor, bits: LatentBits | None = None) -> Self:
+        """Numbers or integers `[B, heads, S, width]`, or bytes of channels of these `bits`."""
+        batch, head, token = (each * x.element_size() for each in x.stride()[:3])
+        form = _BY_CHANNEL if bits is not None else _INTEGERS if x.dtype == torch.int8 else _NUMBERS
+        where = {"stored": x.data_ptr(), "batch": batch, "head": head, "token": token}
+        return cls(**where, form=form, channels=(_int * 4)(*(bits or ())))
 
     def lie_in(self, stored: Paged) -> None:
         """Take the numbers, `[B, heads, N, width]`, for pages."""
@@ -84,7 +90,11 @@ def can_run(
     """Whether the kernel takes these tensors, and can be built here."""
     if isinstance(stored, Paged) and stored.size % TILE:
         return False
-    if isinstance(stored, Pieces) and not (isinstance(stored, QuantizedTokens) and _in_tiles(stored)):
+    if isinstance(stored, QuantizedTokens):
+        known = _in_tiles(stored)
+    else:
+        known = isinstance(stored, PackedTokens) or not isinstance(stored, Pieces)
+    if not known:
         return False
     tensors = (q_rope, q_nope, *_numbers(stored), *(up.weight for up in ups))
     if not all(map(is_plain_tensor, tensors)) or not all(up.weight.is_contiguous() for up in ups):
@@ -110,7 +120,8 @@ def decode(
 ) -> torch.Tensor:
     """Attention of `q_rope [B, H, T, R]` and `q_nope [B, H, T, N]` over latents, `[B, T, H, D]`.
 
-    `stored` is tensors, quantised tokens as `cache.quantized` keeps them (ranges in float16), or pages.
+    `stored` is tensors, quantised tokens as `cache.quantized` keeps them (ranges in float16), rows of bytes, or
+    pages of either.
     `visual [B, S]` is the modality of tokens (None: one modality), `mask` a `dense_mask` of bool, and
     `filled` the number of tokens in use, if a mask hides the others.
     """
@@ -119,13 +130,14 @@ def decode(
     batch, heads, new, _ = q_rope.shape
     groups, head_dim = ups[0].kv_heads, q_rope.shape[-1] + q_nope.shape[-1]
     q_rope, q_nope = q_rope.contiguous(), q_nope.contiguous()
-    latent, k_rope = (x if x.stride(-1) == 1 else x.contiguous() for x in _numbers(stored))
     stored = stored.for_kernel() if isinstance(stored, Paged) else stored
-    sources, total = _sources(stored, latent, k_rope)
+    held, bits = _held(stored)
+    latent, k_rope = (x if x.stride(-1) == 1 else x.contiguous() for x in held)
+    sources, total = _sources(stored, latent, k_rope, bits)
     out = q_rope.new_empty(batch, heads, new, head_dim)
     call = _Call(
         batch=batch, groups=groups, row_group=heads * new // groups, new_tokens=new,
-        rope=q_rope.shape[-1], nope=q_nope.shape[-1], head=head_dim, rank=latent.shape[-1],
+        rope=q_rope.shape[-1], nope=q_nope.shape[-1], head=head_dim, rank=latent.shape[-1] if bits is None else bits.rank,
         kinds=len(ups), threads=torch.get_num_threads(), scaling=scaling,
         total=total if filled is None else int(filled),
         q_rope=q_rope.data_ptr(), q_nope=q_nope.data_ptr(), up=(_Up * 2)(*map(_up_of, ups)),
@@ -144,21 +156,38 @@ def decode(
     return out.transpose(1, 2)
 
 
-def _numbers(stored: Piece | Pieces | Paged) -> tuple[torch.Tensor, torch.Tensor]:
-    """Latents `[B, 1, S, r]` and rotated keys `[B, G, S, R]` that are stored as they are."""
+def _numbers(stored: Piece | Pieces | Paged) -> tuple[torch.Tensor, ...]:
+    """Tensors of the dtype that stored tokens are of."""
     if isinstance(stored, Paged):
+        return (stored.pages,)
+    return (
+        (stored.rows.new_empty(0, dtype=stored.dtype),)
+        if isinstance(stored, PackedTokens)
+        else _held(stored)[0]
+    )
+
+
+def _held(stored: Piece | Pieces | Paged) -> tuple[tuple[torch.Tensor, torch.Tensor], LatentBits | None]:
+    """Latents `[B, 1, S, r]` and rotated keys `[B, G, S, R]` that are not quantised; of rows of bytes, which have
+    `bits`, bytes `[B, 1, S, b]` and int8.
+    """
+    bits = None
+    if isinstance(stored, Paged):
+        bits = None if stored.packed is None else stored.packed.bits
         stored = stored.views()
+    if isinstance(stored, PackedTokens):
+        return (stored.rows[:, None], stored.k_rope), stored.bits
     if isinstance(stored, QuantizedTokens):
-        return stored.recent
+        return stored.recent, None
     assert not isinstance(stored, Pieces), "can_run says so"
-    return stored[0][:, None], stored[1]
+    return (stored[0][:, None], stored[1]), bits
 
 
 def _sources(
-    stored: Piece | Pieces | Paged, latent: torch.Tensor, k_rope: torch.Tensor
+    stored: Piece | Pieces | Paged, latent: torch.Tensor, k_rope: torch.Tensor, bits: LatentBits | None
 ) -> tuple[tuple[_Source, _Source], int]:
     """Where latents and rotated keys lie, and how many tokens there are, at most, in a row of the batch."""
-    sources = _Source.of(latent), _Source.of(k_rope)
+    sources = _Source.of(latent, bits), _Source.of(k_rope)
     if isinstance(stored, Paged):
         for source in sources:
             source.lie_in(stored)

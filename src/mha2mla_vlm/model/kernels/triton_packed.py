@@ -61,7 +61,7 @@ def can_take(
     if isinstance(stored, PackedTokens):
         if stored.dtype != q_rope.dtype:
             return False
-    elif isinstance(stored, Pieces):
+    elif isinstance(stored, Pieces) or (isinstance(stored, Paged) and stored.packed is not None):
         return False
     else:
         tensors += [stored.pages] if isinstance(stored, Paged) else [x for x in stored if x is not None]
