@@ -138,8 +138,8 @@ class Paged:
         return replace(self, table=table, lengths=lengths)
 
     def views(self) -> Piece:
-        """Latents `[B, N, r]` and rotated keys `[B, G, N, R]` of all pages; of rows of bytes, bytes `[B, N, b]`
-        and int8.
+        """Latents `[B, N, r]` and rotated keys `[B, G, N, R]` of all pages; where rows are bytes, bytes
+        `[B, N, b]` and int8.
         """
         if self.packed is None:
             return as_piece(self.pages, self.rank, self.kv_heads)

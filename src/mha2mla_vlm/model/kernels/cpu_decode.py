@@ -120,8 +120,8 @@ def decode(
 ) -> torch.Tensor:
     """Attention of `q_rope [B, H, T, R]` and `q_nope [B, H, T, N]` over latents, `[B, T, H, D]`.
 
-    `stored` is tensors, quantised tokens as `cache.quantized` keeps them (ranges in float16), rows of bytes, or
-    pages of either.
+    `stored` is tensors, quantised tokens as `cache.quantized` keeps them (ranges in float16), rows of bytes,
+    or pages of either.
     `visual [B, S]` is the modality of tokens (None: one modality), `mask` a `dense_mask` of bool, and
     `filled` the number of tokens in use, if a mask hides the others.
     """
@@ -137,7 +137,7 @@ def decode(
     out = q_rope.new_empty(batch, heads, new, head_dim)
     call = _Call(
         batch=batch, groups=groups, row_group=heads * new // groups, new_tokens=new,
-        rope=q_rope.shape[-1], nope=q_nope.shape[-1], head=head_dim, rank=latent.shape[-1] if bits is None else bits.rank,
+        rope=q_rope.shape[-1], nope=q_nope.shape[-1], head=head_dim, rank=ups[0].weight.shape[-1],
         kinds=len(ups), threads=torch.get_num_threads(), scaling=scaling,
         total=total if filled is None else int(filled),
         q_rope=q_rope.data_ptr(), q_nope=q_nope.data_ptr(), up=(_Up * 2)(*map(_up_of, ups)),
@@ -168,8 +168,8 @@ def _numbers(stored: Piece | Pieces | Paged) -> tuple[torch.Tensor, ...]:
 
 
 def _held(stored: Piece | Pieces | Paged) -> tuple[tuple[torch.Tensor, torch.Tensor], LatentBits | None]:
-    """Latents `[B, 1, S, r]` and rotated keys `[B, G, S, R]` that are not quantised; of rows of bytes, which have
-    `bits`, bytes `[B, 1, S, b]` and int8.
+    """Latents `[B, 1, S, r]` and rotated keys `[B, G, S, R]` that are not quantised; of rows of bytes, which
+    have `bits`, bytes `[B, 1, S, b]` and int8.
     """
     bits = None
     if isinstance(stored, Paged):
