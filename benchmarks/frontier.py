@@ -25,19 +25,21 @@ from measured import DOCS, Answer, HeldOut, Rows, encoded, summary
 
 from mha2mla_vlm import ConversionConfig, bytes_per_token, convert, load, load_processor, make_profile
 from mha2mla_vlm.config import AttentionSizes
+from mha2mla_vlm.conversion.sweep import has_normed_keys
 from mha2mla_vlm.data.records import Record
 from mha2mla_vlm.model.shipped import ZOO_NAMES
 from mha2mla_vlm.zoo.chats import zoo_records
 
 # of the published method, the same in every layer: R and d_kv in sixty-fourths of the head dim
 PUBLISHED = {0.5: (32, 32), 0.25: (16, 16), 0.125: (8, 8), 0.0625: (4, 4), 0.04: (2, 3)}
+BY_CHANNEL_AT_WRITE = {"rotate_at": "write", "latent_bits": "mixed"}
 CONVERTED: dict[str, dict[str, Any]] = {
     "published": {"rope_selection": "mkl", "fold": False, "factorization": "md-svd"},
     "write, 16 bits": {"rotate_at": "write", "latent_bits": "16"},
     "read, 16 bits": {"rotate_at": "read", "latent_bits": "16"},
     "auto, bits by channel": {"rotate_at": "auto", "latent_bits": "mixed"},
     "read, bits by channel": {"rotate_at": "read", "latent_bits": "mixed"},
-    "write, bits by channel": {"rotate_at": "write", "latent_bits": "mixed"},
+    "write, bits by channel": BY_CHANNEL_AT_WRITE,
     # CARE's factors, of the covariance of inputs, with our ranks of layers
     "activation-svd, read, 16 bits": {
         "rotate_at": "read",
@@ -116,7 +118,9 @@ class Frontier:
             self.add(ORIGINAL, 1.0, 0, self.whole, self.held_out.answers(self.model))
 
     def converted(self, method: str, seed: int) -> None:
-        """Missing rows of one way to convert."""
+        """Missing rows of one way to convert; none of bits by channel where cached keys are normed."""
+        if CONVERTED[method] == BY_CHANNEL_AT_WRITE and has_normed_keys(self.model):
+            return
         sizes = [budget for budget in BUDGETS if budget >= SMALLEST.get(method, 0.0)]
         missing = [budget for budget in sizes if not self.has(method, budget, seed)]
         records = calibration(self.name, seed) if missing else []

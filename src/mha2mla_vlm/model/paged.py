@@ -40,14 +40,15 @@ def decode(
     `visual [n, P * N]` is their modality (`Paged.visual`), None for one modality.
     """
     q_rope, q_nope = _parts(query[:, :, None], ups)
-    kernel = find_kernel("auto", q_rope, q_nope, ups, stored, None) if angles is None else None
+    held = stored if angles is None else Rebuilt(stored, ups, _runs(stored.room, visual), visual, angles)
+    kernel = find_kernel("auto", q_rope, q_nope, ups, held, None)
     if kernel is not None:
-        return kernel(q_rope, q_nope, ups, scaling, stored, visual, None)[:, 0]
+        return kernel(q_rope, q_nope, ups, scaling, held, visual, None)[:, 0]
     seen = torch.arange(stored.room, device=query.device) < stored.lengths[:, None]
     as_bytes = angles is not None and stored.packed is not None
-    held = stored.latent_bytes() if as_bytes else _piece(stored.rows(), ups, angles)
+    copied = stored.latent_bytes() if as_bytes else _piece(stored.rows(), ups, angles)
     given = (stored.room, visual, seen[:, None, None], ups, scaling, angles)
-    return _absorbed(query[:, :, None], held, *given)[:, 0]
+    return _absorbed(query[:, :, None], copied, *given)[:, 0]
 
 
 def prefill(
@@ -121,6 +122,11 @@ def _piece(rows: torch.Tensor, ups: Sequence[Up], angles: Angles | None) -> Piec
     return rows[..., :rank], rows.new_empty(len(rows), kv_heads, rows.shape[1], 0)
 
 
+def _runs(total: int, visual: torch.Tensor | None) -> tuple[Run, ...]:
+    """One of all tokens."""
+    return (Run(0, total, Kind.TEXT if visual is None else Kind.MIXED),)
+
+
 def _absorbed(
     queries: torch.Tensor,
     held: Piece | Pieces,
@@ -133,6 +139,6 @@ def _absorbed(
 ) -> torch.Tensor:
     """Attention of `queries [n, H, T, D]` over `total` tokens that are `held`; `[n, T, H, D]`."""
     q_rope, q_nope = _parts(queries, ups)
-    runs = (Run(0, total, Kind.TEXT if visual is None else Kind.MIXED),)
+    runs = _runs(total, visual)
     stored = held if angles is None else Rebuilt(held, ups, runs, visual, angles)
     return attend_latents("auto", q_rope, q_nope, ups, scaling, stored, runs, visual, mask)

@@ -14,6 +14,7 @@ import torch
 
 from mha2mla_vlm.model.absorbed import Piece, Up
 from mha2mla_vlm.model.cache.latent import Pieces
+from mha2mla_vlm.model.cache.pages import Paged
 from mha2mla_vlm.model.modality import Kind, Run, runs_between
 from mha2mla_vlm.model.positions import Rotation
 from mha2mla_vlm.model.rope import rotate
@@ -117,20 +118,30 @@ class Rebuilt(Pieces):
 
     def __init__(
         self,
-        stored: Piece | Pieces,
+        stored: Piece | Pieces | Paged,
         ups: Sequence[Up],
         runs: Sequence[Run],
         visual: torch.Tensor | None,
         angles: Angles,
     ) -> None:
         self.stored, self.ups, self.runs, self.visual, self.angles = stored, ups, runs, visual, angles
-        self.length = stored.length if isinstance(stored, Pieces) else stored[0].shape[1]
+        if isinstance(stored, Paged):  # for kernels only
+            self.length = stored.room
+        else:
+            self.length = stored.length if isinstance(stored, Pieces) else stored[0].shape[1]
+
+    @property
+    def rank(self) -> int:
+        """r."""
+        return self.ups[0].weight.shape[-1]
 
     def latents(self) -> torch.Tensor:
         """Those of all tokens, `[B, S, r]`."""
+        assert not isinstance(self.stored, Paged), "a kernel reads pages"
         return (self.stored.whole() if isinstance(self.stored, Pieces) else self.stored)[0]
 
     def __iter__(self) -> Iterator[Piece]:
+        assert not isinstance(self.stored, Paged), "a kernel reads pages"
         start = 0
         for latents, _ in self.stored if isinstance(self.stored, Pieces) else (self.stored,):
             for latent in latents.split(BLOCK, dim=1):

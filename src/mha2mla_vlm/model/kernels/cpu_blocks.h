@@ -34,6 +34,9 @@ struct Call {
   Up up[2];
   const void* latent;  // [B, S, r], or bytes [B, S, b]; from one to the next in numbers or bytes
   long latent_batch, latent_token;
+  const int32_t* pages;  // [B, pages], or null; `latent_batch` is then from page to page
+  long pages_row, page;  // tokens of a page
+  const int32_t* lengths;  // [B], tokens of each row, or null where all have `total`
   int packed;          // whether they are bytes, in which
   int channels[4];     // so many channels have 16, 8, 4 and 2 bits (model/cache/packed.py)
   const float *cos, *sin;  // [B, P, S], with a tile of room
@@ -132,6 +135,12 @@ struct Scratch {
 thread_local Scratch scratch;
 
 bool in_pairs(const Call& c) { return HAS_PAIRS && c.half; }
+
+// Where a token's latent lies, in numbers or bytes.
+long place_of(const Call& c, int b, long token) {
+  if (!c.pages) return b * c.latent_batch + token * c.latent_token;
+  return c.pages[b * c.pages_row + token / c.page] * c.latent_batch + token % c.page * c.latent_token;
+}
 
 // A token's latent as float32.
 void unpack(const Call& c, long at, float* to) {

@@ -19,7 +19,7 @@ void load_tile(const Call& c, const Sizes& z, int b, long token, int count) {
   std::memset(s.token, 0, z.rank * 4);
   for (int t = 0; t < TILE; ++t) {
     if (t < count)
-      unpack(c, b * c.latent_batch + (token + t) * c.latent_token, s.token);
+      unpack(c, place_of(c, b, token + t), s.token);
     else if (t == count)
       std::memset(s.token, 0, z.rank * 4);
     for (int at = 0; at < z.rank; at += PANEL)
@@ -83,10 +83,11 @@ void score_made(const Call& c, const Sizes& z, const Blocks& p, int b, int k, in
 // Fetch a KV head's share of the tile that comes next into the cache.
 void fetch(const Call& c, const Item& item, int b, long token, int g) {
   const long size = c.packed ? 1 : c.half ? 2 : 4, bytes = c.latent_token * size, next = token + TILE;
-  const char* tile = (const char*)c.latent + (b * c.latent_batch + next * c.latent_token) * size;
   const long count = std::min<long>(TILE, item.stop - next);
-  for (long t = count * g / c.groups; t < count * (g + 1) / c.groups; ++t)
-    for (long at = 0; at < bytes; at += 64) __builtin_prefetch(tile + t * c.latent_token * size + at);
+  for (long t = count * g / c.groups; t < count * (g + 1) / c.groups; ++t) {
+    const char* row = (const char*)c.latent + place_of(c, b, next + t) * size;
+    for (long at = 0; at < bytes; at += 64) __builtin_prefetch(row + at);
+  }
 }
 
 // Scores of a tile of tokens of one modality, to[row][token].
@@ -165,10 +166,24 @@ void look(const Call& c, int b, long token, int count) {
   }
 }
 
+// Which of `count` tokens are visual, 1 or 0, and how many.
+int visual_of(const Call& c, int b, long token, int count, float* visual) {
+  int found = 0;
+  for (int t = 0; t < count; ++t) {
+    const bool is = c.visual[b * c.visual_batch + token + t];
+    visual[t] = is, found += is;
+  }
+  std::fill(visual + count, visual + TILE, 0.f);
+  return found;
+}
+
 // Add some tokens of a block to the sums.
-void attend(const Call& c, const Sizes& z, const Item& item, int b, Weights w, Part part) {
+void attend(const Call& c, const Sizes& z, Item item, int b, Weights w, Part part) {
   Scratch& s = scratch;
-  const int kind = c.kinds == 1 ? TEXT : item.blocks->kind, first = kind > MIXED, last = kind >= MIXED;
+  if (c.lengths) item.stop = std::min<long>(item.stop, c.lengths[b]);
+  if (item.start >= item.stop) return;
+  const int kind = c.kinds == 1 ? TEXT : item.blocks->kind;
+  int first = kind > MIXED, last = kind >= MIXED;
   Absorbed absorbed[2];
   for (int k = first; k <= last; ++k) {
     absorbed[k] = absorb(c, z, item, b, k, w);
@@ -179,8 +194,12 @@ void attend(const Call& c, const Sizes& z, const Item& item, int b, Weights w, P
     load_tile(c, z, b, token, count);
     look(c, b, token, count);
     float visual[TILE];
-    for (int t = 0; t < TILE; ++t)
-      visual[t] = kind == MIXED ? t < count && c.visual[b * c.visual_batch + token + t] : first;
+    if (kind == MIXED) {  // most tiles are of one modality
+      const int found = visual_of(c, b, token, count, visual);
+      first = found == count, last = found > 0;
+    } else {
+      std::fill(visual, visual + TILE, float(first));
+    }
     for (int k = first; k <= last; ++k) score(c, z, item, b, k, token, absorbed[k], w, k == first ? s.scores : s.other);
     for (long i = 0; first != last && i < z.rows * long(TILE); i += LANES)
       store(s.scores + i, load(visual + i % TILE) > 0.f ? load(s.other + i) : load(s.scores + i));

@@ -15,6 +15,7 @@ from mha2mla_vlm.model.absorbed import Queries, Sums, Up, absorb, expand
 from mha2mla_vlm.model.blocks import Blocks, made_blocks
 from mha2mla_vlm.model.cache.latent import Pieces
 from mha2mla_vlm.model.cache.packed import PackedTokens
+from mha2mla_vlm.model.cache.pages import Paged
 from mha2mla_vlm.model.interpolated import plan_key, planned
 from mha2mla_vlm.model.kernels.cpu_library import load_library
 from mha2mla_vlm.model.modality import Kind
@@ -49,6 +50,7 @@ class _Call(ctypes.Structure):
         )),
         ("total", _long), ("q_rope", _pointer), ("q_latent", _pointer * 2), ("text_constant", _pointer),
         ("up", _Up * 2), ("latent", _pointer), ("latent_batch", _long), ("latent_token", _long),
+        ("pages", _pointer), ("pages_row", _long), ("page", _long), ("lengths", _pointer),
         ("packed", _int), ("channels", _int * 4),
         ("cos", _pointer), ("sin", _pointer), ("table_batch", _long), ("table_pair", _long),
         ("pairs", _pointer), ("plan", _pointer),
@@ -80,7 +82,10 @@ def can_run(
     held = stored.stored
     if (isinstance(held, Pieces) and not isinstance(held, PackedTokens)) or torch.compiler.is_compiling():
         return False
-    latent = held.rows.new_empty(0, dtype=held.dtype) if isinstance(held, PackedTokens) else held[0]
+    if isinstance(held, Paged):
+        latent = held.pages
+    else:
+        latent = held.rows.new_empty(0, dtype=held.dtype) if isinstance(held, PackedTokens) else held[0]
     tensors = (q_rope, q_nope, latent, *(up.weight for up in ups))
     if not all(map(is_plain_tensor, tensors)) or not all(up.weight.is_contiguous() for up in ups):
         return False  # memory is read as it lies
@@ -128,7 +133,8 @@ def attend(
     assert call_library is not None, "can_run says so"
     ups, (latent, dtype, bits) = ups or [up.float() for up in stored.ups], _latent(stored)
     latent = latent if latent.stride(-1) == 1 else latent.contiguous()
-    rank = latent.shape[-1] if bits is None else bits.rank
+    held = stored.stored.for_kernel() if isinstance(stored.stored, Paged) else None
+    rank = stored.rank
     batch, kv_heads, rows, rope = queries.rope.shape
     numbers = [None if x is None else x.float().contiguous() for x in (queries.rope, *queries.latent)]
     constant = None if queries.text_constant is None else queries.text_constant.float().contiguous()
@@ -140,7 +146,7 @@ def attend(
         batch=batch, groups=kv_heads, row_group=rows, new_tokens=1 if seen is None else seen.shape[1],
         rope=rope, rank=rank, kinds=len(ups), threads=torch.get_num_threads(),
         plans=len(plan.blocks), half=dtype == torch.bfloat16,
-        total=latent.shape[1] if filled is None else int(filled),
+        total=stored.length if filled is None else int(filled),
         q_rope=_at(numbers[0]), q_latent=(_pointer * 2)(*map(_at, numbers[1:])), text_constant=_at(constant),
         up=(_Up * 2)(*map(_up_of, ups)),
         latent=latent.data_ptr(), latent_batch=latent.stride(0), latent_token=latent.stride(1),
@@ -149,6 +155,9 @@ def attend(
         table_batch=plan.cos.stride(0) if len(plan.cos) > 1 else 0,
         pairs=_at(plan.pairs), plan=ctypes.addressof(plan.blocks), sums=_at(sums), text=_at(text),
     )  # fmt: skip
+    if held is not None:
+        call.pages, call.pages_row, call.page = held.table.data_ptr(), held.table.stride(0), held.size
+        call.lengths = held.lengths.data_ptr()
     if visual is not None:
         visual = visual if visual.stride(-1) == 1 else visual.contiguous()
         call.visual, call.visual_batch = visual.data_ptr(), visual.stride(0)
@@ -159,9 +168,16 @@ def attend(
 
 
 def _latent(stored: Rebuilt) -> tuple[torch.Tensor, torch.dtype, LatentBits | None]:
-    """Latents `[B, S, r]` or bytes `[B, S, b]`, the dtype that they are of, and the bits of bytes."""
-    if isinstance(stored.stored, PackedTokens):
-        return stored.stored.rows, stored.stored.dtype, stored.stored.bits
+    """Latents `[B, S, r]` or bytes `[B, S, b]`, or those of all pages, which rows begin with; the dtype that
+    they are of, and the bits of bytes.
+    """
+    held = stored.stored
+    if isinstance(held, PackedTokens):
+        return held.rows, held.dtype, held.bits
+    if isinstance(held, Paged):
+        as_bytes = held.packed is not None
+        rows = held.pages.view(torch.uint8) if as_bytes else held.pages
+        return rows, held.pages.dtype, held.packed.bits if held.packed is not None else None
     latent = stored.latents()
     return latent, latent.dtype, None
 

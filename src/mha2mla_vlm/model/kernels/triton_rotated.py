@@ -17,6 +17,7 @@ import triton.language as tl
 
 from mha2mla_vlm.model.absorbed import Up
 from mha2mla_vlm.model.cache.packed import PackedTokens
+from mha2mla_vlm.model.cache.pages import Paged
 from mha2mla_vlm.model.kernels.triton_decode import TILES, absorbed
 from mha2mla_vlm.model.kernels.triton_packed import can_take, unpacked
 from mha2mla_vlm.model.kernels.triton_parts import (
@@ -190,7 +191,7 @@ def _split_kernel(
 
 def can_run(q_rope: torch.Tensor, q_nope: torch.Tensor, ups: Sequence[Up], stored: Rebuilt) -> bool:
     """Whether the kernel takes these tensors: latents stored as they are or as bytes, in a dtype it knows."""
-    return can_take(q_rope, q_nope, ups, stored.stored)
+    return not isinstance(stored.stored, Paged) and can_take(q_rope, q_nope, ups, stored.stored)
 
 
 def decode(
