@@ -100,7 +100,7 @@ def long_batches(model: Any, processor: Any, name: str, samples: int, least: int
         yield batch
 
 
-def tests(model: Any, processor: Any, name: str, samples: int) -> dict[str, HeldOut]:
+def held_out_chats(model: Any, processor: Any, name: str, samples: int) -> dict[str, HeldOut]:
     """Held-out chats of each kind."""
     chats = zoo_records(name, split="test", samples=samples, seed=0)
     three = made(name, "three", split="test", samples=samples, pages=3, weights=(1, 1, 1, 1))
@@ -115,7 +115,7 @@ def run(name: str, modes: list[str], samples: int, folder: Path) -> None:
     """All rows of one model and these modes that are not yet in its file."""
     rows = Rows(folder / f"{name}.jsonl", "calibration", "mode", "budget", "test")
     model, processor = load(f"zoo:{name}", dtype="float32"), load_processor(f"zoo:{name}")
-    held_out = tests(model, processor, name, samples)
+    held_out = held_out_chats(model, processor, name, samples)
     for kind, each in held_out.items():
         if not rows.has("original", "", 1.0, kind):
             key = {"calibration": "original", "mode": "", "budget": 1.0, "test": kind}
