@@ -109,6 +109,20 @@ def test_turns_are_interpolated_within_blocks(family, shape, batch, new, dtype):
         assert any(some.terms for some in plan)
 
 
+@pytest.mark.parametrize("dtype", LOSS, ids=str)
+@pytest.mark.parametrize("shape", ["qwen2.5-vl-7b", "mha"])
+def test_turns_are_interpolated_where_modalities_are_mixed(shape, dtype):
+    """As in a batch whose images are at other places."""
+    rotation = rotation_of("qwen2_5_vl", 2)
+    made = case(shape, batch=2, total=TOKENS, dtype=dtype, rotation=rotation)
+    visual = torch.zeros(2, TOKENS, dtype=torch.bool)
+    visual[0, 30 : TOKENS // 2] = visual[1, TOKENS // 2 + 7 : -50] = True
+    expected, got = both(made, visual)
+    assert_close(got, expected, dtype)
+    plan = next(plan for key, plan in rotation.plans.items() if key[-1] == cpu_rotated.WIDTH)
+    assert any(some.terms and some.kind == Kind.MIXED for some in plan)
+
+
 @pytest.mark.parametrize("total", [1, 63, 64, 65, 129, 300])
 def test_lengths(total):
     for start, stop in ((0, 0), (0, total), (total // 3, 2 * total // 3)):

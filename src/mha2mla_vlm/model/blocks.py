@@ -79,9 +79,9 @@ def plan_blocks(
 
     `tolerance` is the largest error of a turn by interpolation. None where no pair is worth it, and where
     modalities are mixed. Waits for the device once. A kernel that works block by block gives their `width`:
-    then only blocks that need the same are put together, and however many.
+    then only blocks that need the same are put together, and however many, and blocks may be mixed.
     """
-    if any(kind == Kind.MIXED for _, _, kind in runs):
+    if width is None and any(kind == Kind.MIXED for _, _, kind in runs):
         return None
     own = width or WIDTHS[rows > len(pairs)]
     spans = [(a, min(a + own, stop), kind) for start, stop, kind in runs for a in range(start, stop, own)]

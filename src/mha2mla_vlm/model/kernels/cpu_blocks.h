@@ -110,7 +110,7 @@ struct Scratch {
   long room = 0;
 
   void fit(const Call& c, const Sizes& z) {
-    const long rows = long(z.terms + 1) * z.rows, group = long(z.terms) * c.row_group, tile = long(TILE) * z.rank;
+    const long rows = 2L * z.terms * z.rows, group = long(z.terms) * c.row_group, tile = long(TILE) * z.rank;
     const std::pair<void*, long> parts[] = {
         {&latent, tile},           {&tokens, tile},   {&absorbed, rows * z.row}, {&constants, rows},
         {&turned, group * c.rope}, {&scores, long(z.rows) * TILE}, {&other, long(z.rows) * TILE},
@@ -204,17 +204,20 @@ void absorb_terms(const Call& c, const Sizes& z, const Blocks& p, int k, int g, 
              absorbed + long(j) * c.row_group * z.row, z.row});
 }
 
-// Of one block: absorbed[g][j][row] = turned query Wk, to whose first term the unrotated dims add.
-Absorbed absorb(const Call& c, const Sizes& z, const Item& item, int b, int k, Weights w) {
+// Of one block: absorbed[g][j][row] = turned query Wk, to whose first term the unrotated dims add; in the first or
+// second `slot`.
+Absorbed absorb(const Call& c, const Sizes& z, const Item& item, int b, int k, int slot, Weights w) {
   const Blocks& p = *item.blocks;
   Scratch& s = scratch;
   const float* nope = c.q_latent[k] ? c.q_latent[k] + long(b) * z.rows * c.rank : nullptr;
   const float* constant = c.text_constant && k == TEXT ? c.text_constant + long(b) * z.rows : nullptr;
   if (!p.terms) return {{nope, c.rank, nullptr, nullptr}, constant, nope ? 1 : 0};
   const int some = z.half - p.made;
-  std::memset(s.absorbed, 0, long(p.terms) * z.rows * z.row * 4);
+  const long rows = long(p.terms) * z.rows;
+  float *all = s.absorbed + slot * rows * z.row, *constants = s.constants + slot * rows;
+  std::memset(all, 0, rows * z.row * 4);
   for (int g = 0; g < c.groups; ++g) {
-    float* absorbed = s.absorbed + long(g) * p.terms * c.row_group * z.row;
+    float* absorbed = all + long(g) * p.terms * c.row_group * z.row;
     turn(c, z, item, b, g, s.turned);
     const int32_t* axes = p.axes + long(g) * some;
     const bool one = std::all_of(axes, axes + some, [](int32_t axis) { return axis == 0; });
@@ -228,19 +231,19 @@ Absorbed absorb(const Call& c, const Sizes& z, const Item& item, int b, int k, W
       float sum = constant && i < c.row_group ? constant[row] : 0.f;
       const float* turned = s.turned + long(i) * 2 * some;
       for (int n = 0; bias && n < some; ++n) sum += turned[n] * bias[n] + turned[some + n] * bias[z.half + n];
-      s.constants[long(g) * p.terms * c.row_group + i] = sum;
+      constants[long(g) * p.terms * c.row_group + i] = sum;
       for (int n = 0; nope && i < c.row_group && n < c.rank; ++n)
         absorbed[i * long(z.row) + n] += nope[long(row) * c.rank + n];
     }
   }
-  return {{s.absorbed, z.row, nullptr, nullptr}, s.constants, p.terms};
+  return {{all, z.row, nullptr, nullptr}, constants, p.terms};
 }
 
-// The same rows as pairs, one of two modalities.
-void pair_rows(const Call& c, const Sizes& z, int k, Absorbed& absorbed) {
+// The same rows as pairs, in the first or second `slot`.
+void pair_rows(const Call& c, const Sizes& z, int slot, Absorbed& absorbed) {
   if (!in_pairs(c) || !absorbed.terms) return;
   Scratch& s = scratch;
-  const long first = long(k) * z.rows, count = long(absorbed.terms) * z.rows;
+  const long count = long(absorbed.terms) * z.rows, first = slot * count;
   for (long i = 0; i < count; ++i) {
     const float* row = absorbed.rows.numbers + i * absorbed.rows.row;
     std::memcpy(s.token, row, c.rank * 4L);

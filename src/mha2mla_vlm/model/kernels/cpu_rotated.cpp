@@ -186,8 +186,9 @@ void attend(const Call& c, const Sizes& z, Item item, int b, Weights w, Part par
   int first = kind > MIXED, last = kind >= MIXED;
   Absorbed absorbed[2];
   for (int k = first; k <= last; ++k) {
-    absorbed[k] = absorb(c, z, item, b, k, w);
-    pair_rows(c, z, first == last ? 0 : k, absorbed[k]);
+    const int slot = first == last ? 0 : k;
+    absorbed[k] = absorb(c, z, item, b, k, slot, w);
+    pair_rows(c, z, slot, absorbed[k]);
   }
   for (long token = item.start; token < item.stop; token += TILE) {
     const int count = int(std::min<long>(TILE, item.stop - token));
