@@ -88,13 +88,7 @@ def can_run(
     mask: torch.Tensor | None,
 ) -> bool:
     """Whether the kernel takes these tensors, and can be built here."""
-    if isinstance(stored, Paged) and stored.size % TILE:
-        return False
-    if isinstance(stored, QuantizedTokens):
-        known = _in_tiles(stored)
-    else:
-        known = isinstance(stored, PackedTokens) or not isinstance(stored, Pieces)
-    if not known:
+    if not _is_known(stored):
         return False
     tensors = (q_rope, q_nope, *_numbers(stored), *(up.weight for up in ups))
     if not all(map(is_plain_tensor, tensors)) or not all(up.weight.is_contiguous() for up in ups):
@@ -160,11 +154,9 @@ def _numbers(stored: Piece | Pieces | Paged) -> tuple[torch.Tensor, ...]:
     """Tensors of the dtype that stored tokens are of."""
     if isinstance(stored, Paged):
         return (stored.pages,)
-    return (
-        (stored.rows.new_empty(0, dtype=stored.dtype),)
-        if isinstance(stored, PackedTokens)
-        else _held(stored)[0]
-    )
+    if isinstance(stored, PackedTokens):
+        return (stored.rows.new_empty(0, dtype=stored.dtype),)
+    return _held(stored)[0]
 
 
 def _held(stored: Piece | Pieces | Paged) -> tuple[tuple[torch.Tensor, torch.Tensor], LatentBits | None]:
@@ -200,13 +192,21 @@ def _sources(
     return sources, latent.shape[2]
 
 
-def _in_tiles(stored: QuantizedTokens) -> bool:
-    """Whether quantised tokens, if any, come in blocks that the kernel's tiles of tokens divide."""
-    return all(
-        coded is None
-        or (isinstance(coded, Quantized) and coded.codes.shape[3] % TILE == 0 and coded.low.dtype == RANGES)
-        for coded in stored.coded
-    )
+def _is_known(stored: Piece | Pieces | Paged) -> bool:
+    """Whether tokens lie as the kernel reads them; pages and quantised blocks are to be whole tiles of tokens."""
+    if isinstance(stored, Paged):
+        return stored.size % TILE == 0
+    if isinstance(stored, QuantizedTokens):
+        return all(
+            coded is None
+            or (
+                isinstance(coded, Quantized)
+                and coded.codes.shape[3] % TILE == 0
+                and coded.low.dtype == RANGES
+            )
+            for coded in stored.coded
+        )
+    return isinstance(stored, PackedTokens) or not isinstance(stored, Pieces)
 
 
 def _up_of(up: Up) -> _Up:
