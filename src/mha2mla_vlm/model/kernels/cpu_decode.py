@@ -193,7 +193,7 @@ def _sources(
 
 
 def _is_known(stored: Piece | Pieces | Paged) -> bool:
-    """Whether tokens lie as the kernel reads them; pages and quantised blocks are to be whole tiles of tokens."""
+    """Whether tokens lie as the kernel reads them: pages and quantised blocks in whole tiles."""
     if isinstance(stored, Paged):
         return stored.size % TILE == 0
     if isinstance(stored, QuantizedTokens):
