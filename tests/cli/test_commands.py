@@ -14,6 +14,8 @@ from mha2mla_vlm import load, load_processor, load_records
 from mha2mla_vlm.model.checkpoint import save
 from mha2mla_vlm.zoo.chats import write_chats
 
+PUBLISHED = Path(__file__).parents[1] / "fixtures" / "published"
+
 
 def run(monkeypatch, capsys, *arguments):
     """Result of a command: the last line of its standard output."""
@@ -99,8 +101,9 @@ def test_convert_allocates_a_budget_and_inspect_shows_why(monkeypatch, capsys, w
 
 
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])
+@pytest.mark.parametrize("family", sorted(path.name for path in PUBLISHED.iterdir() if path.is_dir()))
 def test_import_published(monkeypatch, capsys, family, stage, tmp_path):
-    folder = Path(__file__).parents[1] / "fixtures" / "published" / family
+    folder = PUBLISHED / family
     _, processor = original(family)
     processor.save_pretrained(tmp_path / "processor")
     shutil.copytree(folder / stage, tmp_path / "published")
