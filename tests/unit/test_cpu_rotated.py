@@ -12,7 +12,7 @@ from mha2mla_vlm.config import LatentBits
 from mha2mla_vlm.model import interpolated
 from mha2mla_vlm.model.absorbed import Up, absorb, attend_pieces, dense_mask, expand
 from mha2mla_vlm.model.cache.packed import PackedTokens, pack
-from mha2mla_vlm.model.cache.pages import PackedRows, Paged
+from mha2mla_vlm.model.cache.pages import PackedRows, Paged, store, store_bytes
 from mha2mla_vlm.model.kernels import cpu_rotated, find_kernel
 from mha2mla_vlm.model.modality import Kind, Run, TokenModality
 from mha2mla_vlm.model.rebuilt import Angles, Rebuilt
@@ -103,10 +103,9 @@ def test_turns_are_interpolated_within_blocks(family, shape, batch, new, dtype):
     mask = dense_mask(shown if batch > 1 else None, new, TOKENS, torch.device("cpu"))
     assert_close(both(made, visual, mask)[1], both(made, visual, mask)[0], dtype)
     plan = next(plan for key, plan in rotation.plans.items() if key[-1] == cpu_rotated.WIDTH)
-    if (family, shape) == ("qwen3_vl", "llava-next-8b, some dims"):
-        assert plan is None or dtype == torch.bfloat16  # pairs of each axis turn fast, and float32 sees it
-    else:
-        assert any(some.terms for some in plan)
+    # interleaved pairs of every axis turn fast, which float32 sees where few rows share what is absorbed
+    too_fast = (family, shape, dtype) == ("qwen3_vl", "llava-next-8b, some dims", torch.float32)
+    assert any(some.terms for some in plan or ()) != too_fast
 
 
 @pytest.mark.parametrize("dtype", LOSS, ids=str)
@@ -246,10 +245,13 @@ def test_pages_are_read_as_they_are(bits, size):
         held = PackedTokens(rows, latent.new_empty(2, 3, 200, 0), packed.bits, latent.dtype)
     table = torch.randperm(2 * -(-200 // size) + 1)[:-1].view(2, -1)
     pages = torch.full((table.numel() + 1, size, 40), torch.nan)  # rows are wider, as where positions follow
-    cells = pages if packed is None else pages.view(torch.uint8)
     for row, length in enumerate(lengths.tolist()):
         token = torch.arange(length)
-        cells[table[row, token // size], token % size, : rows.shape[-1]] = rows[row, :length]
+        slots = table[row, token // size] * size + token % size
+        if packed is None:
+            store(pages, slots, rows[row, :length], None, 37)
+        else:
+            store_bytes(pages, slots, rows[row, :length])
     mask = (torch.arange(200) < lengths[:, None])[:, None, None]
     mixed = (Run(0, 200, Kind.MIXED),)
     expected = cpu_rotated.decode(

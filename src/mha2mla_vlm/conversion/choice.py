@@ -37,7 +37,8 @@ def possible(model: PreTrainedModel, config: ConversionConfig, lacks: Sequence[s
     normed = has_normed_keys(model)
     if config.bits_by_channel and normed and config.modes == ("write",):
         raise InputError(  # steps of keys would have to be in the queries, behind their norm
-            "latent_bits mixed with rotate_at write does not go with normed keys: give read or auto"
+            "latent_bits mixed with rotate_at write does not go with normed keys; "
+            "give --rotate-at read or auto"
         )
     if config.latent_bits != AUTO:
         return Possible(config)

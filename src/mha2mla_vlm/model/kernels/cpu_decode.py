@@ -18,6 +18,7 @@ from mha2mla_vlm.model.cache.pages import Paged
 from mha2mla_vlm.model.cache.quantization import Quantized
 from mha2mla_vlm.model.cache.quantized import QuantizedTokens
 from mha2mla_vlm.model.kernels.cpu_library import load_library, processor
+from mha2mla_vlm.model.kernels.stored import numbers
 from mha2mla_vlm.utils.compat import is_plain_tensor
 
 TILE = 64  # tokens, as in cpu_product.h
@@ -90,7 +91,8 @@ def can_run(
     """Whether the kernel takes these tensors, and can be built here."""
     if not _is_known(stored):
         return False
-    tensors = (q_rope, q_nope, *_numbers(stored), *(up.weight for up in ups))
+    held = stored.recent if isinstance(stored, QuantizedTokens) else numbers(stored)
+    tensors = (q_rope, q_nope, *held, *(up.weight for up in ups))
     if not all(map(is_plain_tensor, tensors)) or not all(up.weight.is_contiguous() for up in ups):
         return False  # memory is read as it lies
     if any(x.device.type != "cpu" or x.dtype != torch.bfloat16 for x in tensors):
@@ -150,29 +152,18 @@ def decode(
     return out.transpose(1, 2)
 
 
-def _numbers(stored: Piece | Pieces | Paged) -> tuple[torch.Tensor, ...]:
-    """Tensors of the dtype that stored tokens are of."""
-    if isinstance(stored, Paged):
-        return (stored.pages,)
-    if isinstance(stored, PackedTokens):
-        return (stored.rows.new_empty(0, dtype=stored.dtype),)
-    return _held(stored)[0]
-
-
 def _held(stored: Piece | Pieces | Paged) -> tuple[tuple[torch.Tensor, torch.Tensor], LatentBits | None]:
     """Latents `[B, 1, S, r]` and rotated keys `[B, G, S, R]` that are not quantised; of rows of bytes, which
     have `bits`, bytes `[B, 1, S, b]` and int8.
     """
-    bits = None
-    if isinstance(stored, Paged):
-        bits = None if stored.packed is None else stored.packed.bits
-        stored = stored.views()
     if isinstance(stored, PackedTokens):
         return (stored.rows[:, None], stored.k_rope), stored.bits
     if isinstance(stored, QuantizedTokens):
         return stored.recent, None
     assert not isinstance(stored, Pieces), "can_run says so"
-    return (stored[0][:, None], stored[1]), bits
+    latent, k_rope = stored.views() if isinstance(stored, Paged) else stored
+    packed = stored.packed if isinstance(stored, Paged) else None
+    return (latent[:, None], k_rope), None if packed is None else packed.bits
 
 
 def _sources(

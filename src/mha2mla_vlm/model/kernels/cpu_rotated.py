@@ -18,6 +18,7 @@ from mha2mla_vlm.model.cache.packed import PackedTokens
 from mha2mla_vlm.model.cache.pages import Paged
 from mha2mla_vlm.model.interpolated import plan_key, planned
 from mha2mla_vlm.model.kernels.cpu_library import load_library
+from mha2mla_vlm.model.kernels.stored import numbers
 from mha2mla_vlm.model.modality import Kind
 from mha2mla_vlm.model.positions import Tables
 from mha2mla_vlm.model.rebuilt import Rebuilt
@@ -82,11 +83,7 @@ def can_run(
     held = stored.stored
     if (isinstance(held, Pieces) and not isinstance(held, PackedTokens)) or torch.compiler.is_compiling():
         return False
-    if isinstance(held, Paged):
-        latent = held.pages
-    else:
-        latent = held.rows.new_empty(0, dtype=held.dtype) if isinstance(held, PackedTokens) else held[0]
-    tensors = (q_rope, q_nope, latent, *(up.weight for up in ups))
+    tensors = (q_rope, q_nope, *numbers(held), *(up.weight for up in ups))
     if not all(map(is_plain_tensor, tensors)) or not all(up.weight.is_contiguous() for up in ups):
         return False  # memory is read as it lies
     if any(x.device.type != "cpu" or x.dtype != q_rope.dtype or x.dtype not in DTYPES for x in tensors):
@@ -134,20 +131,19 @@ def attend(
     ups, (latent, dtype, bits) = ups or [up.float() for up in stored.ups], _latent(stored)
     latent = latent if latent.stride(-1) == 1 else latent.contiguous()
     held = stored.stored.for_kernel() if isinstance(stored.stored, Paged) else None
-    rank = stored.rank
     batch, kv_heads, rows, rope = queries.rope.shape
-    numbers = [None if x is None else x.float().contiguous() for x in (queries.rope, *queries.latent)]
+    exact = [None if x is None else x.float().contiguous() for x in (queries.rope, *queries.latent)]
     constant = None if queries.text_constant is None else queries.text_constant.float().contiguous()
     plan = _plan(queries, stored)
     shape = (len(ups), batch, kv_heads * rows)
-    sums, text = torch.empty(*shape, rank), torch.empty(*shape[1:], 1)
+    sums, text = torch.empty(*shape, stored.rank), torch.empty(*shape[1:], 1)
     seen = _rows_of(mask, batch)
     call = _Call(
         batch=batch, groups=kv_heads, row_group=rows, new_tokens=1 if seen is None else seen.shape[1],
-        rope=rope, rank=rank, kinds=len(ups), threads=torch.get_num_threads(),
+        rope=rope, rank=stored.rank, kinds=len(ups), threads=torch.get_num_threads(),
         plans=len(plan.blocks), half=dtype == torch.bfloat16,
         total=stored.length if filled is None else int(filled),
-        q_rope=_at(numbers[0]), q_latent=(_pointer * 2)(*map(_at, numbers[1:])), text_constant=_at(constant),
+        q_rope=_at(exact[0]), q_latent=(_pointer * 2)(*map(_at, exact[1:])), text_constant=_at(constant),
         up=(_Up * 2)(*map(_up_of, ups)),
         latent=latent.data_ptr(), latent_batch=latent.stride(0), latent_token=latent.stride(1),
         packed=bits is not None, channels=(_int * 4)(*(bits or ())),
@@ -175,9 +171,9 @@ def _latent(stored: Rebuilt) -> tuple[torch.Tensor, torch.dtype, LatentBits | No
     if isinstance(held, PackedTokens):
         return held.rows, held.dtype, held.bits
     if isinstance(held, Paged):
-        as_bytes = held.packed is not None
-        rows = held.pages.view(torch.uint8) if as_bytes else held.pages
-        return rows, held.pages.dtype, held.packed.bits if held.packed is not None else None
+        if held.packed is None:
+            return held.pages, held.pages.dtype, None
+        return held.pages.view(torch.uint8), held.pages.dtype, held.packed.bits
     latent = stored.latents()
     return latent, latent.dtype, None
 

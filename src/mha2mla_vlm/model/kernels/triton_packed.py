@@ -16,6 +16,7 @@ from mha2mla_vlm.model.absorbed import Piece, Up
 from mha2mla_vlm.model.cache.latent import Pieces
 from mha2mla_vlm.model.cache.packed import PackedTokens
 from mha2mla_vlm.model.cache.pages import Paged
+from mha2mla_vlm.model.kernels.stored import numbers
 from mha2mla_vlm.model.kernels.triton_parts import DTYPES, power, rows_dense
 from mha2mla_vlm.utils.compat import is_plain_tensor
 
@@ -57,14 +58,11 @@ def can_take(
     q_rope: torch.Tensor, q_nope: torch.Tensor, ups: Sequence[Up], stored: Piece | Pieces | Paged
 ) -> bool:
     """Whether the kernels take these: stored as they are or as rows of bytes, all of one dtype they know."""
-    tensors = [q_rope, q_nope, *(up.weight for up in ups)]
-    if isinstance(stored, PackedTokens):
-        if stored.dtype != q_rope.dtype:
-            return False
-    elif isinstance(stored, Pieces) or (isinstance(stored, Paged) and stored.packed is not None):
+    if isinstance(stored, Paged) and stored.packed is not None:
         return False
-    else:
-        tensors += [stored.pages] if isinstance(stored, Paged) else [x for x in stored if x is not None]
+    if isinstance(stored, Pieces) and not isinstance(stored, PackedTokens):
+        return False
+    tensors = [q_rope, q_nope, *numbers(stored), *(up.weight for up in ups)]
     known = all(x.dtype == q_rope.dtype and x.dtype in DTYPES for x in tensors)
     return known and all(map(is_plain_tensor, tensors)) and all(up.weight.is_contiguous() for up in ups)
 
