@@ -1,6 +1,6 @@
 """Quality at equal real bytes of the cache: ours, the published method, and what else makes a cache small.
 
-    python benchmarks/frontier.py                    # four hours on one core; resumes
+    python benchmarks/frontier.py                    # an hour or two on one core; resumes
     python benchmarks/frontier.py --models llava --samples 20 --rows /tmp/rows.jsonl -o /tmp
     python benchmarks/frontier.py --plot             # table and picture of the rows there are
 
@@ -33,14 +33,14 @@ from mha2mla_vlm.zoo.chats import zoo_records
 # of the published method, the same in every layer: R and d_kv in sixty-fourths of the head dim
 PUBLISHED = {0.5: (32, 32), 0.25: (16, 16), 0.1875: (16, 8), 0.125: (8, 8), 0.09375: (8, 4)}
 PUBLISHED |= {0.0625: (4, 4), 0.04: (2, 3)}
-BY_CHANNEL_AT_WRITE = {"rotate_at": "write", "latent_bits": "mixed"}
+BY_CHANNEL_AT_WRITE = "write, bits by channel"
 CONVERTED: dict[str, dict[str, Any]] = {
     "published": {"rope_selection": "mkl", "fold": False, "factorization": "md-svd"},
     "write, 16 bits": {"rotate_at": "write", "latent_bits": "16"},
     "read, 16 bits": {"rotate_at": "read", "latent_bits": "16"},
     "auto, bits by channel": {"rotate_at": "auto", "latent_bits": "mixed"},
     "read, bits by channel": {"rotate_at": "read", "latent_bits": "mixed"},
-    "write, bits by channel": BY_CHANNEL_AT_WRITE,
+    BY_CHANNEL_AT_WRITE: {"rotate_at": "write", "latent_bits": "mixed"},
     # CARE's factors, of the covariance of inputs, with our ranks of layers
     "activation-svd, read, 16 bits": {
         "rotate_at": "read",
@@ -120,7 +120,7 @@ class Frontier:
 
     def converted(self, method: str, seed: int) -> None:
         """Missing rows of one way to convert; none of bits by channel where cached keys are normed."""
-        if CONVERTED[method] == BY_CHANNEL_AT_WRITE and has_normed_keys(self.model):
+        if method == BY_CHANNEL_AT_WRITE and has_normed_keys(self.model):
             return
         sizes = [budget for budget in BUDGETS if budget >= SMALLEST.get(method, 0.0)]
         missing = [budget for budget in sizes if not self.has(method, budget, seed)]

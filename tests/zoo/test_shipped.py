@@ -64,7 +64,8 @@ def test_plain_transformers_loads_it_whole(family):
     processor = AutoProcessor.from_pretrained(folder)
     assert processor.chat_template
     sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
-    assert sizes["model.safetensors"] <= 11 * 2**20
+    most = 11 if family == "qwen3_vl" else 10  # its deepstack has mergers of its own
+    assert sizes["model.safetensors"] <= most * 2**20
     assert {"config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja"} <= sizes.keys()
     inputs = prompt_inputs(family, processor, ["image"])
     output = model.generate(**inputs)  # ends by itself: the generation config knows the end of an answer
