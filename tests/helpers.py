@@ -232,6 +232,35 @@ def set_attention(model, **values):
     return model
 
 
+def greedy(model, new=6, **more):
+    """Options of `generate` for as many tokens of text, each the most likely."""
+    banned = list(model.visual_token_ids)
+    return {
+        "max_new_tokens": new,
+        "min_new_tokens": new,
+        "do_sample": False,
+        "suppress_tokens": banned,
+    } | more
+
+
+def generate(model, inputs, **kwargs):
+    """Six greedy tokens, without the prompt."""
+    output = model.generate(**inputs, **greedy(model, **kwargs))
+    sequences = output if isinstance(output, torch.Tensor) else output.sequences
+    return sequences[:, inputs["input_ids"].shape[1] :]
+
+
+def only_second_image(model, inputs):
+    """Inputs of a second turn over a cache: all tokens, but pixels of the new image alone."""
+    if "image_grid_thw" in inputs:  # transformers finds multimodal positions from the grids of all images
+        inputs = with_positions(model, inputs)
+        inputs["pixel_values"] = inputs["pixel_values"][int(inputs["image_grid_thw"][0].prod()) :]
+        inputs["image_grid_thw"] = inputs["image_grid_thw"][1:]
+        return inputs
+    by_image = {"pixel_values", "image_sizes", "image_position_ids"} & inputs.keys()
+    return inputs | {key: inputs[key][1:] for key in by_image}
+
+
 def logits_of_backends(model, inputs, *backends):
     """Logits of three tokens that `generate` gives with each decode backend."""
     options = {"max_new_tokens": 3, "output_logits": True, "return_dict_in_generate": True}

@@ -36,18 +36,8 @@ def workspace(family, tmp_path):
 
 def test_convert_inspect_evaluate_generate(monkeypatch, capsys, family, workspace):
     out, data = workspace / "out", workspace / "data" / "chats.jsonl"
-    converted = run(
-        monkeypatch,
-        capsys,
-        "convert",
-        workspace / "model",
-        "--data",
-        data,
-        "-o",
-        out,
-        "--qk-rope-head-dim",
-        16,
-    )
+    command = ["convert", workspace / "model", "--data", data, "-o", out, "--qk-rope-head-dim", 16]
+    converted = run(monkeypatch, capsys, *command)
     kv_heads = load(workspace / "model").config.text_config.num_key_value_heads
     assert converted["output"] == str(out)
     assert converted["family"] == family
@@ -62,23 +52,13 @@ def test_convert_inspect_evaluate_generate(monkeypatch, capsys, family, workspac
     assert seen["bytes_per_token"] / seen["bytes_per_token_original"] == 0.25
     assert [[len(head) for head in layer] for layer in seen["pairs"]] == [[8] * kv_heads] * 4
 
-    measured = run(
-        monkeypatch,
-        capsys,
-        "evaluate",
-        out,
-        "--data",
-        data,
-        "--baseline",
-        workspace / "model",
-        "--samples",
-        2,
-    )
+    command = ["evaluate", out, "--data", data, "--samples", 2, "--baseline"]
+    measured = run(monkeypatch, capsys, *command, workspace / "model")
     assert measured["records"] == 2
     assert measured["answers"] == sum(row["answers"] for row in measured["by_kind"].values())
     assert measured["kl"] > 0
     assert {"exact_match", "cross_entropy", "agreement", "baseline_exact_match"} <= measured.keys()
-    itself = run(monkeypatch, capsys, "evaluate", out, "--data", data, "--baseline", out, "--samples", 2)
+    itself = run(monkeypatch, capsys, *command, out)
     assert (itself["kl"], itself["agreement"]) == (0.0, 1.0)
 
     image = next((workspace / "data" / "images").glob("*.png"))

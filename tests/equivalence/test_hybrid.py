@@ -7,6 +7,8 @@ import pytest
 import torch
 from helpers import (
     answered,
+    greedy,
+    only_second_image,
     original,
     piecewise_logits,
     prompt_inputs,
@@ -16,7 +18,6 @@ from helpers import (
     run_command,
     set_attention,
     whole_logits,
-    with_positions,
 )
 from transformers import DynamicCache, StaticCache
 from transformers.models.qwen3_5.modeling_qwen3_5 import apply_rotary_pos_emb
@@ -46,12 +47,6 @@ CLOSE = {"atol": 1e-4, "rtol": 1e-4}
 SMALL = {"rope_dim": 8, "rank": 20}
 MIXED = ["two images", "text", "image"]
 slow = pytest.mark.slow
-
-
-def options(model, **more):
-    """Of `generate`, for five tokens of text."""
-    banned = list(model.visual_token_ids)
-    return {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "suppress_tokens": banned} | more
 
 
 def at_full_rank(name, rotate_at):
@@ -88,7 +83,7 @@ def test_only_layers_of_full_attention_are_converted(name, rotate_at):
 )
 def test_generated_tokens_are_those_of_the_original(name, rotate_at, how):
     model, small, processor = at_full_rank(name, rotate_at)
-    inputs, given = prompt_inputs(name, processor, MIXED), options(small)
+    inputs, given = prompt_inputs(name, processor, MIXED), greedy(small)
     if how == "beams":
         given["num_beams"] = 2
     alike = {} if "gemma4" in name else dict(given)  # whose own tokens are others in chunks
@@ -134,7 +129,7 @@ def test_a_quantised_cache_quantises_latents_only(name, rotate_at):
     assert cache_bytes(cache) == formula + total * MLAConfig(**model.config.mla).position_bytes(sizes)
     with pytest.raises(InputError, match=r"backend 'hqq' .* but layer 0 is"):
         model.generate(
-            **inputs, **options(model), cache_implementation="quantized", cache_config={"backend": "hqq"}
+            **inputs, **greedy(model), cache_implementation="quantized", cache_config={"backend": "hqq"}
         )
 
 
@@ -144,16 +139,9 @@ def test_a_second_turn_over_the_cache_is_the_whole_chat(name, rotate_at):
     first = dict(encode(processor, [chat.before(1)], generation_prompt=True))
     model.generate(**first, **cache_argument(cache), max_new_tokens=1)
     whole = dict(encode(processor, [chat], generation_prompt=True))
-    expected = model.generate(**whole, **options(model))
-    second = dict(whole)
-    if "image_grid_thw" in whole:  # multimodal positions come from the grids of all images
-        second = with_positions(model, whole)
-        second["pixel_values"] = whole["pixel_values"][int(whole["image_grid_thw"][0].prod()) :]
-        second["image_grid_thw"] = whole["image_grid_thw"][1:]
-    else:
-        for key in {"pixel_values", "image_position_ids"} & whole.keys():
-            second[key] = whole[key][1:]
-    assert torch.equal(model.generate(**second, **cache_argument(cache), **options(model)), expected)
+    expected = model.generate(**whole, **greedy(model))
+    second = only_second_image(model, whole)
+    assert torch.equal(model.generate(**second, **cache_argument(cache), **greedy(model)), expected)
 
 
 SIZES = [
@@ -302,9 +290,9 @@ def test_padding_takes_no_part(name, rotate_at):
     rows = [prompt_inputs(name, processor, [prompt]) for prompt in MIXED[:1]]
     alone = whole_logits(model, rows[0])[0]
     torch.testing.assert_close(got[: len(alone)], alone, **CLOSE)
-    output = model.generate(**together, **options(model), return_dict_in_generate=True)
+    output = model.generate(**together, **greedy(model), return_dict_in_generate=True)
     assert isinstance(cache_of(output), LatentCache)
-    one = model.generate(**rows[0], **options(model))
+    one = model.generate(**rows[0], **greedy(model))
     assert torch.equal(output.sequences[0, -5:], one[0, -5:])
 
 

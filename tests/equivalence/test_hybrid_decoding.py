@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import logits_of_backends, prompt_inputs, random_mla
+from helpers import greedy, logits_of_backends, prompt_inputs, random_mla
 from transformers import CompileConfig
 
 from mha2mla_vlm.model.kernels import HAS_TRITON
@@ -26,9 +26,7 @@ def test_kernels_decode_as_pytorch_does(name, rotate_at, backend):
 def test_a_static_cache_decodes_compiled(name, rotate_at):
     """One graph for all tokens behind a prompt, as `generate` compiles it on a GPU, and the same tokens."""
     model, processor = random_mla(name, **SMALL, rotate_at=rotate_at)
-    inputs, banned = prompt_inputs(name, processor, ["image"]), list(model.visual_token_ids)
-    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "suppress_tokens": banned}
-    options["cache_implementation"] = "static"
+    inputs, options = prompt_inputs(name, processor, ["image"]), greedy(model, cache_implementation="static")
     expected = model.generate(**inputs, **options, disable_compile=True)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()  # which a reset does not

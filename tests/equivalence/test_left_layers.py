@@ -4,6 +4,7 @@ import pytest
 import torch
 from helpers import (
     answered,
+    greedy,
     original,
     piecewise_logits,
     prompt_inputs,
@@ -94,9 +95,7 @@ def test_cached_is_uncached(models, family, cache, limit):
 def test_generated_tokens_are_those_of_the_original(models, family, how):
     model, mixed, processor = models(family)
     inputs = prompt_inputs(family, processor, ["image", "two images"])
-    banned = list(mixed.visual_token_ids)
-    options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "suppress_tokens": banned}
-    options |= {"num_beams": 2} if how == "beams" else {}
+    options = greedy(mixed, 5, **({"num_beams": 2} if how == "beams" else {}))
     expected = model.generate(**inputs, **options)
     if how == "StaticCache":
         options |= cache_argument(StaticCache(mixed.config.get_text_config(), max_cache_len=256))

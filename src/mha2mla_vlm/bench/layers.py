@@ -216,8 +216,7 @@ def time_layers(
         return with_way
 
     ways = {name: originally(_interface(name, way)) for name, way in dense_ways(device).items()}
-    ways[default] = originally(default)
-    ways[OURS] = through(converted, latent, token_modality=modality)
+    ways |= {default: originally(default), OURS: through(converted, latent, token_modality=modality)}
     times = time_in_turn(ways, device=device, seconds=seconds)
     set_attention_name(config, default)
     return times

@@ -110,11 +110,9 @@ def measure_layer(
             attended = Attended(heads.queries, heads.keys, *heads.rotated(), module.scaling, heads.unseen)
             one.scores = share * heads.of_turned(pairs.chat_scores(attended))
         if methods.fold or pairs.covariance_scores is not None:
-            parts = (heads.queries, heads.keys, heads.cos, heads.sin)
-            covariance = heads.among_turned(
-                pair_covariance(*parts, *chat.queries(), module.scaling, heads.unseen)
-            )
-            one.covariance = share * covariance
+            parts = (heads.queries, heads.keys, heads.cos, heads.sin, *chat.queries(), module.scaling)
+            covariance = pair_covariance(*parts, heads.unseen, heads.products)
+            one.covariance = share * heads.among_turned(covariance)
         if methods.factorization.statistics == "usage":
             given = (module, heads, latent_inputs(module, hidden), chat.visual.long(), chat.weights)
             looked_at = chat.some_queries() if methods.at_read else None

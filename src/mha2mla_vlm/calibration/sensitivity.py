@@ -2,13 +2,14 @@
 
 To second order an answer token diverges by `d^T (diag(p) - p p^T) d / 2`, d the change of its logits and p
 its probabilities. Random signs e sketch that metric: with `u = sqrt(p) * e - p (sqrt(p) . e)` the mean of
-`(u . d)^2` is `d^T (diag(p) - p p^T) d`. So the gradient of `u . logits` at the output of a layer's
-attention shows in one number what an error there does, however many layers lie above.
+`(u . d)^2` is `d^T (diag(p) - p p^T) d`. So the gradient of `u . logits` at the outputs of a layer's
+heads shows in one number what an error there does, however many layers lie above.
 
-Shapes: S sketches, A answer tokens, V vocabulary, T tokens, C hidden.
+Shapes: S sketches, A answer tokens, V vocabulary, T tokens, C hidden, H query heads, D head dim.
 """
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -75,16 +76,17 @@ def project_errors(
     found = []
     for number, chat in enumerate(chats):
         hidden = states[stream, index, number].to(chat.visual.device).detach().requires_grad_()
-        with calls_of(layer.self_attn) as calls, torch.enable_grad():
+        attention = layer.self_attn
+        with calls_of(attention) as calls, calls_of(attention.o_proj) as inner, torch.enable_grad():
             output = layer(hidden, **chat.given[index])
-        args, kwargs, (attended, *_) = calls[0]
+        ((args, kwargs, _),), (((heads,), _, _),) = calls, inner
         gradients = states[GRADIENT, index + 1, number].to(hidden.device)
         both = [
-            torch.autograd.grad(output, (attended, hidden), one[None], retain_graph=True) for one in gradients
+            torch.autograd.grad(output, (heads, hidden), one[None], retain_graph=True) for one in gradients
         ]
         here, below = (torch.cat(found) for found in zip(*both, strict=True))
         states[GRADIENT, index, number] = below
-        found.append(_projected(candidates, here, attended.detach(), chat, args, kwargs))
+        found.append(_projected(candidates, here, heads.detach(), chat, args, kwargs))
     return torch.stack(found, dim=1)
 
 
@@ -101,16 +103,43 @@ def _gradients_below(layer: Any, index: int, chats: Sequence[Chat], states: Stat
 
 @torch.no_grad()
 def _projected(
-    candidates: Sequence[nn.Module],
+    candidates: Sequence[MLAAttention],
     gradients: torch.Tensor,
-    attended: torch.Tensor,
+    heads: torch.Tensor,
     chat: Chat,
     args: Any,
     kwargs: Any,
 ) -> torch.Tensor:
-    """Products of `gradients [S, T, C]` with the errors of each candidate, `[candidates, S]`."""
-    rows = []
+    """Products of `gradients [S, T, H D]` with the errors of each candidate's heads, `[candidates, S]`."""
+    rows, known, gradients = [], dict[int, _Known](), gradients.flatten(1).double()
+    hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
     for module in candidates:
-        error = module(*args, **kwargs, token_modality=chat.modality)[0] - attended
-        rows.append(torch.einsum("stc,tc->s", gradients.double(), error[0].double()))
+        weight = module.q_proj.weight.data_ptr()  # many candidates have the same
+        if weight not in known:
+            known[weight] = _Known(module.q_proj, hidden)
+        with _heads_only(module, known[weight]):
+            error = module(*args, **kwargs, token_modality=chat.modality)[0] - heads
+        rows.append(gradients @ error.flatten().double())
     return torch.stack(rows)
+
+
+class _Known(nn.Module):
+    """In the place of a linear projection of an input: what comes of it."""
+
+    def __init__(self, projection: nn.Linear, x: torch.Tensor) -> None:
+        super().__init__()
+        self.out_features, self.output = projection.out_features, projection(x)
+
+    def forward(self, _: torch.Tensor) -> torch.Tensor:
+        return self.output
+
+
+@contextlib.contextmanager
+def _heads_only(module: MLAAttention, queries: _Known) -> Iterator[None]:
+    """Within the context, attention has these queries, and returns what its heads give."""
+    before = module.q_proj, module.o_proj
+    module.q_proj, module.o_proj = queries, nn.Identity()
+    try:
+        yield
+    finally:
+        module.q_proj, module.o_proj = before

@@ -94,20 +94,19 @@ def predict(
         model_config, config, _of_one(mla, sizes), calibration[0], number, target, allocated=allocated
     )
     output_bytes = _bytes(converted, stored_names(converted), number)
-    layers, converted_layers = sizes.layers, len(sizes.growing)
     counts = _counts(model_config, sizes, len(calibration), len(held_out), len(config.tried_bits))
-    seconds = {phase: taken * counts.get(phase, converted_layers) for phase, taken in phases.items()}
-    seconds["writing"] = (output_bytes + converted_layers * kept) / WRITE_RATE
+    seconds = {phase: taken * counts.get(phase, len(sizes.growing)) for phase, taken in phases.items()}
+    seconds["writing"] = (output_bytes + len(sizes.growing) * kept) / WRITE_RATE
     # all layers' states stay until their gradients have come down; else those of two layers are there
-    hidden = (layers + 2 * SKETCHES) * tokens if allocated else 2 * (tokens + 3 * others)
+    hidden = (sizes.layers + 2 * SKETCHES) * tokens if allocated else 2 * (tokens + 3 * others)
     return Prediction(
         bytes_per_token=bytes_per_token(converted.config, itemsize=number.itemsize),
         bytes_per_token_original=bytes_per_token(model_config, itemsize=number.itemsize),
         output_bytes=output_bytes,
         states_bytes=hidden * sizes.hidden * number.itemsize
-        + converted_layers * kept
+        + len(sizes.growing) * kept
         + _bytes(original, reshaped_names(original), number),
-        peak_bytes=None if peak is None else max(peak, base + _front_and_shards(original, number)),
+        peak_bytes=None if peak is None else _most_memory(original, number, base, peak),
         seconds=sum(seconds.values()),
         phases=seconds,
     )
@@ -154,16 +153,22 @@ def _bytes(model: PreTrainedModel, names: Sequence[str], number: torch.dtype) ->
     return sum(state[name].numel() * kind.itemsize for name, kind in kinds.items())
 
 
-def _front_and_shards(model: PreTrainedModel, number: torch.dtype) -> int:
-    """The most that is in memory before the first layer, or while a shard is written."""
+def _most_memory(model: PreTrainedModel, number: torch.dtype, base: int, peak: int) -> int:
+    """The most that a process takes which held `base` before it converted one layer of random numbers, and
+    `peak` in that: before the first layer, over a layer, of which the file it is read from is in memory as
+    well, or while a shard is written.
+    """
     own = {id(m): name for name, m in model.named_modules()}
     embeddings = id(model.get_input_embeddings())
     prefixes = tuple(own[id(m)] + "." for m in front_modules(model) if id(m) != embeddings and own[id(m)])
     direct = [name for name in stored_names(model) if name.rpartition(".")[0] + "." in prefixes]
     shards = [_bytes(model, names, number) for names in rest_shards(model)]
-    layer = layer_prefixes(model)[0]
-    shards.append(_bytes(model, [name for name in stored_names(model) if name.startswith(layer)], number))
-    return max(_bytes(model, direct, number), *shards)
+    names = stored_names(model)
+    layer = max(
+        _bytes(model, [name for name in names if name.startswith(prefix)], number)
+        for prefix in layer_prefixes(model)
+    )
+    return max(peak + layer, base + max(_bytes(model, direct, number), *shards))
 
 
 def _vision_depth(config: Any) -> int:

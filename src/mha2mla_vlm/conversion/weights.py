@@ -209,7 +209,7 @@ def partial_layer(source: nn.Module, selection: RopeSelection, spec: LayerSpec, 
 
 def converted_layer(source: nn.Module, weights: dict[str, torch.Tensor], spec: LayerSpec) -> MLAAttention:
     """One layer's converted attention by itself, in the place of `source`."""
-    module = MLAAttention(source, spec)
+    module = MLAAttention(source, spec, empty=True)
     missing, unexpected = module.load_state_dict(weights, strict=False, assign=True)
     assert not unexpected, unexpected
     assert not set(missing) & module.new_weights().keys() - set(REPLACED), missing

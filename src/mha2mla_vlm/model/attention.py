@@ -51,7 +51,8 @@ class MLAAttention(nn.Module):
     (`LayerSpec.rotate_at`), both make rotated keys of the latents, by the positions of their tokens.
     """
 
-    def __init__(self, source: nn.Module, spec: LayerSpec) -> None:
+    def __init__(self, source: nn.Module, spec: LayerSpec, *, empty: bool = False) -> None:
+        """With `empty`, new parameters take no memory until others are assigned to them."""
         super().__init__()
         self.config = source.config
         rope_dim, rank, modalities = spec.rope_dim, spec.rank, spec.modalities
@@ -71,7 +72,8 @@ class MLAAttention(nn.Module):
         hidden, outputs = source.q_proj.in_features, spec.outputs(sizes)
         self.is_normed, bias = is_normed(source), _key_bias(source)
         down_bias = bias if rank is None else spec.bits is not None  # what integers count from
-        new: dict[str, Any] = {"device": source.q_proj.weight.device, "dtype": source.q_proj.weight.dtype}
+        device = source.q_proj.weight.device
+        new: dict[str, Any] = {"device": "meta" if empty else device, "dtype": source.q_proj.weight.dtype}
         if self.is_normed:
             made_of = 1 if sizes.one_projection else 2  # values, or keys and values
             hidden = made_of * self.kv_heads * self.head_dim
@@ -93,7 +95,7 @@ class MLAAttention(nn.Module):
         for name in kept_children(source):
             self.add_module(name, getattr(source, name))
         if not self.is_normed:
-            self.k_proj, self.v_proj = Replaced(new["device"]), Replaced(new["device"])
+            self.k_proj, self.v_proj = Replaced(device), Replaced(device)
         pairs = torch.empty(self.kv_heads, rope_dim // 2, dtype=torch.long, device=new["device"])
         self.register_buffer("rope_pairs", pairs)
         self.reset_buffers()

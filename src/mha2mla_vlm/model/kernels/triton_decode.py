@@ -24,9 +24,9 @@ from mha2mla_vlm.model.kernels.triton_parts import (
     LOG2_E,
     MOST_SHARED,
     UpParts,
-    as_finite,
     flags_of,
     in_units,
+    log_sum,
     mask_kind,
     masked,
     merged,
@@ -35,6 +35,7 @@ from mha2mla_vlm.model.kernels.triton_parts import (
     row_mask,
     row_strides,
     rows_dense,
+    softmax_step,
     split_tokens,
 )
 
@@ -132,19 +133,15 @@ def _split_kernel(
         if VISUAL:
             shown = shown & (own_flags[None, :] == kind[:, None])
         scores = masked(scores, shown, mask_row + s[None, :], MASK)
-        highest = tl.maximum(top, tl.max(scores, 1))
-        finite = as_finite(highest)
-        weights = tl.exp2(scores - finite[:, None])
-        rescale = tl.exp2(top - finite)
+        top, weights, rescale = softmax_step(scores, top, 1)
         mass = mass * rescale + tl.sum(weights, 1)
         acc = tl.dot(weights.to(tile.dtype), tile, acc * rescale[:, None], input_precision="ieee")
-        top = highest
     sums = (batch * tl.num_programs(0) + split) * rows * KINDS
-    safe, found = tl.where(mass > 0, mass, 1.0), mass > 0
+    shares = acc / tl.where(mass > 0, mass, 1.0)[:, None]
     cells = mixed + sums * rank + (part * rank)[:, None] + dim[None, :]
-    shares = (acc / safe[:, None]).to(mixed.dtype.element_ty)
-    tl.store(cells, shares, mask=(in_rows & found)[:, None] & in_rank[None, :])
-    tl.store(lse + sums + part, tl.where(found, top + tl.log2(safe), float("-inf")), mask=in_rows)
+    found = in_rows & (mass > 0)
+    tl.store(cells, shares.to(mixed.dtype.element_ty), mask=found[:, None] & in_rank[None, :])
+    tl.store(lse + sums + part, log_sum(top, mass), mask=in_rows)
 
 
 def can_run(

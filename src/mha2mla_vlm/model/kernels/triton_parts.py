@@ -56,6 +56,22 @@ def as_finite(top):
 
 
 @triton.jit
+def softmax_step(scores, top, TOKENS: tl.constexpr):
+    """With scores of more tokens, along the axis `TOKENS`: the highest, their weights, and what sums over the
+    tokens before are multiplied by.
+    """
+    highest = tl.maximum(top, tl.max(scores, TOKENS))
+    finite = as_finite(highest)
+    return highest, tl.exp2(scores - tl.expand_dims(finite, TOKENS)), tl.exp2(top - finite)
+
+
+@triton.jit
+def log_sum(top, mass):
+    """Logarithms of sums of exponentials, from the highest scores and the masses relative to these."""
+    return tl.where(mass > 0, top + tl.log2(tl.where(mass > 0, mass, 1.0)), float("-inf"))
+
+
+@triton.jit
 def _merge_kernel(mixed, lse, latent, mass, sums, rank, splits,
     RANK: tl.constexpr, STEP: tl.constexpr, ALIGN: tl.constexpr, KINDS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip

@@ -25,9 +25,9 @@ from mha2mla_vlm.model.kernels.triton_parts import (
     LOG2_E,
     MOST_SHARED,
     UpParts,
-    as_finite,
     flags_of,
     in_units,
+    log_sum,
     mask_kind,
     masked,
     merged,
@@ -36,6 +36,7 @@ from mha2mla_vlm.model.kernels.triton_parts import (
     row_mask,
     row_strides,
     rows_dense,
+    softmax_step,
     split_tokens,
 )
 from mha2mla_vlm.model.rebuilt import Rebuilt
@@ -77,6 +78,13 @@ def _halves_in_parts(latent, up, half, at, column, seen, in_half, rank, PART: tl
         first = tl.dot(tile, tl.trans(a), first, input_precision="ieee")
         second = tl.dot(tile, tl.trans(b), second, input_precision="ieee")
     return first, second
+
+
+@triton.jit
+def _turns(cos, sin, first, near, step, columns, seen, in_half):
+    """Cosines and sines of pairs of the tokens `near` one whose tables begin at `first`."""
+    at = near * step
+    return read(cos + first, at, columns, seen, in_half), read(sin + first, at, columns, seen, in_half)
 
 
 @triton.jit
@@ -136,22 +144,19 @@ def _split_kernel(
             # what is not read by columns side by side is read a tile ahead of time
             flags = flags_of(visual, batch * visual_b, low + near, high, VISUAL)
             if PAIRS:
-                first_turn = batch * table_b + low * table_s
-                next_cos = read(cos + first_turn, near * table_s, pair, low + near < high, in_half)
-                next_sin = read(sin + first_turn, near * table_s, pair, low + near < high, in_half)
+                turn = batch * table_b + low * table_s
+                next_cos, next_sin = _turns(cos, sin, turn, near, table_s, pair, low + near < high, in_half)
             for begin in range(low, high, TILE):
                 s, here, own_flags = begin + near, batch * 0 + begin, flags  # of 64 bits
                 flags = flags_of(visual, batch * visual_b, s + TILE, high, VISUAL)
                 seen = s < high
                 if PAIRS:
                     turn_cos, turn_sin = next_cos, next_sin
-                    first_turn = batch * table_b + (here + TILE) * table_s
-                    next_cos = read(cos + first_turn, near * table_s, pair, s + TILE < high, in_half)
-                    next_sin = read(sin + first_turn, near * table_s, pair, s + TILE < high, in_half)
+                    turn = batch * table_b + (here + TILE) * table_s
+                    next_cos, next_sin = _turns(cos, sin, turn, near, table_s, pair, s + TILE < high, in_half)
                 else:
-                    first_turn = batch * table_b + here * table_s
-                    turn_cos = read(cos + first_turn, near * table_s, column, seen, in_half)
-                    turn_sin = read(sin + first_turn, near * table_s, column, seen, in_half)
+                    turn = batch * table_b + here * table_s
+                    turn_cos, turn_sin = _turns(cos, sin, turn, near, table_s, column, seen, in_half)
                 tokens, at = latent + batch * latent_b + here * latent_s, near * latent_s
                 tile = read(tokens, at, dim, seen, in_rank)
                 if PART == 0:
@@ -171,22 +176,17 @@ def _split_kernel(
                 if VISUAL:
                     seen = seen & (own_flags == kind)
                 scores = masked(scores, seen[:, None] & in_rows[None, :], mask_row + s[:, None], MASK)
-                highest = tl.maximum(top, tl.max(scores, 0))
-                finite = as_finite(highest)
-                weights = tl.exp2(scores - finite[None, :])
-                rescale = tl.exp2(top - finite)
+                top, weights, rescale = softmax_step(scores, top, 0)
                 each = each * rescale[None, :] + weights
                 acc = tl.dot(
                     tl.trans(tile), weights.to(tile.dtype), acc * rescale[None, :], input_precision="ieee"
                 )
-                top = highest
             mass = tl.sum(each, 0)
             shares = acc / tl.where(mass > 0, mass, 1.0)[None, :]
             cells = mixed + sums * rank + (own * rank)[None, :] + dim[:, None]
             found = in_rows & (mass > 0)
             tl.store(cells, shares.to(mixed.dtype.element_ty), mask=in_rank[:, None] & found[None, :])
-        log = tl.where(mass > 0, top + tl.log2(tl.where(mass > 0, mass, 1.0)), float("-inf"))
-        tl.store(lse + sums + own, log, mask=in_rows)
+        tl.store(lse + sums + own, log_sum(top, mass), mask=in_rows)
 
 
 def can_run(q_rope: torch.Tensor, q_nope: torch.Tensor, ups: Sequence[Up], stored: Rebuilt) -> bool:
