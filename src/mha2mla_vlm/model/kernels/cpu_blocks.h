@@ -104,6 +104,7 @@ struct Weights {
 // What a thread works in; kept from call to call, and enlarged when a call needs more.
 struct Scratch {
   float *latent, *tokens, *absorbed, *constants, *turned, *scores, *other, *terms, *keys, *seen, *token;
+  float* lanes;  // rows of some tokens, before they are turned to lanes
   float *worth, *row_worth;  // what the integers of a pair are worth, of each token and row
   int32_t *pairs, *row_pairs;  // of `tokens` and `absorbed`
   char* memory = nullptr;
@@ -115,7 +116,8 @@ struct Scratch {
         {&latent, tile},           {&tokens, tile},   {&absorbed, rows * z.row}, {&constants, rows},
         {&turned, group * c.rope}, {&scores, long(z.rows) * TILE}, {&other, long(z.rows) * TILE},
         {&terms, group * TILE},    {&keys, 2L * z.made * TILE},    {&seen, long(c.new_tokens) * TILE},
-        {&token, z.rank},          {&worth, TILE},    {&row_worth, rows},
+        {&token, z.rank},          {&lanes, long(LANES) * z.rank}, {&worth, TILE},
+        {&row_worth, rows},
         {&pairs, tile / 2},        {&row_pairs, rows * (z.rank / 2)}};
     long wanted = 0;
     for (const auto& part : parts) wanted += up_to(part.second, 16) + 16;

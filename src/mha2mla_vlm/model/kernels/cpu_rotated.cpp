@@ -13,9 +13,17 @@
 
 namespace {
 
-// A tile's latents as panels of latent dims `[panels of r][TILE]` and of tokens `[panels of TILE][r]`.
+// LANES tokens of a panel as lanes, from rows of as many numbers of 32 bits; what they are is not looked at.
+void turn_rows(const float* rows, int width, float* panel) {
+  for (int at = 0; at < width; at += LANES) turn_square(rows + at, width, panel + long(at) * PANEL, PANEL);
+}
+
+// A tile's latents as panels of latent dims `[panels of r][TILE]` and of tokens `[panels of TILE][r]`, these as
+// pairs where products are of pairs.
 void load_tile(const Call& c, const Sizes& z, int b, long token, int count) {
   Scratch& s = scratch;
+  const int width = in_pairs(c) ? z.rank / 2 : z.rank;
+  float* panels = in_pairs(c) ? (float*)s.pairs : s.tokens;
   std::memset(s.token, 0, z.rank * 4);
   for (int t = 0; t < TILE; ++t) {
     if (t < count)
@@ -24,15 +32,14 @@ void load_tile(const Call& c, const Sizes& z, int b, long token, int count) {
       std::memset(s.token, 0, z.rank * 4);
     for (int at = 0; at < z.rank; at += PANEL)
       std::memcpy(s.latent + (long(at) * TILE + long(t) * PANEL), s.token + at, PANEL * 4);
+    float* row = s.lanes + long(t % LANES) * width;
+    if (in_pairs(c))
+      s.worth[t] = pair_row(s.token, z.rank, (int32_t*)row);
+    else
+      std::memcpy(row, s.token, width * 4L);
+    if (t % LANES == LANES - 1)
+      turn_rows(s.lanes, width, panels + long(t / PANEL) * width * PANEL + t / LANES * LANES % PANEL);
   }
-  for (int t = 0; t < TILE; t += LANES)
-    for (int at = 0; at < z.rank; at += LANES) {
-      const float* from = s.latent + long(at / PANEL) * PANEL * TILE + long(t) * PANEL + at % PANEL;
-      turn_square(from, PANEL, s.tokens + (long(t / PANEL) * z.rank + at) * PANEL + t % PANEL, PANEL);
-    }
-  for (int q = 0; in_pairs(c) && q < PANELS; ++q)
-    pair_panel(s.tokens + long(q) * z.rank * PANEL, z.rank, s.pairs + long(q) * (z.rank / 2) * PANEL,
-               s.worth + q * PANEL);
 }
 
 // Add to out[row][token] what some rows give with the tile's tokens.

@@ -54,16 +54,26 @@ T* buffer(long count) {
   return (T*)p;
 }
 
-// a0 * b0 + a1 * b1 of the pairs of 16 bits in each lane
-#if defined(__AVX512BW__)
+// sum + a0 * b0 + a1 * b1 of the pairs of 16 bits in each lane
+#if defined(__AVX512VNNI__)
 constexpr bool HAS_PAIRS = true;
-inline Int multiply_pairs(Int a, Int b) { return (Int)_mm512_madd_epi16((__m512i)a, (__m512i)b); }
+inline Int add_pairs(Int sum, Int a, Int b) {
+  return (Int)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
+}
+#elif defined(__AVX512BW__)
+constexpr bool HAS_PAIRS = true;
+inline Int add_pairs(Int sum, Int a, Int b) { return sum + (Int)_mm512_madd_epi16((__m512i)a, (__m512i)b); }
+#elif defined(__AVXVNNI__) && !defined(__AVX512F__)
+constexpr bool HAS_PAIRS = true;
+inline Int add_pairs(Int sum, Int a, Int b) {
+  return (Int)_mm256_dpwssd_avx_epi32((__m256i)sum, (__m256i)a, (__m256i)b);
+}
 #elif defined(__AVX2__) && !defined(__AVX512F__)
 constexpr bool HAS_PAIRS = true;
-inline Int multiply_pairs(Int a, Int b) { return (Int)_mm256_madd_epi16((__m256i)a, (__m256i)b); }
+inline Int add_pairs(Int sum, Int a, Int b) { return sum + (Int)_mm256_madd_epi16((__m256i)a, (__m256i)b); }
 #else
 constexpr bool HAS_PAIRS = false;
-inline Int multiply_pairs(Int a, Int) { return a; }
+inline Int add_pairs(Int sum, Int, Int) { return sum; }
 #endif
 
 struct Product {
@@ -100,7 +110,7 @@ void sum_pairs(const PairProduct& p, long row, int panel) {
 #pragma GCC unroll 16
     for (int i = 0; i < N; ++i) {
       const Int number = Int{} + a[i * a_row + k];
-      sum[i][0] += multiply_pairs(number, first), sum[i][1] += multiply_pairs(number, second);
+      sum[i][0] = add_pairs(sum[i][0], number, first), sum[i][1] = add_pairs(sum[i][1], number, second);
     }
   }
   for (int i = 0; i < N; ++i)
