@@ -16,6 +16,7 @@ from mha2mla_vlm.model.cache.latent import track_positions
 from mha2mla_vlm.utils.compat import of_full_attention, one_table, takes_layer_type
 
 Tables = tuple[torch.Tensor, torch.Tensor]  # cos and sin
+STEP = 128  # places
 
 
 class RecordingRotary(nn.Module):
@@ -72,6 +73,27 @@ class Rotation:
         last = self.positions.amax(-1, keepdim=True).to(places.dtype)
         cos, sin = self._tables(like, torch.cat([places, last], dim=-1))
         return cos[:, :-1], sin[:, :-1]
+
+    def of_pairs(self, tokens: torch.Tensor, count: int) -> Tables:
+        """Tables `[B, n, count]`, in float32, of the first pairs of some `tokens [n]`.
+
+        Those of multiples of `STEP` are turned by what is left, which takes fewer cosines than all places do.
+        """
+        places, like = self.positions[..., tokens], torch.empty(0, device=self.positions.device)
+        lowest, highest = (int(x) for x in places.aminmax())
+        if lowest < 0:
+            cos, sin = self.at(places.float())
+            return cos[..., :count], sin[..., :count]
+        ends = like.new_tensor([*range(0, highest + 1, STEP), *range(STEP)])
+        cos, sin = (table[0, :, :count] for table in self.at(ends.expand(*places.shape[:2], -1)))
+        far, near = cos[:-STEP], cos[-STEP:]
+        whole = torch.complex(far, sin[:-STEP])
+        rest = torch.complex(near, sin[-STEP:]) / near[:1]  # a table may be scaled
+        axis, made = self.frequencies[1][:count], whole.new_empty(*places.shape[1:], count)
+        for number, own in enumerate(places):
+            which = (axis == number).nonzero()[:, 0]
+            made[..., which] = whole[:, which][own // STEP] * rest[:, which][own % STEP]
+        return made.real, made.imag
 
     @cached_property
     def frequencies(self) -> Tables:

@@ -103,21 +103,22 @@ void score(const Call& c, const Sizes& z, const Item& item, int b, int k, long t
   const Blocks& p = *item.blocks;
   Scratch& s = scratch;
   const int some = c.row_group, terms = absorbed.terms;
+  const auto begin = [&](long first, int rows, float* out) {  // with what rows of terms give
+    for (int i = 0; i < rows; ++i)
+      std::fill(out + i * TILE, out + (i + 1) * TILE, absorbed.constants ? absorbed.constants[first + i] : 0.f);
+    if (terms) meet(c, z, rows, from_row(z, absorbed.rows, first), out, TILE, PANEL);
+  };
+  if (terms <= 1) begin(0, z.rows, to);
   for (int g = 0; g < c.groups; ++g) {
     fetch(c, item, b, token, g);
     float* scores = to + long(g) * some * TILE;
-    float* out = terms > 1 ? s.terms : scores;
-    for (int i = 0; i < std::max(1, terms) * some; ++i) {
-      const float constant = absorbed.constants ? absorbed.constants[long(g) * std::max(1, terms) * some + i] : 0.f;
-      std::fill(out + i * TILE, out + (i + 1) * TILE, constant);
-    }
-    if (terms) meet(c, z, terms * some, from_row(z, absorbed.rows, long(g) * terms * some), out, TILE, PANEL);
+    if (terms > 1) begin(long(g) * terms * some, terms * some, s.terms);
     for (int i = 0; terms > 1 && i < some; ++i)
       for (int t = 0; t < TILE; t += LANES) {
-        Vec sum = load(out + i * TILE + t);
+        Vec sum = load(s.terms + i * TILE + t);
         const long place = (long(b) * p.count + item.block) * p.terms * p.width;
         const float* basis = p.basis + place + (token - p.start[item.block]) + t;
-        for (int j = 1; j < terms; ++j) sum += load(basis + long(j) * p.width) * load(out + (j * some + i) * TILE + t);
+        for (int j = 1; j < terms; ++j) sum += load(basis + long(j) * p.width) * load(s.terms + (j * some + i) * TILE + t);
         store(scores + i * TILE + t, sum);
       }
     if (p.made) score_made(c, z, p, b, k, g, token, w, scores);

@@ -230,7 +230,7 @@ def _tables(blocks: Sequence[Blocks], stored: Rebuilt) -> Tables:
         found = tuple(table[:, tokens] for table in known)  # pages have room for more
     else:
         tokens = torch.cat(spans)
-        found = rotation.at(rotation.positions[..., tokens].float())
+        found = rotation.of_pairs(tokens, count)
     laid_out = []
     for table in found:
         by_pair = torch.zeros(len(table), count, stored.length + TILE)  # read up to whole tiles
