@@ -56,6 +56,7 @@ namespace {
 constexpr int TILE = 64, PANELS = TILE / PANEL;  // tokens
 constexpr int TEXT = 0, MIXED = 1;
 constexpr float LOWEST = -1e30f;
+constexpr float OF_A_TILE = 8000;  // length of integers that meet a tile's of any size, so that sums fit 32 bits
 constexpr int PARTS = 6;  // of the tokens for each thread, so that none waits long for another
 
 struct Item {  // some tokens of one block
@@ -105,8 +106,9 @@ struct Weights {
 struct Scratch {
   float *latent, *tokens, *absorbed, *constants, *turned, *scores, *other, *terms, *keys, *seen, *token;
   float* lanes;  // rows of some tokens, before they are turned to lanes
-  float *worth, *row_worth;  // what the integers of a pair are worth, of each token and row
-  int32_t *pairs, *row_pairs;  // of `tokens` and `absorbed`
+  float *worth, *row_worth, *weight_worth;  // what the integers of a pair are worth, of each token and row
+  float* ones;  // of each latent dim
+  int32_t *pairs, *latent_pairs, *row_pairs, *weight_pairs;  // of `tokens`, `latent`, `absorbed`, and weights
   char* memory = nullptr;
   long room = 0;
 
@@ -118,7 +120,8 @@ struct Scratch {
         {&terms, group * TILE},    {&keys, 2L * z.made * TILE},    {&seen, long(c.new_tokens) * TILE},
         {&token, z.rank},          {&lanes, long(LANES) * z.rank}, {&worth, TILE},
         {&row_worth, rows},
-        {&pairs, tile / 2},        {&row_pairs, rows * (z.rank / 2)}};
+        {&weight_worth, z.rows},   {&ones, z.rank},   {&pairs, tile / 2},        {&latent_pairs, tile / 2},
+        {&row_pairs, rows * (z.rank / 2)}, {&weight_pairs, long(z.rows) * TILE / 2}};
     long wanted = 0;
     for (const auto& part : parts) wanted += up_to(part.second, 16) + 16;
     if (wanted > room) {
@@ -131,6 +134,7 @@ struct Scratch {
       *(char**)part.first = at;
       at += (up_to(part.second, 16) + 16) * 4;
     }
+    std::fill(ones, ones + z.rank, 1.f);
   }
 };
 

@@ -18,11 +18,10 @@ void turn_rows(const float* rows, int width, float* panel) {
   for (int at = 0; at < width; at += LANES) turn_square(rows + at, width, panel + long(at) * PANEL, PANEL);
 }
 
-// A tile's latents as panels of latent dims `[panels of r][TILE]` and of tokens `[panels of TILE][r]`, these as
-// pairs where products are of pairs.
+// A tile's latents as panels of latent dims `[panels of r][TILE]` and of tokens `[panels of TILE][r]`.
 void load_tile(const Call& c, const Sizes& z, int b, long token, int count) {
   Scratch& s = scratch;
-  const int width = in_pairs(c) ? z.rank / 2 : z.rank;
+  const int width = in_pairs(c) ? z.rank / 2 : z.rank;  // of a row, or of what is in the place of floats
   float* panels = in_pairs(c) ? (float*)s.pairs : s.tokens;
   std::memset(s.token, 0, z.rank * 4);
   for (int t = 0; t < TILE; ++t) {
@@ -30,13 +29,16 @@ void load_tile(const Call& c, const Sizes& z, int b, long token, int count) {
       unpack(c, place_of(c, b, token + t), s.token);
     else if (t == count)
       std::memset(s.token, 0, z.rank * 4);
-    for (int at = 0; at < z.rank; at += PANEL)
-      std::memcpy(s.latent + (long(at) * TILE + long(t) * PANEL), s.token + at, PANEL * 4);
     float* row = s.lanes + long(t % LANES) * width;
-    if (in_pairs(c))
+    if (in_pairs(c)) {
       s.worth[t] = pair_row(s.token, z.rank, (int32_t*)row);
-    else
+      if (t % 2)
+        pair_lanes((int16_t*)(row - width), (int16_t*)row, z.rank, s.latent_pairs + t / 2 * PANEL, TILE / 2 * PANEL);
+    } else {
       std::memcpy(row, s.token, width * 4L);
+      for (int at = 0; at < z.rank; at += PANEL)
+        std::memcpy(s.latent + (long(at) * TILE + long(t) * PANEL), s.token + at, PANEL * 4);
+    }
     if (t % LANES == LANES - 1)
       turn_rows(s.lanes, width, panels + long(t / PANEL) * width * PANEL + t / LANES * LANES % PANEL);
   }
@@ -63,16 +65,16 @@ void score_made(const Call& c, const Sizes& z, const Blocks& p, int b, int k, in
   Scratch& s = scratch;
   const int made = p.made;
   const long head = (long(k) * c.groups + g) * c.rope, panel = 2L * made * PANEL;
-  for (int side = 0; side < 2; ++side) {
-    const float* bias = c.up[k].bias ? c.up[k].bias + g * c.up[k].bias_group + side * z.half : nullptr;
-    for (int q = 0; q < PANELS; ++q)
-      for (int n = 0; n < made; ++n) {
-        float* at = s.keys + q * panel + (side * long(made) + n) * PANEL;
-        std::fill(at, at + PANEL, bias ? bias[n] : 0.f);
-      }
-    const Rows up{w.rows, z.row, in_pairs(c) ? w.pairs : nullptr, w.worth};
-    meet(c, z, made, from_row(z, up, head + side * z.half), s.keys + side * long(made) * PANEL, PANEL, panel);
-  }
+  const float* bias = c.up[k].bias ? c.up[k].bias + g * c.up[k].bias_group : nullptr;
+  for (int q = 0; q < PANELS; ++q)
+    for (int n = 0; n < 2 * made; ++n) {
+      float* at = s.keys + q * panel + long(n) * PANEL;
+      std::fill(at, at + PANEL, bias ? bias[n < made ? n : z.half + n - made] : 0.f);
+    }
+  const Rows up{w.rows, z.row, in_pairs(c) ? w.pairs : nullptr, w.worth};
+  const int parts = made == z.half ? 1 : 2, rows = 2 * made / parts;  // all rows lie side by side
+  for (int side = 0; side < parts; ++side)
+    meet(c, z, rows, from_row(z, up, head + side * z.half), s.keys + side * long(made) * PANEL, PANEL, panel);
   for (int n = 0; n < made; ++n) {
     const long at = b * c.table_batch + c.pairs[long(g) * z.half + n] * c.table_pair + token;
     for (int t = 0; t < TILE; t += LANES) {
@@ -93,7 +95,7 @@ void fetch(const Call& c, const Item& item, int b, long token, int g) {
   const long count = std::min<long>(TILE, item.stop - next);
   for (long t = count * g / c.groups; t < count * (g + 1) / c.groups; ++t) {
     const char* row = (const char*)c.latent + place_of(c, b, next + t) * size;
-    for (long at = 0; at < bytes; at += 64) __builtin_prefetch(row + at);
+    for (long at = 0; at < bytes; at += 64) __builtin_prefetch(row + at, 0, 2);  // into L2: products fill L1
   }
 }
 
@@ -185,6 +187,21 @@ int visual_of(const Call& c, int b, long token, int count, float* visual) {
   return found;
 }
 
+// Add the tile's latents, by the weights of rows, to their sums.
+void add_latents(const Call& c, const Sizes& z, float* weights, int count, float* sums) {
+  Scratch& s = scratch;
+  const int panels = z.rank / PANEL;
+  if (!in_pairs(c))
+    return product(Product{z.rows, weights, TILE, s.latent, long(TILE) * PANEL, count, panels, sums, z.row});
+  for (int i = 0; i < z.rows; ++i) {
+    float* row = weights + long(i) * TILE;
+    for (int t = 0; t < TILE; t += LANES) store(row + t, load(row + t) * load(s.worth + t));
+    s.weight_worth[i] = pair_row(row, TILE, s.weight_pairs + long(i) * TILE / 2, OF_A_TILE);
+  }
+  product(PairProduct{z.rows, s.weight_pairs, s.weight_worth, TILE / 2, s.latent_pairs, s.ones, TILE / 2 * PANEL,
+                      TILE / 2, panels, sums, z.row});
+}
+
 // Add some tokens of a block to the sums.
 void attend(const Call& c, const Sizes& z, Item item, int b, Weights w, Part part) {
   Scratch& s = scratch;
@@ -222,8 +239,7 @@ void attend(const Call& c, const Sizes& z, Item item, int b, Weights w, Part par
           store(weights + i, load(s.scores + i) * (k ? share : 1.f - share));
         }
       }
-      product(Product{z.rows, weights, TILE, s.latent, long(TILE) * PANEL, count, z.rank / PANEL,
-               part.sums + long(k) * z.rows * z.row, z.row});
+      add_latents(c, z, weights, count, part.sums + long(k) * z.rows * z.row);
     }
   }
 }

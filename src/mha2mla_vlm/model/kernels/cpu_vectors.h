@@ -39,6 +39,7 @@ typedef float Vec __attribute__((vector_size(LANES * 4)));
 typedef float Loose __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 typedef int32_t Int __attribute__((vector_size(LANES * 4)));
 typedef int32_t LooseInt __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+typedef int16_t LooseShort __attribute__((vector_size(LANES * 2), aligned(2), may_alias));
 
 inline Vec load(const float* at) { return *(const Loose*)at; }
 inline void store(float* at, Vec x) { *(Loose*)at = x; }
@@ -168,13 +169,9 @@ void product(const P& p) {
 
 constexpr float LENGTH = 45000, LARGEST = 32000;  // of integers whose products' sums fit 32 bits
 
-// What one of the integers is worth, of numbers with this sum of squares and this largest; NaN stays.
-inline float worth_of(float squares, float most) {
-  return squares > 0 ? std::max(std::sqrt(squares) / LENGTH, most / LARGEST) : squares;
-}
-
-// A row of whole vectors as pairs of integers; returns what one of them is worth.
-inline float pair_row(const float* row, int count, int32_t* to) {
+// A row of whole vectors as pairs of integers, together of at most a length; returns what one of them is worth.
+// NaN stays.
+inline float pair_row(const float* row, int count, int32_t* to, float length = LENGTH) {
   Vec squares = {}, most = {};
   for (int k = 0; k < count; k += LANES) {
     const Vec x = load(row + k);
@@ -182,7 +179,8 @@ inline float pair_row(const float* row, int count, int32_t* to) {
   }
   float sum = 0, top = 0;
   for (int i = 0; i < LANES; ++i) sum += squares[i], top = std::max(top, most[i]);
-  const float worth = worth_of(sum, top), scale = worth > 0 ? 1 / worth : 0.f;
+  const float worth = sum > 0 ? std::max(std::sqrt(sum) / length, top / LARGEST) : sum;
+  const float scale = worth > 0 ? 1 / worth : 0.f;
   int16_t* numbers = (int16_t*)to;
   for (int k = 0; k < count; ++k) {
     const float shifted = row[k] * scale + SHIFT;
@@ -193,25 +191,12 @@ inline float pair_row(const float* row, int count, int32_t* to) {
   return worth;
 }
 
-// The same of the lanes of a panel.
-inline void pair_panel(const float* panel, int count, int32_t* to, float* worth) {
-  for (int v = 0; v < PANEL; v += LANES) {
-    Vec squares = {}, most = {};
-    for (int k = 0; k < count; ++k) {
-      const Vec x = load(panel + long(k) * PANEL + v);
-      squares += x * x, most = highest(highest(most, x), -x);
-    }
-    alignas(64) float scale[LANES];
-    for (int i = 0; i < LANES; ++i) {
-      worth[v + i] = worth_of(squares[i], most[i]);
-      scale[i] = worth[v + i] > 0 ? 1 / worth[v + i] : 0.f;
-    }
-    const Vec scales = load(scale);
-    for (int k = 0; k < count; k += 2) {
-      const Int first = (Int)(load(panel + long(k) * PANEL + v) * scales + SHIFT) & 0xffff;
-      const Int second = (Int)(load(panel + long(k + 1) * PANEL + v) * scales + SHIFT) << 16;
-      *(LooseInt*)(to + long(k / 2) * PANEL + v) = first | second;
-    }
+// Two rows of integers as the pairs of lanes, in panels that are `panel` apart.
+inline void pair_lanes(const int16_t* one, const int16_t* two, int count, int32_t* to, long panel) {
+  for (int k = 0; k < count; k += LANES) {
+    const Int first = __builtin_convertvector(*(const LooseShort*)(one + k), Int);
+    const Int second = __builtin_convertvector(*(const LooseShort*)(two + k), Int);
+    *(LooseInt*)(to + k / PANEL * panel + k % PANEL) = (first & 0xffff) | second << 16;
   }
 }
 
