@@ -147,8 +147,8 @@ def layer_usage(
     given = (*heads.rotated(), heads.values, heads.queries)
     received, metric = attention_usage(*given, output, modality, weights, **options)
     if turned is not None:
-        given = (*given, (heads.cos, heads.sin), output, modality, turned)
-        in_frame = key_metric(*given, **options, products=heads.products)
+        known = ((heads.cos, heads.sin), output, modality, turned)
+        in_frame = key_metric(*given, *known, **options, products=heads.products)
         metric = torch.cat([metric, in_frame[:, None]], dim=1)
     if heads.turned < module.head_dim // 2:  # back to the order of the module
         back = heads.order.argsort()
