@@ -11,9 +11,7 @@ Shapes: T tokens, H query heads, G KV heads, M = H / G, D head dim, C hidden.
 import torch
 
 QUERY_BLOCK = 512  # queries whose attention is held at a time
-TURNED_NUMBERS = (
-    1 << 19
-)  # numbers of queries turned back that are held at a time: a processor's cache holds them
+TURNED_NUMBERS = 1 << 19  # of queries turned back that are held at a time: a cache holds them
 
 
 def attention_usage(
