@@ -50,7 +50,8 @@ oldest: $(OLDEST_VENV)/.installed
 	$(OLDEST_VENV)/bin/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow" tests/equivalence tests/cli
 
 # of those: one family, where other packages' interfaces are used most; mathematics, files, locks and signals are the same everywhere
-QUICK := $(foreach name,alone checkpoint generation generation_caches ordinary_model rotated_at_read training trl,tests/equivalence/test_$(name).py) \
+QUICK := $(foreach name,alone checkpoint generation generation_caches ordinary_model rotated_at_read training trl, \
+	tests/equivalence/test_$(name).py) \
 	$(foreach name,commands finetune report bench hub,tests/cli/test_$(name).py)
 oldest-quick: $(OLDEST_VENV)/.installed
 	$(OLDEST_VENV)/bin/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow" -k "not llava" $(QUICK)
