@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from mha2mla_vlm.algorithms import at_once
 from mha2mla_vlm.algorithms.folding import drop_order, fold_coefficients, fold_keys, pair_covariance
 from mha2mla_vlm.model.rope import rotate
 
@@ -60,6 +61,12 @@ def test_the_covariance_is_that_of_every_query_and_key_taken_one_by_one():
     rows, weights = torch.tensor([0, 3, 8]), torch.tensor([1.0, 0.5, 2.0])
     ours = pair_covariance(queries, keys, *tables(), rows, weights, SCALING)
     torch.testing.assert_close(ours, naive_covariance(queries, keys, rows, weights), rtol=1e-4, atol=1e-5)
+
+
+def test_the_covariance_is_the_same_from_a_few_queries_at_a_time(monkeypatch):
+    whole = covariance()
+    monkeypatch.setattr(at_once, "CACHED", 4 * T * 3 * P)
+    torch.testing.assert_close(covariance(), whole)
 
 
 def test_products_of_bfloat16_lose_less_than_what_solving_adds():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mha2mla_vlm.algorithms import error_metric
+from mha2mla_vlm.algorithms import at_once
 from mha2mla_vlm.algorithms.error_metric import attention_usage, key_metric
 from mha2mla_vlm.model.rope import rotate
 
@@ -92,7 +92,7 @@ def test_it_depends_on_distances_alone():
 
 def test_queries_are_turned_back_a_few_at_a_time(monkeypatch):
     whole = metric(tables())
-    monkeypatch.setattr(error_metric, "TURNED_NUMBERS", 2 * T * D)
+    monkeypatch.setattr(at_once, "CACHED", 2 * T * D)
     torch.testing.assert_close(metric(tables()), whole, rtol=1e-5, atol=1e-6)
 
 

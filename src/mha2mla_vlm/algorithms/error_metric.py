@@ -10,8 +10,9 @@ Shapes: T tokens, H query heads, G KV heads, M = H / G, D head dim, C hidden.
 
 import torch
 
+from mha2mla_vlm.algorithms.at_once import rows_at_once
+
 QUERY_BLOCK = 512  # queries whose attention is held at a time
-TURNED_NUMBERS = 1 << 19  # of queries turned back that are held at a time: a cache holds them
 
 
 def attention_usage(
@@ -130,7 +131,7 @@ def key_metric(
     (heads, total, dim), kv_heads, (rows, weights) = queries.shape, len(keys), chosen
     metric = torch.zeros(modalities, kv_heads, dim, dim, dtype=torch.float64, device=keys.device)
     members = [(modality == number).nonzero()[:, 0] for number in range(modalities)]
-    block = max(1, TURNED_NUMBERS // (total * dim))
+    block = rows_at_once(total * dim, keys.device)
     for head in range(heads):
         group = head // (heads // kv_heads)
         # by the queries that are looked at

@@ -10,8 +10,9 @@ features of a query and a key are `[x | u | w]`, P each.
 
 import torch
 
+from mha2mla_vlm.algorithms.at_once import rows_at_once
+
 RIDGE = 1e-4  # of each feature's variance
-QUERY_BLOCK = 8  # queries whose features are held at a time, so that these stay in a processor's cache
 
 
 def pair_covariance(
@@ -41,6 +42,7 @@ def pair_covariance(
     turn = torch.complex(cos, sin)  # a rotary table may scale, too, so this is not of length 1
     size = 3 * dim // 2
     covariance = torch.zeros(kv_heads, size, size, dtype=torch.float64, device=keys.device)
+    block = rows_at_once(total * size, keys.device)
     for group, key in enumerate(k):
         turned_key = key * turn
         for query in q.unflatten(0, (kv_heads, -1))[group]:
@@ -48,8 +50,8 @@ def pair_covariance(
             logits = (turned @ turned_key.conj().T).real
             attention = logits.masked_fill(later, -torch.inf).softmax(-1)
             root = (attention * weights[:, None]).sqrt()
-            for start in range(0, len(rows), QUERY_BLOCK):
-                some = slice(start, start + QUERY_BLOCK)
+            for start in range(0, len(rows), block):
+                some = slice(start, start + block)
                 plain = query[some].conj()[:, None] * key  # u + i w, [queries, T, P]
                 rotated = (turned[some].conj()[:, None] * turned_key).real
                 features = torch.cat([rotated, plain.real, plain.imag], dim=-1)
