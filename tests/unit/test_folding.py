@@ -66,7 +66,7 @@ def test_the_covariance_is_that_of_every_query_and_key_taken_one_by_one():
 def test_the_covariance_is_the_same_from_a_few_queries_at_a_time(monkeypatch):
     whole = covariance()
     monkeypatch.setattr(at_once, "CACHED", 4 * T * 3 * P)
-    torch.testing.assert_close(covariance(), whole)
+    torch.testing.assert_close(covariance(), whole, rtol=1e-5, atol=1e-5)
 
 
 def test_products_of_bfloat16_lose_less_than_what_solving_adds():
