@@ -115,7 +115,6 @@ def key_metric(
     rotated: torch.Tensor | None = None,
     gate: torch.Tensor | None = None,
     unseen: torch.Tensor | None = None,
-    products: torch.dtype = torch.float32,
 ) -> torch.Tensor:
     """In which directions errors of keys before RoPE matter, where keys are rotated when they are read.
 
@@ -126,7 +125,7 @@ def key_metric(
 
     Arguments are those of `attention_usage`; `tables` are cos and sin `[T, P]`, `chosen` the queries to look
     at `[t]` and their weights. Of a head with `rotated [G, P]` only those pairs are rotated when read; the
-    others meet plain queries, as after partial RoPE. Queries turned back are multiplied as `products`.
+    others meet plain queries, as after partial RoPE.
     """
     (heads, total, dim), kv_heads, (rows, weights) = queries.shape, len(keys), chosen
     metric = torch.zeros(modalities, kv_heads, dim, dim, dtype=torch.float64, device=keys.device)
@@ -145,7 +144,7 @@ def key_metric(
             for number, tokens in enumerate(members):
                 cos, sin = (table[tokens] for table in tables)
                 turned = turned_back(query, plain, cos, sin, kept) * pull[:, tokens, None]
-                turned = turned.flatten(0, 1).to(products)
+                turned = turned.flatten(0, 1)
                 metric[number, group] += (turned.T @ turned).double()
     return metric
 

@@ -24,7 +24,6 @@ def pair_covariance(
     weights: torch.Tensor,
     scaling: float,
     unseen: torch.Tensor | None = None,
-    products: torch.dtype = torch.float32,
 ) -> torch.Tensor:
     """Covariance of the features under causal attention, `[G, 3 P, 3 P]` in float64.
 
@@ -32,8 +31,7 @@ def pair_covariance(
     queries to look at and `weights [t]` theirs; `unseen [T, T]` are tokens that each query does not see, by
     default those after it. Each query's keys are weighted by its attention and
     centred, for softmax ignores constants; the sum is over queries and the group's heads. Half of
-    the variance of an error is the KL divergence in the attention, to second order. Features are multiplied
-    as `products`: bfloat16 adds 1e-6 of each one's variance, a hundredth of what solving adds (`RIDGE`).
+    the variance of an error is the KL divergence in the attention, to second order.
     """
     kv_heads, total, dim = keys.shape
     later = torch.arange(total, device=keys.device) > rows[:, None] if unseen is None else unseen[rows]
@@ -57,7 +55,7 @@ def pair_covariance(
                 features = torch.cat([rotated, plain.real, plain.imag], dim=-1)
                 features -= attention[some, None] @ features  # their mean
                 features *= root[some, :, None]
-                spread = features.flatten(0, 1).to(products)
+                spread = features.flatten(0, 1)
                 covariance[group] += (spread.T @ spread).double()
     return covariance
 

@@ -111,7 +111,7 @@ def measure_layer(
             one.scores = share * heads.of_turned(pairs.chat_scores(attended))
         if methods.fold or pairs.covariance_scores is not None:
             parts = (heads.queries, heads.keys, heads.cos, heads.sin, *chat.queries(), module.scaling)
-            covariance = pair_covariance(*parts, heads.unseen, heads.products)
+            covariance = pair_covariance(*parts, heads.unseen)
             one.covariance = share * heads.among_turned(covariance)
         if methods.factorization.statistics == "usage":
             given = (module, heads, latent_inputs(module, hidden), chat.visual.long(), chat.weights)

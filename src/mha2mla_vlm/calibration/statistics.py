@@ -45,7 +45,7 @@ class Heads:
     `cos, sin [T, P]` are the rotary table's first half; the other half is the same. Dims that RoPE does not
     turn are pairs that turn by nothing, behind the `turned` ones that do: queries and keys have their dims in
     the `order [D]` in which each pair is `(i, i + P)`. `unseen [T, T]` are the tokens that a query does not
-    see, None for those after it. Sums over tokens and queries multiply numbers as `products`.
+    see, None for those after it.
     """
 
     queries: torch.Tensor
@@ -57,7 +57,6 @@ class Heads:
     order: torch.Tensor
     turned: int
     unseen: torch.Tensor | None
-    products: torch.dtype
 
     @classmethod
     def of(
@@ -83,8 +82,7 @@ class Heads:
             q, k = q[..., order], k[..., order]
         gate = None if gate is None else gate[0].float().transpose(0, 1)
         given = {"queries": q, "keys": k, "values": v, "cos": cos, "sin": sin, "gate": gate, "order": order}
-        products = torch.bfloat16 if hidden.dtype == torch.bfloat16 else torch.float32
-        return cls(**given, turned=turned, unseen=unseen_tokens(mask), products=products)
+        return cls(**given, turned=turned, unseen=unseen_tokens(mask))
 
     def of_turned(self, scores: torch.Tensor) -> torch.Tensor:
         """Of scores `[G, P]`, those of pairs that RoPE turns."""
@@ -147,8 +145,7 @@ def layer_usage(
     given = (*heads.rotated(), heads.values, heads.queries)
     received, metric = attention_usage(*given, output, modality, weights, **options)
     if turned is not None:
-        known = ((heads.cos, heads.sin), output, modality, turned)
-        in_frame = key_metric(*given, *known, **options, products=heads.products)
+        in_frame = key_metric(*given, (heads.cos, heads.sin), output, modality, turned, **options)
         metric = torch.cat([metric, in_frame[:, None]], dim=1)
     if heads.turned < module.head_dim // 2:  # back to the order of the module
         back = heads.order.argsort()
