@@ -193,14 +193,20 @@ def _observed(layer: nn.Module, chat: Chat, observe: Observe | None) -> Iterator
         return
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        observe(chat, module, hidden, kwargs["position_embeddings"], kwargs.get("attention_mask"))
+        given = kwargs["position_embeddings"], kwargs.get("attention_mask")
+        observe(chat, module, hidden_states_of(args, kwargs), *given)
 
     handle = layer.self_attn.register_forward_pre_hook(hook, with_kwargs=True)
     try:
         yield
     finally:
         handle.remove()
+
+
+def hidden_states_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+    """What an attention module is called with."""
+    hidden: torch.Tensor = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+    return hidden
 
 
 @contextlib.contextmanager

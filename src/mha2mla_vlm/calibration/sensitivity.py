@@ -16,7 +16,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from mha2mla_vlm.calibration.activations import Chat, States, answer_states, calls_of
+from mha2mla_vlm.calibration.activations import (
+    Chat,
+    States,
+    answer_states,
+    calls_of,
+    hidden_states_of,
+)
 from mha2mla_vlm.model.attention import MLAAttention
 from mha2mla_vlm.model.modeling import decoder_layers
 from mha2mla_vlm.model.offload import end_modules, logits_of, resident
@@ -112,7 +118,7 @@ def _projected(
 ) -> torch.Tensor:
     """Products of `gradients [S, T, H D]` with the errors of each candidate's heads, `[candidates, S]`."""
     rows, known, gradients = [], dict[int, _Known](), gradients.flatten(1).double()
-    hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+    hidden = hidden_states_of(args, kwargs)
     for module in candidates:
         weight = module.q_proj.weight.data_ptr()  # many candidates have the same
         if weight not in known:

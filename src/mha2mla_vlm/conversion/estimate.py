@@ -161,9 +161,9 @@ def _most_memory(model: PreTrainedModel, number: torch.dtype, base: int, peak: i
     own = {id(m): name for name, m in model.named_modules()}
     embeddings = id(model.get_input_embeddings())
     prefixes = tuple(own[id(m)] + "." for m in front_modules(model) if id(m) != embeddings and own[id(m)])
-    direct = [name for name in stored_names(model) if name.rpartition(".")[0] + "." in prefixes]
-    shards = [_bytes(model, names, number) for names in rest_shards(model)]
     names = stored_names(model)
+    direct = [name for name in names if name.rpartition(".")[0] + "." in prefixes]
+    shards = [_bytes(model, shard, number) for shard in rest_shards(model)]
     layer = max(
         _bytes(model, [name for name in names if name.startswith(prefix)], number)
         for prefix in layer_prefixes(model)
