@@ -137,12 +137,6 @@ void raise_top(const Call& c, const Sizes& z, int row, float top, Part part) {
   part.mass[row] *= scale, part.text[row] *= scale, part.top[row] = top;
 }
 
-float sum_of(Vec x) {
-  float sum = 0;
-  for (int i = 0; i < LANES; ++i) sum += x[i];
-  return sum;
-}
-
 // Softmax weights of a tile in place of its scores; `visual` is 1 where tokens are visual.
 void weigh(const Call& c, const Sizes& z, const float* visual, Part part) {
   Scratch& s = scratch;
@@ -155,8 +149,7 @@ void weigh(const Call& c, const Sizes& z, const float* visual, Part part) {
       most = highest(most, value);
       store(row + t, value);
     }
-    float top = part.top[i];
-    for (int n = 0; n < LANES; ++n) top = std::max(top, most[n]);
+    const float top = std::max(part.top[i], top_of(most));
     if (top > part.top[i]) raise_top(c, z, i, top, part);
     Vec mass = {}, text = {};
     for (int t = 0; t < TILE; t += LANES) {

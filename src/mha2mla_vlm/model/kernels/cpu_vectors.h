@@ -46,6 +46,25 @@ inline void store(float* at, Vec x) { *(Loose*)at = x; }
 inline Int load(const int32_t* at) { return *(const LooseInt*)at; }
 inline Vec highest(Vec a, Vec b) { return a > b ? a : b; }
 
+template <int STEP, int... I>
+inline Vec swapped(Vec x, std::integer_sequence<int, I...>) {
+  return __builtin_shuffle(x, Int{(I ^ STEP)...});
+}
+
+// All lanes put together, by halves
+template <typename F>
+inline float across(Vec x, F put) {
+  constexpr auto LANE = std::make_integer_sequence<int, LANES>();
+  if constexpr (LANES > 8) x = put(x, swapped<8>(x, LANE));
+  if constexpr (LANES > 4) x = put(x, swapped<4>(x, LANE));
+  x = put(x, swapped<2>(x, LANE));
+  return put(x, swapped<1>(x, LANE))[0];
+}
+inline float sum_of(Vec x) {
+  return across(x, [](Vec a, Vec b) { return a + b; });
+}
+inline float top_of(Vec x) { return across(x, highest); }
+
 inline long up_to(long x, long step) { return (x + step - 1) / step * step; }
 
 template <typename T>
@@ -114,11 +133,16 @@ void sum_pairs(const PairProduct& p, long row, int panel) {
       sum[i][0] = add_pairs(sum[i][0], number, first), sum[i][1] = add_pairs(sum[i][1], number, second);
     }
   }
+  const float *a_scale = p.a_scale + row, *x_scale = p.x_scale + panel * PANEL;
+  const Vec scale[2] = {load(x_scale), load(x_scale + LANES)};
+  float* out = p.out + panel * p.out_panel + row * p.out_row;
+  const long out_row = p.out_row;
+#pragma GCC unroll 16  // or sums go through memory
   for (int i = 0; i < N; ++i)
+#pragma GCC unroll 2
     for (int v = 0; v < 2; ++v) {
-      float* out = p.out + panel * p.out_panel + (row + i) * p.out_row + v * LANES;
-      const Vec scale = p.a_scale[row + i] * load(p.x_scale + panel * PANEL + v * LANES);
-      store(out, load(out) + __builtin_convertvector(sum[i][v], Vec) * scale);
+      float* to = out + i * out_row + v * LANES;
+      store(to, load(to) + __builtin_convertvector(sum[i][v], Vec) * (a_scale[i] * scale[v]));
     }
 }
 
@@ -177,16 +201,12 @@ inline float pair_row(const float* row, int count, int32_t* to, float length = L
     const Vec x = load(row + k);
     squares += x * x, most = highest(highest(most, x), -x);
   }
-  float sum = 0, top = 0;
-  for (int i = 0; i < LANES; ++i) sum += squares[i], top = std::max(top, most[i]);
+  const float sum = sum_of(squares), top = top_of(most);
   const float worth = sum > 0 ? std::max(std::sqrt(sum) / length, top / LARGEST) : sum;
   const float scale = worth > 0 ? 1 / worth : 0.f;
-  int16_t* numbers = (int16_t*)to;
-  for (int k = 0; k < count; ++k) {
-    const float shifted = row[k] * scale + SHIFT;
-    int32_t bits;
-    std::memcpy(&bits, &shifted, 4);
-    numbers[k] = int16_t(bits);
+  for (int k = 0; k < count; k += LANES) {
+    const Int bits = (Int)(load(row + k) * scale + SHIFT);
+    *(LooseShort*)((int16_t*)to + k) = __builtin_convertvector(bits, LooseShort);
   }
   return worth;
 }
