@@ -10,7 +10,7 @@ import transformers
 from transformers import LlavaConfig, LlavaNextConfig, PreTrainedConfig, Qwen2_5_VLConfig
 
 from mha2mla_vlm.model.families import get_family
-from mha2mla_vlm.model.modeling import mla_classes
+from mha2mla_vlm.model.modeling import mla_classes, text_model
 
 HEAD_DIM = 128
 SHAPES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
@@ -61,7 +61,17 @@ def models_of(
     with torch.device(device):
         original = getattr(transformers, get_family(config.model_type).model_class)(config)
         converted = mla_model(mla_config_class(**values))
+    if "mrope_section" in converted.config.get_text_config().rope_parameters:
+        spread_pairs(converted)
     return original.to(dtype).eval(), converted.to(dtype).eval()
+
+
+def spread_pairs(converted: Any) -> None:
+    """Keep pairs from all of a head: where RoPE is multimodal the first are of one axis, as no conversion has it."""
+    for layer in text_model(converted).layers:
+        pairs = layer.self_attn.rope_pairs
+        spread = torch.arange(pairs.shape[-1], device=pairs.device) * (HEAD_DIM // 2 // pairs.shape[-1])
+        pairs.copy_(spread)
 
 
 def modes_of(shape: str, budget: float, layers: int) -> dict[str, dict[str, Any]]:

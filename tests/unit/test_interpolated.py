@@ -120,19 +120,20 @@ def test_frequencies_are_those_of_the_model(family):
     assert torch.equal(axes, expected)
 
 
-@pytest.mark.parametrize("count", [5, 64])
+@pytest.mark.parametrize("pairs", [[0, 1, 2], [3, 17, 40, 63], range(64)], ids=len)
 @pytest.mark.parametrize("batch", [1, 2])
-def test_tables_of_pairs_are_those_of_all_places(family, batch, count):
+def test_tables_of_pairs_are_those_of_all_places(family, batch, pairs):
+    pairs = torch.tensor(pairs)
     rotation = rotation_of(family, batch)
     if family == "llava_next":
         rotation.rotary.attention_scaling = 1.5
     tokens = torch.arange(40, TOKENS, 7)
     expected = rotation.at(rotation.positions[..., tokens].float())
-    rounding = 2e-6 + 3e-7 * rotation.frequencies[0][:count] * int(rotation.positions.max())  # of angles
-    for got, table in zip(rotation.of_pairs(tokens, count), expected, strict=True):
-        assert ((got - table[..., :count]).abs() < rounding).all()
+    rounding = 2e-6 + 3e-7 * rotation.frequencies[0][pairs] * int(rotation.positions.max())  # of angles
+    for got, table in zip(rotation.of_pairs(tokens, pairs), expected, strict=True):
+        assert ((got - table[..., pairs]).abs() < rounding).all()
     before_the_first = rotation.positions - 1
     rotation = Rotation(rotation.rotary, before_the_first, torch.empty(0), rotation.config)
     assert int(before_the_first.min()) == -1
-    cos, _ = rotation.of_pairs(torch.arange(3), count)
-    assert torch.equal(cos, rotation.at(before_the_first[..., :3].float())[0][..., :count])
+    cos, _ = rotation.of_pairs(torch.arange(3), pairs)
+    assert torch.equal(cos, rotation.at(before_the_first[..., :3].float())[0][..., pairs])

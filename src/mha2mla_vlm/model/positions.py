@@ -74,8 +74,8 @@ class Rotation:
         cos, sin = self._tables(like, torch.cat([places, last], dim=-1))
         return cos[:, :-1], sin[:, :-1]
 
-    def of_pairs(self, tokens: torch.Tensor, count: int) -> Tables:
-        """Tables `[B, n, count]`, in float32, of the first pairs of some `tokens [n]`.
+    def of_pairs(self, tokens: torch.Tensor, pairs: torch.Tensor) -> Tables:
+        """Tables `[B, n, c]`, in float32, of some `tokens [n]` and `pairs [c]`.
 
         Those of multiples of `STEP` are turned by what is left, which takes fewer cosines than all places do.
         """
@@ -83,13 +83,13 @@ class Rotation:
         lowest, highest = (int(x) for x in places.aminmax())
         if lowest < 0:
             cos, sin = self.at(places.float())
-            return cos[..., :count], sin[..., :count]
+            return cos[..., pairs], sin[..., pairs]
         ends = like.new_tensor([*range(0, highest + 1, STEP), *range(STEP)])
-        cos, sin = (table[0, :, :count] for table in self.at(ends.expand(*places.shape[:2], -1)))
+        cos, sin = (table[0][:, pairs] for table in self.at(ends.expand(*places.shape[:2], -1)))
         far, near = cos[:-STEP], cos[-STEP:]
         whole = torch.complex(far, sin[:-STEP])
         rest = torch.complex(near, sin[-STEP:]) / near[:1]  # a table may be scaled
-        axis, made = self.frequencies[1][:count], whole.new_empty(*places.shape[1:], count)
+        axis, made = self.frequencies[1][pairs], whole.new_empty(*places.shape[1:], len(pairs))
         for number, own in enumerate(places):
             which = (axis == number).nonzero()[:, 0]
             made[..., which] = whole[:, which][own // STEP] * rest[:, which][own % STEP]

@@ -39,9 +39,9 @@ struct Call {
   const int32_t* lengths;  // [B], tokens of each row, or null where all have `total`
   int packed;          // whether they are bytes, in which
   int channels[4];     // so many channels have 16, 8, 4 and 2 bits (model/cache/packed.py)
-  const float *cos, *sin;  // [B, P, S], with a tile of room
+  const float *cos, *sin;  // [B, pairs that are made, S], with a tile of room
   long table_batch, table_pair;
-  const int32_t* pairs;  // [G, C]
+  const int32_t* pairs;  // [G, C], numbers of those
   const Blocks* plan;
   const uint8_t* visual;  // [B, S], of blocks of both modalities
   long visual_batch;

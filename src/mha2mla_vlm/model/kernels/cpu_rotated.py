@@ -66,9 +66,9 @@ class _Plan:
     """What all layers of a step share, as the kernel reads it; `tensors` are those that it points to."""
 
     blocks: Any
-    cos: torch.Tensor  # [B, pairs, S and a tile]
+    cos: torch.Tensor  # [B, pairs that are made, S and a tile]
     sin: torch.Tensor
-    pairs: torch.Tensor  # [G, C]
+    pairs: torch.Tensor  # [G, C], numbers of those
     tensors: tuple[torch.Tensor, ...]
 
 
@@ -219,22 +219,20 @@ def _plan(queries: Queries, stored: Rebuilt) -> _Plan:
     return plan
 
 
-def _tables(blocks: Sequence[Blocks], stored: Rebuilt) -> Tables:
-    """Tables `[B, P, S and a tile]` of pairs that are made of latents, of the tokens of which some are."""
+def _tables(blocks: Sequence[Blocks], stored: Rebuilt, made: torch.Tensor) -> Tables:
+    """Tables `[B, pairs, S and a tile]` of the pairs `made` of latents, of the tokens of which some are."""
     angles, rotation = stored.angles, stored.angles.rotation
-    made = angles.pairs[:, : max(some.rebuilt for some in blocks)]
-    count = int(made.max()) + 1 if made.numel() else 0
     spans = [some.tokens.flatten() for some in blocks if some.rebuilt]
     if rotation is None or not spans:
         known, tokens = (angles.cos, angles.sin) if spans else (), slice(None, stored.length)
-        found = tuple(table[:, tokens] for table in known)  # pages have room for more
+        found = tuple(table[:, tokens][..., made] for table in known)  # pages have room for more
     else:
         tokens = torch.cat(spans)
-        found = rotation.of_pairs(tokens, count)
+        found = rotation.of_pairs(tokens, made)
     laid_out = []
     for table in found:
-        by_pair = torch.zeros(len(table), count, stored.length + TILE)  # read up to whole tiles
-        by_pair[..., tokens] = table[..., :count].transpose(1, 2).float()
+        by_pair = torch.zeros(len(table), len(made), stored.length + TILE)  # read up to whole tiles
+        by_pair[..., tokens] = table.transpose(1, 2).float()
         laid_out.append(by_pair)
     return (laid_out[0], laid_out[1]) if laid_out else (torch.zeros(1, 1, 1),) * 2
 
@@ -242,7 +240,8 @@ def _tables(blocks: Sequence[Blocks], stored: Rebuilt) -> Tables:
 def _laid_out(blocks: Sequence[Blocks], stored: Rebuilt) -> _Plan:
     angles = stored.angles
     kept: list[torch.Tensor] = []
-    cos, sin = _tables(blocks, stored)
+    made = angles.pairs[:, : max(some.rebuilt for some in blocks)].unique()
+    cos, sin = _tables(blocks, stored, made)
 
     def keep(x: torch.Tensor | None, dtype: torch.dtype) -> int | None:
         if x is None:
@@ -265,5 +264,5 @@ def _laid_out(blocks: Sequence[Blocks], stored: Rebuilt) -> _Plan:
             to.cos, to.sin = (keep(table, torch.float32) for table in some.nodes)
             to.basis = keep(some.basis, torch.float32)
             to.axis, to.node = (keep(x, torch.int32) for x in torch.tensor(some.terms).unbind(1))
-    pairs = angles.pairs.int().contiguous()
+    pairs = torch.searchsorted(made, angles.pairs.contiguous(), out_int32=True)
     return _Plan(blocks=laid, cos=cos, sin=sin, pairs=pairs, tensors=tuple(kept))
