@@ -73,7 +73,7 @@ def calibrations(name: str) -> dict[str, tuple[Callable[[], list[Record]], int]]
     def text() -> list[Record]:
         return text_alone(all_kinds())
 
-    return {
+    return {  # with 0 where `convert` would add some by itself, too
         f"all kinds, {CALIBRATION} chats": (all_kinds, 0),
         "all kinds, 16 chats": (lambda: all_kinds()[:16], 0),
         "one kind of question": (read, 0),

@@ -295,6 +295,8 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
     for shape in arguments.shape:
+        if arguments.work is not None:
+            arguments.work.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix="scale-", dir=arguments.work))
         try:
             row = measure(shape, arguments.layers, arguments.budget, folder)

@@ -67,7 +67,7 @@ def models_of(
 
 
 def spread_pairs(converted: Any) -> None:
-    """Keep pairs from all of a head: where RoPE is multimodal the first are of one axis, as no conversion has it."""
+    """Keep pairs from all of a head: with multimodal RoPE the first are of one axis, as in no conversion."""
     for layer in text_model(converted).layers:
         pairs = layer.self_attn.rope_pairs
         spread = torch.arange(pairs.shape[-1], device=pairs.device) * (HEAD_DIM // 2 // pairs.shape[-1])

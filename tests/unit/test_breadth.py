@@ -1,6 +1,7 @@
 """What calibration chats are said to lack."""
 
 import logging
+from dataclasses import replace
 
 import pytest
 from helpers import answered, original
@@ -45,11 +46,32 @@ def test_what_narrow_chats_lack(records, found):
     assert lacks(records) == found
 
 
-def test_a_conversion_says_so_unless_random_chats_are_added(caplog):
+def test_a_conversion_says_so_unless_random_chats_are_asked_for(caplog):
     model, processor = original("llava")
     with caplog.at_level(logging.WARNING):
         encode_split(model, processor, answered("llava"), ConversionConfig(random_chats=4))
         assert not caplog.messages
-        encode_split(model, processor, answered("llava"), ConversionConfig())
+        encode_split(model, processor, answered("llava"), ConversionConfig(random_chats=0))
     assert "calibration is narrow: only 5 chats" in caplog.messages[0]
     assert "--random-chats" in caplog.messages[0]
+
+
+@pytest.mark.parametrize(
+    ("records", "added"),
+    [
+        (chats(["Read."] * 40, 1), 32),
+        (chats(["Read."] * 5, 1), 4),
+        (chats(["What", "is", "this?"] * 20), 32),
+        (chats(["What", "is", "this?"] * 20, 1), 0),
+    ],
+    ids=["one kind", "few of one kind", "no images", "broad"],
+)
+def test_random_chats_are_added_to_those_of_one_kind(records, added, caplog):
+    model, processor = original("llava")
+    answer = {"role": "assistant", "content": [{"type": "text", "text": "3"}]}
+    records = [replace(record, messages=[*record.messages, answer]) for record in records]
+    with caplog.at_level(logging.WARNING):
+        made = encode_split(model, processor, records, ConversionConfig())
+    assert made.random == added
+    assert len(made.calibration) + len(made.held_out) == len(records) + added
+    assert not added or f"({added} random ones are added)" in caplog.messages[0]

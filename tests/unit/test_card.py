@@ -9,9 +9,10 @@ from mha2mla_vlm.model.origin import stated_by
 from mha2mla_vlm.model.shipped import zoo_path
 
 FINDINGS = {
-    "settings": {"random_chats": 8},
+    "settings": {},
     "source": {"license": "other", "license_name": "own", "license_link": "https://x.y/z"},
     "calibration_chats": 40,
+    "random_chats": 8,
     "held_out_chats": 10,
 }
 

@@ -85,10 +85,10 @@ class ConversionConfig(Strict):
         LATENT_BITS,
     )
     samples: int = option(128, "Chats to calibrate and measure on, at most.")
-    random_chats: int = option(
-        0,
-        "Chats of random tokens, half with pictures of noise, to calibrate on too: if yours are few or of "
-        "one kind.",
+    random_chats: int | None = option(
+        None,
+        "Chats of random tokens, half with pictures of noise, to calibrate on too.  [default: 32, or as many "
+        "as there are others, where these ask one kind of question or have no images; else 0]",
     )
     held_out: float = 0.2
 
@@ -112,7 +112,7 @@ class ConversionConfig(Strict):
                 "makes keys and values of one latent"
             )
         self._check_auto()
-        if self.random_chats < 0:
+        if self.random_chats is not None and self.random_chats < 0:
             raise InputError(f"random_chats = {self.random_chats}: give 0 or more")
         if not 0 < self.held_out < 1:
             raise InputError(f"held_out = {self.held_out}: give a share between 0 and 1")

@@ -24,13 +24,14 @@ Sink = Callable[[int, dict[str, torch.Tensor]], None]  # takes a layer's number 
 
 @dataclass(frozen=True, kw_only=True)
 class Chats:
-    """Batches of one chat each: to calibrate on, and held out to measure the loss on; and what those to
-    calibrate on lack (`data.breadth`).
+    """Batches of one chat each: to calibrate on, of which the last are `random`, and held out to measure the
+    loss on; and what the others to calibrate on lack (`data.breadth`).
     """
 
     calibration: Sequence[BatchFeature]
     held_out: Sequence[BatchFeature]
     lacks: Sequence[str] = ()
+    random: int = 0
 
     def __len__(self) -> int:
         return len(self.calibration) + len(self.held_out)
@@ -124,6 +125,7 @@ def _converted(
         "settings": config.to_dict(),
         "source": stated_by(source, model.config) if source else {},
         "calibration_chats": len(chats.calibration),
+        "random_chats": chats.random,
         "held_out_chats": len(chats.held_out),
         "kl_interval": measured.intervals(),
         **more,

@@ -89,12 +89,13 @@ def predict(
     converted = empty_model(converted_config(model_config, mla))
     calibration, held_out = chats.calibration, chats.held_out
     tokens, others = (sum(x["input_ids"].shape[1] for x in chats) for chats in (calibration, held_out))
-    target, base = torch.device(device), resident_bytes() or 0
+    target, base, first = torch.device(device), resident_bytes() or 0, calibration[0]
     phases, peak, kept = _one_layer(
-        model_config, config, _of_one(mla, sizes), calibration[0], number, target, allocated=allocated
+        model_config, config, _of_one(mla, sizes), first, number, target, allocated=allocated
     )
     output_bytes = _bytes(converted, stored_names(converted), number)
-    counts = _counts(model_config, sizes, len(calibration), len(held_out), len(config.tried_bits))
+    timed = first["input_ids"].shape[1]
+    counts = _counts(model_config, sizes, tokens / timed, others / timed, len(config.tried_bits))
     seconds = {phase: taken * counts.get(phase, len(sizes.growing)) for phase, taken in phases.items()}
     seconds["writing"] = (output_bytes + len(sizes.growing) * kept) / WRITE_RATE
     # all layers' states stay until their gradients have come down; else those of two layers are there
@@ -112,12 +113,15 @@ def predict(
     )
 
 
-def _counts(config: Any, sizes: AttentionSizes, calibration: int, held_out: int, ways: int) -> dict[str, int]:
-    """How often phases do what was timed, with so many chats and `ways` to keep latents, of which each is
-    converted where it is not clear which is best; others do it once for each layer that is converted.
+def _counts(
+    config: Any, sizes: AttentionSizes, calibration: float, held_out: float, ways: int
+) -> dict[str, float]:
+    """How often phases do what was timed, with chats that are so many times as long together as the one that
+    was timed, and `ways` to keep latents, of which each is converted where it is not clear which is best;
+    others do it once for each layer that is converted.
     """
     measured = dict.fromkeys(("calibration", "sensitivity"), calibration * sizes.layers)
-    made = dict.fromkeys(("partial RoPE", "factorisation"), ways * len(sizes.growing))
+    made = dict.fromkeys(("partial RoPE", "factorisation"), float(ways * len(sizes.growing)))
     seen = (calibration + ways * held_out) * _vision_depth(config)
     return {
         **measured,

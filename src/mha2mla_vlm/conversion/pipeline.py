@@ -16,7 +16,7 @@ from mha2mla_vlm.conversion.plan import check_model, plan
 from mha2mla_vlm.conversion.profile import Profile
 from mha2mla_vlm.conversion.weights import rebuild
 from mha2mla_vlm.conversion.work import MemoryWork
-from mha2mla_vlm.data.breadth import lacks
+from mha2mla_vlm.data.breadth import lacks, random_needed
 from mha2mla_vlm.data.random_chats import random_chats
 from mha2mla_vlm.data.records import EncodedRecords, Record
 from mha2mla_vlm.errors import InputError
@@ -91,16 +91,17 @@ def encode_split(
     if silent := [record.source for record in records if not record.answers()]:
         raise InputError(f"{silent[0]}: no assistant message; give chats with answers, which the loss is of")
     count = min(len(records) - 1, max(1, round(config.held_out * len(records))))
-    found = lacks(records[:-count])
+    own, found = records[:-count], lacks(records[:-count])
+    made = random_needed(len(own), found) if config.random_chats is None else config.random_chats
     if found and not config.random_chats and process_index() == 0:
         logger.warning(
-            "calibration is narrow: %s; other chats may lose much, so add such chats, or --random-chats 32",
+            "calibration is narrow: %s; other chats may lose much, so add such chats%s",
             ", ".join(found),
+            f" ({made} random ones are added)" if made else ", or --random-chats 32",
         )
-    more = random_chats(processor.tokenizer, config.random_chats)
-    parts = [*records[:-count], *more], records[-count:]
+    parts = [*own, *random_chats(processor.tokenizer, made)], records[-count:]
     calibration, held_out = (EncodedRecords(processor, part, visual) for part in parts)
-    return Chats(calibration=calibration, held_out=held_out, lacks=found)
+    return Chats(calibration=calibration, held_out=held_out, lacks=found, random=made)
 
 
 def _check(chats: Chats) -> None:

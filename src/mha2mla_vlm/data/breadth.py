@@ -7,6 +7,8 @@ from mha2mla_vlm.data.records import Record, message_text
 
 FEW = 32  # chats
 SAME = 2  # questions, but for their numbers, that are still of one kind
+NO_IMAGES, ONE_KIND = "no images", "only one kind of question"
+RANDOM = 32  # random chats that make up for these
 
 
 def lacks(records: Sequence[Record]) -> list[str]:
@@ -23,8 +25,13 @@ def lacks(records: Sequence[Record]) -> list[str]:
     }
     found = {
         f"only {len(records)} chats": len(records) < FEW,
-        "no images": not any(shown),
+        NO_IMAGES: not any(shown),
         "no chat with several images": any(shown) and max(shown) < 2,
-        "only one kind of question": len(asked) <= SAME,
+        ONE_KIND: len(asked) <= SAME,
     }
     return [clause for clause, lacking in found.items() if lacking]
+
+
+def random_needed(chats: int, lacking: Sequence[str]) -> int:
+    """How many random chats to calibrate on besides: at most as many as there are `chats`."""
+    return min(RANDOM, chats) if {NO_IMAGES, ONE_KIND} & set(lacking) else 0

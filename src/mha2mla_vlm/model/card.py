@@ -168,7 +168,7 @@ def _calibration(findings: dict[str, Any]) -> str:
     count = findings.get("calibration_chats")
     if count is None:
         return "What it was calibrated on is not recorded."
-    made, held_out = findings["settings"].get("random_chats", 0), findings.get("held_out_chats")
+    made, held_out = findings.get("random_chats", 0), findings.get("held_out_chats")
     parts = f", of which {made} are random tokens and pictures of noise" if made else ""
     rest = f" {held_out} more were held out to measure the KL." if held_out else ""
     return f"It was calibrated on {count} chats{parts}.{rest}"
