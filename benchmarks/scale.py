@@ -15,6 +15,7 @@ import argparse
 import datetime
 import gc
 import json
+import os
 import random
 import shutil
 import subprocess
@@ -235,6 +236,7 @@ def measure(shape: str, layers: int | None, budget: float | None, folder: Path) 
     (folder / "model").mkdir()
     processor = write_checkpoint(shape, layers, folder / "model")
     lengths = write_chats(shape, processor, folder)
+    os.sync()  # or the dry run waits for the disk
     predicted = command(folder, budget, "--dry-run")
     start = time.perf_counter()
     result = command(folder, budget)

@@ -102,6 +102,8 @@ struct Weights {
   float* worth;
 };
 
+bool in_pairs(const Call& c) { return HAS_PAIRS && c.half; }
+
 // What a thread works in; kept from call to call, and enlarged when a call needs more.
 struct Scratch {
   float *latent, *tokens, *absorbed, *constants, *turned, *scores, *other, *terms, *keys, *seen, *token;
@@ -113,14 +115,15 @@ struct Scratch {
   long room = 0;
 
   void fit(const Call& c, const Sizes& z) {
-    const long rows = 2L * z.terms * z.rows, group = long(z.terms) * c.row_group, tile = long(TILE) * z.rank;
+    const long rows = 2L * z.terms * z.rows, group = long(z.terms) * c.row_group;
+    const long tile = long(TILE) * z.rank, numbers = in_pairs(c) ? 0 : tile, pairs_of_tile = tile / 2 - numbers / 2;
     const std::pair<void*, long> parts[] = {
-        {&latent, tile},           {&tokens, tile},   {&absorbed, rows * z.row}, {&constants, rows},
+        {&latent, numbers},        {&tokens, numbers}, {&absorbed, rows * z.row}, {&constants, rows},
         {&turned, group * c.rope}, {&scores, long(z.rows) * TILE}, {&other, long(z.rows) * TILE},
         {&terms, group * TILE},    {&keys, 2L * z.made * TILE},    {&seen, long(c.new_tokens) * TILE},
         {&token, z.rank},          {&lanes, long(LANES) * z.rank}, {&worth, TILE},
         {&row_worth, rows},
-        {&weight_worth, z.rows},   {&ones, z.rank},   {&pairs, tile / 2},        {&latent_pairs, tile / 2},
+        {&weight_worth, z.rows},   {&ones, z.rank},   {&pairs, pairs_of_tile},   {&latent_pairs, pairs_of_tile},
         {&row_pairs, rows * (z.rank / 2)}, {&weight_pairs, long(z.rows) * TILE / 2}};
     long wanted = 0;
     for (const auto& part : parts) wanted += up_to(part.second, 16) + 16;
@@ -139,8 +142,6 @@ struct Scratch {
 };
 
 thread_local Scratch scratch;
-
-bool in_pairs(const Call& c) { return HAS_PAIRS && c.half; }
 
 // Where a token's latent lies, in numbers or bytes.
 long place_of(const Call& c, int b, long token) {
