@@ -53,13 +53,13 @@ def naive_covariance(queries, keys, rows, weights):
 def covariance(seed=0, rows=None, total=T):
     queries, keys = heads(seed, total)
     rows = torch.arange(total) if rows is None else rows
-    return pair_covariance(queries, keys, *tables(total), rows, torch.ones(len(rows)), SCALING)
+    return pair_covariance(queries, keys, *tables(total), [(rows, torch.ones(len(rows)))] * (H // G), SCALING)
 
 
 def test_the_covariance_is_that_of_every_query_and_key_taken_one_by_one():
     queries, keys = heads()
     rows, weights = torch.tensor([0, 3, 8]), torch.tensor([1.0, 0.5, 2.0])
-    ours = pair_covariance(queries, keys, *tables(), rows, weights, SCALING)
+    ours = pair_covariance(queries, keys, *tables(), [(rows, weights)] * (H // G), SCALING)
     torch.testing.assert_close(ours, naive_covariance(queries, keys, rows, weights), rtol=1e-4, atol=1e-5)
 
 
@@ -120,7 +120,9 @@ def test_a_rotation_that_is_always_the_same_folds_away():
     rows = torch.tensor([39])
     hidden = keys.clone()
     hidden[:, -1] = 50 * -queries.unflatten(0, (G, -1)).mean(1)[:, -1]  # never attended to
-    matrices = pair_covariance(queries, hidden, cos[turn], sin[turn], rows, torch.ones(1), SCALING)
+    matrices = pair_covariance(
+        queries, hidden, cos[turn], sin[turn], [(rows, torch.ones(1))] * (H // G), SCALING
+    )
     for matrix in matrices:
         every = list(range(P))
         assert variance_left(matrix, every, fold=True) < 1e-2 * variance_left(matrix, every, fold=False)

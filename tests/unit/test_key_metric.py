@@ -38,7 +38,7 @@ def metric(cos_sin, rotated=ALL, rows=None):
     rows = torch.arange(T) if rows is None else rows
     turned = [rotated_heads(x, rotated, cos_sin) for x in (queries, keys)]
     return key_metric(
-        *turned, values, queries, cos_sin, weight, MODALITY, (rows, WEIGHTS[rows]),
+        *turned, values, queries, cos_sin, weight, MODALITY, [(rows, WEIGHTS[rows])] * (H // G),
         modalities=2, scaling=SCALING, rotated=None if rotated is ALL else rotated,
     )  # fmt: skip
 
@@ -100,7 +100,8 @@ def test_a_modality_without_tokens_has_no_metric():
     queries, keys, values, weight = tensors()
     rows = torch.arange(T)
     found = key_metric(
-        queries, keys, values, queries, tables(), weight, torch.zeros(T, dtype=torch.long), (rows, WEIGHTS),
+        queries, keys, values, queries, tables(), weight, torch.zeros(T, dtype=torch.long),
+        [(rows, WEIGHTS)] * (H // G),
         modalities=2, scaling=SCALING,
     )  # fmt: skip
     assert not found[1].any()

@@ -10,7 +10,7 @@ Shapes: T tokens, H query heads, G KV heads, M = H / G, D head dim, C hidden.
 
 import torch
 
-from mha2mla_vlm.algorithms.at_once import rows_at_once
+from mha2mla_vlm.algorithms.at_once import Chosen, rows_at_once
 
 QUERY_BLOCK = 512  # queries whose attention is held at a time
 
@@ -108,7 +108,7 @@ def key_metric(
     tables: tuple[torch.Tensor, torch.Tensor],
     output: torch.Tensor,
     modality: torch.Tensor,
-    chosen: tuple[torch.Tensor, torch.Tensor],
+    chosen: Chosen,
     *,
     modalities: int,
     scaling: float,
@@ -124,15 +124,15 @@ def key_metric(
     `attention_usage`.
 
     Arguments are those of `attention_usage`; `tables` are cos and sin `[T, P]`, `chosen` the queries to look
-    at `[t]` and their weights. Of a head with `rotated [G, P]` only those pairs are rotated when read; the
+    at. Of a head with `rotated [G, P]` only those pairs are rotated when read; the
     others meet plain queries, as after partial RoPE.
     """
-    (heads, total, dim), kv_heads, (rows, weights) = queries.shape, len(keys), chosen
+    (heads, total, dim), kv_heads = queries.shape, len(keys)
     metric = torch.zeros(modalities, kv_heads, dim, dim, dtype=torch.float64, device=keys.device)
     members = [(modality == number).nonzero()[:, 0] for number in range(modalities)]
     block = rows_at_once(total * dim, keys.device)
     for head in range(heads):
-        group = head // (heads // kv_heads)
+        group, (rows, weights) = head // len(chosen), chosen[head % len(chosen)]
         # by the queries that are looked at
         _, gram = _grams(output[:, head], None if gate is None else gate[head, rows], weights)
         seen, kept = values[group] @ gram, None if rotated is None else rotated[group]

@@ -10,7 +10,7 @@ features of a query and a key are `[x | u | w]`, P each.
 
 import torch
 
-from mha2mla_vlm.algorithms.at_once import rows_at_once
+from mha2mla_vlm.algorithms.at_once import Chosen, rows_at_once
 
 RIDGE = 1e-4  # of each feature's variance
 
@@ -20,32 +20,33 @@ def pair_covariance(
     keys: torch.Tensor,
     cos: torch.Tensor,
     sin: torch.Tensor,
-    rows: torch.Tensor,
-    weights: torch.Tensor,
+    chosen: Chosen,
     scaling: float,
     unseen: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Covariance of the features under causal attention, `[G, 3 P, 3 P]` in float64.
 
-    `queries [H, T, D]` and `keys [G, T, D]` are not rotated, `cos, sin [T, P]`; `rows [t]` are the
-    queries to look at and `weights [t]` theirs; `unseen [T, T]` are tokens that each query does not see, by
-    default those after it. Each query's keys are weighted by its attention and
-    centred, for softmax ignores constants; the sum is over queries and the group's heads. Half of
-    the variance of an error is the KL divergence in the attention, to second order.
+    `queries [H, T, D]` and `keys [G, T, D]` are not rotated, `cos, sin [T, P]`; `chosen` are the queries to
+    look at; `unseen [T, T]` are tokens that each query does not see, by default those after it. Each query's
+    keys are weighted by its attention and centred, for softmax ignores constants; the sum is over queries
+    and the group's heads. Half of the variance of an error is the KL divergence in the attention, to second
+    order.
     """
     kv_heads, total, dim = keys.shape
-    later = torch.arange(total, device=keys.device) > rows[:, None] if unseen is None else unseen[rows]
-    q = torch.view_as_complex(torch.stack(queries[:, rows].float().chunk(2, -1), -1) * scaling)
-    k = torch.view_as_complex(torch.stack(keys.float().chunk(2, -1), -1))
+    q, k = (torch.view_as_complex(torch.stack(x.float().chunk(2, -1), -1)) for x in (queries, keys))
     turn = torch.complex(cos, sin)  # a rotary table may scale, too, so this is not of length 1
     size = 3 * dim // 2
     covariance = torch.zeros(kv_heads, size, size, dtype=torch.float64, device=keys.device)
     block = rows_at_once(total * size, keys.device)
     for group, key in enumerate(k):
         turned_key = key * turn
-        for query in q.unflatten(0, (kv_heads, -1))[group]:
+        for head, (rows, weights) in zip(q.unflatten(0, (kv_heads, -1))[group], chosen, strict=True):
+            query = head[rows] * scaling
             turned = query * turn[rows]
             logits = (turned @ turned_key.conj().T).real
+            later = (
+                torch.arange(total, device=keys.device) > rows[:, None] if unseen is None else unseen[rows]
+            )
             attention = logits.masked_fill(later, -torch.inf).softmax(-1)
             root = (attention * weights[:, None]).sqrt()
             for start in range(0, len(rows), block):

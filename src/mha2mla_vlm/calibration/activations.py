@@ -13,7 +13,8 @@ import torch
 from torch import nn
 from transformers import BatchFeature, PreTrainedModel
 
-from mha2mla_vlm.calibration.statistics import MAX_QUERIES, query_weights, visual_mask
+from mha2mla_vlm.algorithms.at_once import Chosen
+from mha2mla_vlm.calibration.statistics import MAX_QUERIES, OF_A_HEAD, query_weights, visual_mask
 from mha2mla_vlm.evaluation.answers import predicted
 from mha2mla_vlm.model.attention import MLAAttention
 from mha2mla_vlm.model.modality import TokenModality
@@ -69,16 +70,19 @@ class Chat:
     answers: torch.Tensor
     modality: TokenModality
 
-    def some_queries(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def some_queries(self, heads: int) -> Chosen:
         """The same places, with weights that stand for all queries'."""
-        rows, share = self.queries()
-        return rows, share * self.weights.sum()
+        return [(rows, share * self.weights.sum()) for rows, share in self.queries(heads)]
 
-    def queries(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Places and weights of the `MAX_QUERIES` queries that count most, the last of equals."""
-        rows = self.weights.flip(0).argsort(descending=True, stable=True)[:MAX_QUERIES]
+    def queries(self, heads: int) -> Chosen:
+        """Places and weights of the `MAX_QUERIES` queries that count most, the last of equals, dealt to so
+        many heads that share a KV head: what pairs are chosen by has to see many queries, of whatever head.
+        """
+        most = min(MAX_QUERIES, heads * OF_A_HEAD)
+        rows = self.weights.flip(0).argsort(descending=True, stable=True)[:most]
         rows = (len(self.weights) - 1 - rows).sort().values
-        return rows, self.weights[rows] / self.weights[rows].sum()
+        dealt = [rows[head % len(rows) :: heads] for head in range(heads)]
+        return [(own, self.weights[own] / self.weights[own].sum()) for own in dealt]
 
 
 @torch.no_grad()

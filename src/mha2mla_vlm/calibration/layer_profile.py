@@ -106,16 +106,17 @@ def measure_layer(
         """Add one chat."""
         one = LayerProfile()
         heads = Heads.of(module, hidden, tables, mask)
+        sharing = len(heads.queries) // len(heads.keys)
         if pairs.chat_scores is not None:
             attended = Attended(heads.queries, heads.keys, *heads.rotated(), module.scaling, heads.unseen)
             one.scores = share * heads.of_turned(pairs.chat_scores(attended))
         if methods.fold or pairs.covariance_scores is not None:
-            parts = (heads.queries, heads.keys, heads.cos, heads.sin, *chat.queries(), module.scaling)
+            parts = (heads.queries, heads.keys, heads.cos, heads.sin, chat.queries(sharing), module.scaling)
             covariance = pair_covariance(*parts, heads.unseen)
             one.covariance = share * heads.among_turned(covariance)
         if methods.factorization.statistics == "usage":
             given = (module, heads, latent_inputs(module, hidden), chat.visual.long(), chat.weights)
-            looked_at = chat.some_queries() if methods.at_read else None
+            looked_at = chat.some_queries(sharing) if methods.at_read else None
             one.stats = LayerStats(layer_usage(*given, turned=looked_at))
         elif moments:
             one.stats = chat_moments(chat, latent_inputs(module, hidden))

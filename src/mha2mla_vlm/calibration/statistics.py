@@ -11,6 +11,7 @@ from typing import Any, Self
 import torch
 from transformers import BatchFeature
 
+from mha2mla_vlm.algorithms.at_once import Chosen
 from mha2mla_vlm.algorithms.error_metric import attention_usage, key_metric
 from mha2mla_vlm.algorithms.pair_selection.base import split_dims
 from mha2mla_vlm.algorithms.token_stats import TokenStats
@@ -22,7 +23,8 @@ from mha2mla_vlm.utils.compat import one_table
 
 ANSWER_WEIGHT = 8.0  # of a query whose output is an answer's token, against other text
 VISION_WEIGHT = 0.1
-MAX_QUERIES = 32  # of a chat, on whose attention pairs and keys are measured; 64 do no better
+MAX_QUERIES = 128  # of a chat, on whose attention pairs and keys are measured, for each KV head
+OF_A_HEAD = 64  # of these, at most, for one query head
 
 
 @dataclass
@@ -130,14 +132,14 @@ def layer_usage(
     modality: torch.Tensor,
     weights: torch.Tensor,
     *,
-    turned: tuple[torch.Tensor, torch.Tensor] | None = None,
+    turned: Chosen | None = None,
 ) -> dict[str, TokenStats]:
     """Tokens of one chat in an original layer, weighted by the squared attention that they receive, and
     metrics of the errors of their keys and values (`error_metric.attention_usage`).
 
     `inputs [1, T, C]` are what latents are made of (`normed.latent_inputs`), `modality [T]` numbers
     `DECOUPLED`, `weights [T]` are `query_weights`. Where keys are rotated at read, `turned` are the queries
-    to look at and their weights for a third metric, of keys before RoPE (`error_metric.key_metric`).
+    to look at for a third metric, of keys before RoPE (`error_metric.key_metric`).
     """
     output = module.o_proj.weight.unflatten(1, (-1, module.head_dim))
     options = {"modalities": len(DECOUPLED), "scaling": module.scaling}
