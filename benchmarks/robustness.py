@@ -19,6 +19,7 @@ from typing import Any
 from measured import HeldOut, Rows, encoded, write_between, zoo_parser
 
 from mha2mla_vlm import ConversionConfig, convert, load, load_processor, make_profile
+from mha2mla_vlm.data.breadth import RANDOM
 from mha2mla_vlm.data.records import IGNORE_INDEX, Record, chat_length
 from mha2mla_vlm.model.shipped import ZOO_NAMES
 from mha2mla_vlm.zoo.chats import MAX_SIDE, PAGE_MULTIPLE, make_chat, zoo_records
@@ -28,7 +29,6 @@ MARK = "<!-- written by benchmarks/robustness.py -->"
 BUDGETS = (0.25, 0.125)
 MODES = ("read", "read mixed", "write")  # when keys are rotated, and whether channels differ in bits
 CALIBRATION = 128  # chats
-RANDOM = 32  # random chats besides, where there are
 TIMES = 4  # prompts so many times as long as the longest chat of calibration
 TESTS = ("all kinds", "3 images", "text only", "4 times as long")
 

@@ -9,6 +9,7 @@ import torch
 import transformers
 from transformers import LlavaConfig, LlavaNextConfig, PreTrainedConfig, Qwen2_5_VLConfig
 
+from mha2mla_vlm.algorithms.pair_selection import uniform
 from mha2mla_vlm.model.families import get_family
 from mha2mla_vlm.model.modeling import mla_classes, text_model
 
@@ -70,8 +71,7 @@ def spread_pairs(converted: Any) -> None:
     """Keep pairs from all of a head: with multimodal RoPE the first are of one axis, as in no conversion."""
     for layer in text_model(converted).layers:
         pairs = layer.self_attn.rope_pairs
-        spread = torch.arange(pairs.shape[-1], device=pairs.device) * (HEAD_DIM // 2 // pairs.shape[-1])
-        pairs.copy_(spread)
+        pairs.copy_(uniform.pairs(HEAD_DIM // 2, pairs.shape[-1]))
 
 
 def modes_of(shape: str, budget: float, layers: int) -> dict[str, dict[str, Any]]:

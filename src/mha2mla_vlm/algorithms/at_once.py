@@ -1,11 +1,6 @@
-"""How much of a large intermediate result is there at a time, and which queries are looked at."""
-
-from collections.abc import Sequence
+"""How much of a large intermediate result is there at a time."""
 
 import torch
-
-# Places `[t]` of some queries and their weights `[t]`, for each of the heads that share a KV head.
-Chosen = Sequence[tuple[torch.Tensor, torch.Tensor]]
 
 CACHED = 1 << 20  # float32 numbers that stay in a processor's cache
 MANY = 1 << 24  # that keep a GPU busy

@@ -10,7 +10,8 @@ Shapes: T tokens, H query heads, G KV heads, M = H / G, D head dim, C hidden.
 
 import torch
 
-from mha2mla_vlm.algorithms.at_once import Chosen, rows_at_once
+from mha2mla_vlm.algorithms.at_once import rows_at_once
+from mha2mla_vlm.algorithms.looked_at import Chosen, unseen_by
 
 QUERY_BLOCK = 512  # queries whose attention is held at a time
 
@@ -92,7 +93,7 @@ def _attend(
     value lies from the output, `|v_j - o_i|^2` in the metric `gram [D, D]`; both `[t, T]`. `seen` is
     `values @ gram`, the same for all queries of the head.
     """
-    hidden = torch.arange(len(keys), device=keys.device) > rows[:, None] if unseen is None else unseen[rows]
+    hidden = unseen_by(rows, len(keys), unseen)
     attention = (queries @ keys.T * scaling).masked_fill(hidden, -torch.inf).softmax(-1)
     mean = attention @ values
     lengths = (seen * values).sum(-1)
@@ -124,8 +125,8 @@ def key_metric(
     `attention_usage`.
 
     Arguments are those of `attention_usage`; `tables` are cos and sin `[T, P]`, `chosen` the queries to look
-    at. Of a head with `rotated [G, P]` only those pairs are rotated when read; the
-    others meet plain queries, as after partial RoPE.
+    at. Of a head with `rotated [G, P]` only those pairs are rotated when read; the others meet plain
+    queries, as after partial RoPE.
     """
     (heads, total, dim), kv_heads = queries.shape, len(keys)
     metric = torch.zeros(modalities, kv_heads, dim, dim, dtype=torch.float64, device=keys.device)
@@ -143,8 +144,7 @@ def key_metric(
             pull = (attention.square() * spread * weight[:, None]).sqrt() * scaling
             for number, tokens in enumerate(members):
                 cos, sin = (table[tokens] for table in tables)
-                turned = turned_back(query, plain, cos, sin, kept) * pull[:, tokens, None]
-                turned = turned.flatten(0, 1)
+                turned = (turned_back(query, plain, cos, sin, kept) * pull[:, tokens, None]).flatten(0, 1)
                 metric[number, group] += (turned.T @ turned).double()
     return metric
 

@@ -10,7 +10,9 @@ features of a query and a key are `[x | u | w]`, P each.
 
 import torch
 
-from mha2mla_vlm.algorithms.at_once import Chosen, rows_at_once
+from mha2mla_vlm.algorithms.at_once import rows_at_once
+from mha2mla_vlm.algorithms.looked_at import Chosen, unseen_by
+from mha2mla_vlm.algorithms.pair_selection.base import as_pairs
 
 RIDGE = 1e-4  # of each feature's variance
 
@@ -33,21 +35,18 @@ def pair_covariance(
     order.
     """
     kv_heads, total, dim = keys.shape
-    q, k = (torch.view_as_complex(torch.stack(x.float().chunk(2, -1), -1)) for x in (queries, keys))
     turn = torch.complex(cos, sin)  # a rotary table may scale, too, so this is not of length 1
     size = 3 * dim // 2
     covariance = torch.zeros(kv_heads, size, size, dtype=torch.float64, device=keys.device)
     block = rows_at_once(total * size, keys.device)
-    for group, key in enumerate(k):
-        turned_key = key * turn
-        for head, (rows, weights) in zip(q.unflatten(0, (kv_heads, -1))[group], chosen, strict=True):
-            query = head[rows] * scaling
+    later = [unseen_by(rows, total, unseen) for rows, _ in chosen]
+    for group, key in enumerate(_complex(keys)):
+        turned_key, sharing = key * turn, queries.unflatten(0, (kv_heads, -1))[group]
+        for head, (rows, weights), hidden in zip(sharing, chosen, later, strict=True):
+            query = _complex(head[rows]) * scaling
             turned = query * turn[rows]
             logits = (turned @ turned_key.conj().T).real
-            later = (
-                torch.arange(total, device=keys.device) > rows[:, None] if unseen is None else unseen[rows]
-            )
-            attention = logits.masked_fill(later, -torch.inf).softmax(-1)
+            attention = logits.masked_fill(hidden, -torch.inf).softmax(-1)
             root = (attention * weights[:, None]).sqrt()
             for start in range(0, len(rows), block):
                 some = slice(start, start + block)
@@ -59,6 +58,11 @@ def pair_covariance(
                 spread = features.flatten(0, 1)
                 covariance[group] += (spread.T @ spread).double()
     return covariance
+
+
+def _complex(x: torch.Tensor) -> torch.Tensor:
+    """Pairs of `[.., D]` as complex numbers `[.., P]`."""
+    return torch.view_as_complex(as_pairs(x.float()))
 
 
 def drop_order(covariance: torch.Tensor, *, fold: bool) -> torch.Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import BatchFeature, PreTrainedModel
 
-from mha2mla_vlm.algorithms.at_once import Chosen
+from mha2mla_vlm.algorithms.looked_at import Chosen
 from mha2mla_vlm.calibration.statistics import MAX_QUERIES, OF_A_HEAD, query_weights, visual_mask
 from mha2mla_vlm.evaluation.answers import predicted
 from mha2mla_vlm.model.attention import MLAAttention

@@ -11,8 +11,8 @@ from typing import Any, Self
 import torch
 from transformers import BatchFeature
 
-from mha2mla_vlm.algorithms.at_once import Chosen
 from mha2mla_vlm.algorithms.error_metric import attention_usage, key_metric
+from mha2mla_vlm.algorithms.looked_at import Chosen
 from mha2mla_vlm.algorithms.pair_selection.base import split_dims
 from mha2mla_vlm.algorithms.token_stats import TokenStats
 from mha2mla_vlm.config import DECOUPLED, AttentionSizes

@@ -89,13 +89,13 @@ def predict(
         mla = _evenly(mla, sizes, config).over_all(sizes)
     converted = empty_model(converted_config(model_config, mla))
     calibration, held_out = chats.calibration, chats.held_out
-    tokens, others = (sum(x["input_ids"].shape[1] for x in chats) for chats in (calibration, held_out))
-    target, base, first = torch.device(device), resident_bytes() or 0, calibration[0]
+    first, parts = calibration[0], (calibration, held_out, calibration[:1])
+    tokens, others, timed = (sum(chat["input_ids"].shape[1] for chat in part) for part in parts)
+    target, base = torch.device(device), resident_bytes() or 0
     phases, peak, kept = _one_layer(
         model_config, config, _of_one(mla, sizes), first, number, target, allocated=allocated
     )
     output_bytes = _bytes(converted, stored_names(converted), number)
-    timed = first["input_ids"].shape[1]
     counts = _counts(model_config, sizes, tokens / timed, others / timed, len(config.tried_bits))
     seconds = {phase: taken * counts.get(phase, len(sizes.growing)) for phase, taken in phases.items()}
     seconds["writing"] = (output_bytes + len(sizes.growing) * kept) / WRITE_RATE
@@ -206,14 +206,14 @@ def _one_layer(
         timed.begin([chat], [chat])
         phases.seconds.clear()
         advance(decoder_layers(model)[0], 0, timed.held_out, timed.states, "original")  # the first is slow
-        for _ in range(ROUNDS if allocated else 0):
-            work = MemoryWork()
-            profile = LayerwiseProfile(model, config, mla, **given, work=work).run([chat], config)
-            timed.known = profile.layers.__getitem__
-            rounds.append(dict(phases.seconds))
-            phases.seconds.clear()
-        if rounds:
+        if allocated:
+            for _ in range(ROUNDS):
+                phases.seconds.clear()
+                work = MemoryWork()
+                profile = LayerwiseProfile(model, config, mla, **given, work=work).run([chat], config)
+                rounds.append(dict(phases.seconds))
             phases.seconds |= {phase: min(each[phase] for each in rounds) for phase in rounds[0]}
+            timed.known = profile.layers.__getitem__
         timed.begin([chat], [chat])
         timed.layer(0)
     phases.seconds["vision and embeddings"] /= 2  # chats

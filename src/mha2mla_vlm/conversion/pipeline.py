@@ -16,7 +16,7 @@ from mha2mla_vlm.conversion.plan import check_model, plan
 from mha2mla_vlm.conversion.profile import Profile
 from mha2mla_vlm.conversion.weights import rebuild
 from mha2mla_vlm.conversion.work import MemoryWork
-from mha2mla_vlm.data.breadth import lacks, random_needed
+from mha2mla_vlm.data.breadth import RANDOM, lacks, random_needed
 from mha2mla_vlm.data.random_chats import random_chats
 from mha2mla_vlm.data.records import EncodedRecords, Record
 from mha2mla_vlm.errors import InputError
@@ -97,7 +97,7 @@ def encode_split(
         logger.warning(
             "calibration is narrow: %s; other chats may lose much, so add such chats%s",
             ", ".join(found),
-            f" ({made} random ones are added)" if made else ", or --random-chats 32",
+            f" ({made} random ones are added)" if made else f", or --random-chats {RANDOM}",
         )
     parts = [*own, *random_chats(processor.tokenizer, made)], records[-count:]
     calibration, held_out = (EncodedRecords(processor, part, visual) for part in parts)

@@ -2,6 +2,7 @@
 
 import torch
 
+from mha2mla_vlm.algorithms.looked_at import unseen_by
 from mha2mla_vlm.algorithms.pair_selection.base import Attended, PairSelection, as_pairs
 
 
@@ -25,7 +26,7 @@ def pair_kl_scores(
     """
     kv_heads, total, _ = keys.shape
     rows = torch.linspace(0, total - 1, min(total, max_queries), device=keys.device).round().long()
-    hidden = torch.arange(total, device=keys.device) > rows[:, None] if unseen is None else unseen[rows]
+    hidden = unseen_by(rows, total, unseen)
 
     def parts_of(group: int, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         grouped = queries[:, rows].float().unflatten(0, (kv_heads, -1))[group]

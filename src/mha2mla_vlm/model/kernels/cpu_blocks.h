@@ -116,14 +116,14 @@ struct Scratch {
 
   void fit(const Call& c, const Sizes& z) {
     const long rows = 2L * z.terms * z.rows, group = long(z.terms) * c.row_group;
-    const long tile = long(TILE) * z.rank, numbers = in_pairs(c) ? 0 : tile, pairs_of_tile = tile / 2 - numbers / 2;
+    const long tile = long(TILE) * z.rank, numbers = in_pairs(c) ? 0 : tile, halves = in_pairs(c) ? tile / 2 : 0;
     const std::pair<void*, long> parts[] = {
         {&latent, numbers},        {&tokens, numbers}, {&absorbed, rows * z.row}, {&constants, rows},
         {&turned, group * c.rope}, {&scores, long(z.rows) * TILE}, {&other, long(z.rows) * TILE},
         {&terms, group * TILE},    {&keys, 2L * z.made * TILE},    {&seen, long(c.new_tokens) * TILE},
         {&token, z.rank},          {&lanes, long(LANES) * z.rank}, {&worth, TILE},
         {&row_worth, rows},
-        {&weight_worth, z.rows},   {&ones, z.rank},   {&pairs, pairs_of_tile},   {&latent_pairs, pairs_of_tile},
+        {&weight_worth, z.rows},   {&ones, z.rank},   {&pairs, halves},          {&latent_pairs, halves},
         {&row_pairs, rows * (z.rank / 2)}, {&weight_pairs, long(z.rows) * TILE / 2}};
     long wanted = 0;
     for (const auto& part : parts) wanted += up_to(part.second, 16) + 16;
