@@ -9,7 +9,7 @@ Chosen = Sequence[tuple[torch.Tensor, torch.Tensor]]
 
 
 def unseen_by(rows: torch.Tensor, tokens: int, unseen: torch.Tensor | None) -> torch.Tensor:
-    """Which of T `tokens` the queries at `rows [t]` do not see, `[t, T]`: by `unseen [T, T]`, or later ones."""
+    """Which of T `tokens` queries at `rows [t]` do not see, `[t, T]`: by `unseen [T, T]`, else later ones."""
     if unseen is not None:
         return unseen[rows]
     return torch.arange(tokens, device=rows.device) > rows[:, None]
