@@ -12,7 +12,6 @@ import torch
 
 from mha2mla_vlm.algorithms.at_once import rows_at_once
 from mha2mla_vlm.algorithms.looked_at import Chosen, unseen_by
-from mha2mla_vlm.algorithms.pair_selection.base import as_pairs
 
 RIDGE = 1e-4  # of each feature's variance
 
@@ -62,7 +61,7 @@ def pair_covariance(
 
 def _complex(x: torch.Tensor) -> torch.Tensor:
     """Pairs of `[.., D]` as complex numbers `[.., P]`."""
-    return torch.view_as_complex(as_pairs(x.float()))
+    return torch.view_as_complex(torch.stack(x.float().chunk(2, -1), -1))
 
 
 def drop_order(covariance: torch.Tensor, *, fold: bool) -> torch.Tensor:

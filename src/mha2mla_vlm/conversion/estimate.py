@@ -88,8 +88,7 @@ def predict(
     if allocated:
         mla = _evenly(mla, sizes, config).over_all(sizes)
     converted = empty_model(converted_config(model_config, mla))
-    calibration, held_out = chats.calibration, chats.held_out
-    first, parts = calibration[0], (calibration, held_out, calibration[:1])
+    first, parts = chats.calibration[0], (chats.calibration, chats.held_out, chats.calibration[:1])
     tokens, others, timed = (sum(chat["input_ids"].shape[1] for chat in part) for part in parts)
     target, base = torch.device(device), resident_bytes() or 0
     phases, peak, kept = _one_layer(
